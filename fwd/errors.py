@@ -170,3 +170,15 @@ class ModelError(FwdError):
 
     code = "bad_model"
     exit_code = 2
+
+
+def _tree(root: type[FwdError]) -> list[type[FwdError]]:
+    return [root, *(leaf for child in root.__subclasses__() for leaf in _tree(child))]
+
+
+def from_wire(code: str, message: str, param: str | None = None) -> FwdError:
+    """The error that travelled as `code` and `message`; an unknown code gives an `EngineError` that names it."""
+    for kind in _tree(FwdError):
+        if kind.code == code:
+            return kind(message, param=param)
+    return EngineError(f"{code}: {message}")

@@ -1,0 +1,68 @@
+"""Documents as arrays of token ids, and batches drawn from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from fwd.demo import tokenizer
+from fwd.demo.corpus import Documents, documents
+
+# Share of the rows of a batch. Modules are read at any offset; pieces and chats from the start of a document.
+SHARES = {"code": 0.52, "tests": 0.15, "pieces": 0.10, "chat": 0.23}
+ALIGNED = {"pieces", "chat"}
+
+
+class Pool:
+    """Documents of one kind, each followed by END, in one array."""
+
+    def __init__(self, ids: np.ndarray, starts: np.ndarray) -> None:
+        self.ids, self.starts = ids, starts
+
+    @classmethod
+    def encode(cls, tok: Tokenizer, texts: list[str], seed: int = 0) -> Pool:
+        order = np.random.default_rng(seed).permutation(len(texts))
+        end = tok.token_to_id(tokenizer.END)
+        rows = [[*e.ids, end] for e in tok.encode_batch([texts[i] for i in order], add_special_tokens=False)]
+        starts = np.cumsum([0, *map(len, rows)])[:-1]
+        return cls(np.concatenate([np.array(row, dtype=np.uint16) for row in rows]), starts)
+
+    def row(self, rng: np.random.Generator, length: int, aligned: bool) -> np.ndarray:
+        last = len(self.ids) - length
+        at = rng.choice(self.starts) if aligned else rng.integers(last)
+        return self.ids[min(at, last) :][:length]
+
+
+Pools = dict[str, Pool]
+
+
+def load(folder: Path, seed: int) -> tuple[Tokenizer, Pools]:
+    """The tokenizer and training pools, from the folder's cache when it has one."""
+    cache, vocabulary = folder / "pools.npz", folder / "tokenizer.json"
+    if cache.exists():
+        arrays = np.load(cache)
+        pools = {name: Pool(arrays[name], arrays[f"{name}_starts"]) for name in SHARES}
+        return Tokenizer.from_file(str(vocabulary)), pools
+    docs = documents(wanted=False)
+    chats = [text.replace(tokenizer.START, "").replace(tokenizer.STOP, "") for text in docs.chat]
+    tok = tokenizer.train(docs.code + chats + docs.tests[::8])
+    tok.save(str(vocabulary))
+    pools = {name: Pool.encode(tok, texts, seed) for name, texts in docs._asdict().items()}
+    np.savez(cache, **{n: p.ids for n, p in pools.items()}, **{f"{n}_starts": p.starts for n, p in pools.items()})
+    return tok, pools
+
+
+def held_out(tok: Tokenizer) -> tuple[Documents, Pools]:
+    """The held-out documents, and the same as pools."""
+    docs = documents(wanted=True)
+    return docs, {name: Pool.encode(tok, texts) for name, texts in docs._asdict().items()}
+
+
+def draw(pools: Pools, rng: np.random.Generator, rows: int, length: int) -> torch.Tensor:
+    """One batch, [rows, length + 1]: inputs and targets overlap."""
+    kinds = rng.choice(list(SHARES), size=rows, p=list(SHARES.values()))
+    batch = [pools[kind].row(rng, length + 1, kind in ALIGNED) for kind in kinds]
+    return torch.from_numpy(np.stack(batch).astype(np.int64))

@@ -1,0 +1,1 @@
+"""The fwd protocol: messages, frames, and the public clients."""

@@ -1,0 +1,346 @@
+"""Frames on a Unix stream socket: a 4-byte little-endian length, a msgpack body, and memfds for long buffers.
+
+`pack` and `Assembler` are pure; `Connection` drives them on an asyncio loop, `Channel` on a blocking socket. Both own
+their socket, because asyncio streams cannot pass descriptors.
+"""
+
+import array
+import asyncio
+import contextlib
+import fcntl
+import mmap
+import os
+import select
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from fwd.errors import BadFrameError
+from fwd.protocol.messages import MAX_FRAME, SPILL, Bulk, Failed, Message, encoder
+
+M = TypeVar("M")
+CHUNK = 64 << 10
+MAX_FDS = 16
+MAX_MEMFD = 1 << 30
+HIGH_WATER = 1 << 20
+SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+_LENGTH = struct.Struct("<I")
+_FD = struct.calcsize("i")
+_ANCILLARY = socket.CMSG_SPACE(MAX_FDS * _FD)
+
+
+def pack(message: Message) -> tuple[bytes, list[int]]:
+    """One frame and the memfds that go with its first byte; the caller closes them once sent."""
+    fds: list[int] = []
+    if isinstance(message, Bulk):
+        message, fds = _spill(message)
+    body = encoder.encode(message)
+    if len(body) > MAX_FRAME:
+        close_all(fds)
+        raise BadFrameError(f"a frame of {len(body)} bytes is over the limit of {MAX_FRAME}")
+    return _LENGTH.pack(len(body)) + body, fds
+
+
+def _spill(message: Bulk) -> tuple[Bulk, list[int]]:
+    long = {
+        name: value
+        for name in message.__struct_fields__
+        if isinstance(value := getattr(message, name), memoryview) and value.nbytes > SPILL
+    }
+    if not long:
+        return message, []
+    empty: dict[str, Any] = dict.fromkeys(long, memoryview(b""))
+    return msgspec.structs.replace(message, attached=tuple(long), **empty), [_memfd(value) for value in long.values()]
+
+
+def _memfd(data: memoryview) -> int:
+    fd = os.memfd_create("fwd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    view = data.cast("B")
+    while view:
+        view = view[os.write(fd, view) :]
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+    return fd
+
+
+def _mapped(fd: int) -> memoryview:
+    """The content of a sealed memfd, mapped read-only; raises `BadFrameError` if a peer could still change it."""
+    try:
+        sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS
+    except OSError:
+        sealed = False
+    size = os.fstat(fd).st_size
+    if not sealed or not 0 < size <= MAX_MEMFD:
+        raise BadFrameError("an attached buffer is not a sealed memfd of a permitted size")
+    return memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ))
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors that nobody owns any more."""
+    for fd in fds:
+        os.close(fd)
+
+
+class Assembler(Generic[M]):
+    """Cuts received chunks into messages of one typed decoder; every body is a view of a buffer never used again."""
+
+    def __init__(self, decoder: msgspec.msgpack.Decoder[M]) -> None:
+        self._decode = decoder.decode
+        self._partial = bytearray()
+        self._need = 0
+        self._fds: deque[int] = deque()
+
+    def feed(self, chunk: bytes, fds: Iterable[int] = ()) -> list[M]:
+        """All messages completed by `chunk`; raises `BadFrameError` on anything that is not one."""
+        self._fds.extend(fds)
+        if len(self._fds) > MAX_FDS:
+            raise BadFrameError("descriptors came without the frames that name them")
+        view = memoryview(self._partial + chunk) if self._partial and not self._need else memoryview(chunk)
+        if self._need:
+            return self._fill(view)
+        return self._cut(view)
+
+    def close(self) -> None:
+        """Close descriptors that arrived for frames that never did."""
+        close_all(self._fds)
+        self._fds.clear()
+
+    @property
+    def clean(self) -> bool:
+        """No frame is half received."""
+        return not self._partial
+
+    def _cut(self, view: memoryview) -> list[M]:
+        messages: list[M] = []
+        while len(view) >= _LENGTH.size:
+            length = _LENGTH.unpack_from(view)[0]
+            if not 0 < length <= MAX_FRAME:
+                raise BadFrameError(f"a frame of {length} bytes is outside 1…{MAX_FRAME}")
+            if len(view) < _LENGTH.size + length:
+                self._need = _LENGTH.size + length
+                break
+            messages.append(self._message(view[_LENGTH.size : _LENGTH.size + length]))
+            view = view[_LENGTH.size + length :]
+        self._partial = bytearray(view)
+        return messages
+
+    def _fill(self, view: memoryview) -> list[M]:
+        missing = self._need - len(self._partial)
+        self._partial += view[:missing]
+        if len(view) < missing:
+            return []
+        body = memoryview(self._partial)[_LENGTH.size :]
+        self._partial, self._need = bytearray(), 0
+        return [self._message(body), *self._cut(view[missing:])]
+
+    def _message(self, body: memoryview) -> M:
+        try:
+            message = self._decode(body)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise BadFrameError(f"a frame could not be read: {error}") from error
+        return self._attach(message) if isinstance(message, Bulk) and message.attached else message
+
+    def _attach(self, message: M) -> M:
+        assert isinstance(message, Bulk)
+        names = message.attached
+        if len(self._fds) < len(names) or not all(
+            isinstance(getattr(message, name, None), memoryview) for name in names
+        ):
+            raise BadFrameError("a frame names buffers that did not come with it")
+        fds = [self._fds.popleft() for _ in names]
+        try:
+            buffers: dict[str, Any] = dict(zip(names, map(_mapped, fds), strict=True))
+        finally:
+            close_all(fds)
+        return msgspec.structs.replace(message, attached=(), **buffers)
+
+
+def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
+    """One `recvmsg`: a fresh buffer and its descriptors (close-on-exec); raises `BadFrameError` if some were cut off."""
+    data, ancillary, flags, _ = sock.recvmsg(CHUNK, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % _FD])
+    if flags & socket.MSG_CTRUNC:
+        close_all(fds)
+        raise BadFrameError("a control message was truncated: too many descriptors in one frame")
+    return data, list(fds)
+
+
+def transmit(sock: socket.socket, data: bytes | memoryview, fds: list[int]) -> int:
+    """One `sendmsg`; the descriptors go with the first byte. Returns the bytes sent."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    return sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+
+
+class Connection(Generic[M]):
+    """A frame socket on the running asyncio loop.
+
+    `on_message` is called for each message in order; `on_close` once, with None after a clean end of file or with the
+    error. A bad frame is answered by `Failed(code="bad_frame")` and ends this connection only.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        decoder: msgspec.msgpack.Decoder[M],
+        on_message: Callable[[M], None],
+        on_close: Callable[[Exception | None], None],
+    ) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self._assembler = Assembler(decoder)
+        self._on_message = on_message
+        self._on_close = on_close
+        self._loop = asyncio.get_running_loop()
+        self._out: deque[tuple[memoryview, list[int]]] = deque()
+        self._buffered = 0
+        self._drained: asyncio.Future[None] | None = None
+        self._closing = False
+        self.closed = False
+        self._loop.add_reader(sock, self._readable)
+
+    def send(self, message: Message) -> None:
+        """Send now what the socket takes and the rest when it can; after `close` nothing is sent."""
+        if self.closed or self._closing:
+            return
+        data, fds = pack(message)
+        self._out.append((memoryview(data), fds))
+        self._buffered += len(data)
+        if len(self._out) == 1:
+            self._writable()
+            if self._out and not self.closed:
+                self._loop.add_writer(self.sock, self._writable)
+
+    async def drain(self) -> None:
+        """Wait until less than `HIGH_WATER` bytes are buffered: the pace of a slow reader."""
+        if self._buffered > HIGH_WATER and not self.closed:
+            if self._drained is None:
+                self._drained = self._loop.create_future()
+            await asyncio.shield(self._drained)
+
+    def close(self, error: Exception | None = None) -> None:
+        """Close at once; `on_close` is told `error`."""
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self.sock)
+        self._loop.remove_writer(self.sock)
+        self.sock.close()
+        self._assembler.close()
+        for _, fds in self._out:
+            close_all(fds)
+        self._out.clear()
+        self._wake()
+        self._on_close(error)
+
+    def finish(self, error: Exception | None = None) -> None:
+        """Read no more, flush what is buffered, then close."""
+        self._closing = True
+        self._loop.remove_reader(self.sock)
+        if not self._out:
+            self.close(error)
+
+    def _readable(self) -> None:
+        try:
+            data, fds = receive(self.sock)
+            if not data:
+                self.close(None if self._assembler.clean else BadFrameError("the connection ended inside a frame"))
+                return
+            for message in self._assembler.feed(data, fds):
+                if self.closed or self._closing:
+                    return
+                self._on_message(message)
+        except (BlockingIOError, InterruptedError):
+            return
+        except BadFrameError as error:
+            self.send(Failed(code=error.code, message=error.message))
+            self.finish(error)
+        except OSError as error:
+            self.close(error)
+
+    def _writable(self) -> None:
+        try:
+            while self._out:
+                data, fds = self._out[0]
+                sent = transmit(self.sock, data, fds)
+                close_all(fds)
+                self._buffered -= sent
+                if sent < len(data):
+                    self._out[0] = (data[sent:], [])
+                    return
+                self._out.popleft()
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.close(error)
+            return
+        self._loop.remove_writer(self.sock)
+        self._wake()
+        if self._closing:
+            self.close()
+
+    def _wake(self) -> None:
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        self._drained = None
+
+
+class Channel(Generic[M]):
+    """A frame socket that blocks: the engine's end of its link, and the blocking client's."""
+
+    def __init__(self, sock: socket.socket, decoder: msgspec.msgpack.Decoder[M]) -> None:
+        sock.setblocking(True)
+        self.sock = sock
+        self._assembler = Assembler(decoder)
+        self._ready: deque[M] = deque()
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+
+    def send(self, *messages: Message) -> None:
+        """Send all of them, those without descriptors in one system call; raises `OSError` when the peer is gone."""
+        plain = bytearray()
+        for message in messages:
+            data, fds = pack(message)
+            if not fds:
+                plain += data
+                continue
+            self._send(plain, [])
+            plain = bytearray()
+            self._send(data, fds)
+        self._send(plain, [])
+
+    def receive(self, timeout: float | None = None) -> M | None:
+        """The next message, or None after `timeout` seconds (None: wait for ever; 0: only look).
+
+        Raises `EOFError` when the peer closed, `BadFrameError` on a bad frame, `OSError` on a broken socket.
+        """
+        while not self._ready:
+            if not self._poll.poll(None if timeout is None else timeout * 1000):
+                return None
+            data, fds = receive(self.sock)
+            if not data:
+                raise EOFError("the other side of the fwd protocol closed the connection")
+            self._ready.extend(self._assembler.feed(data, fds))
+        return self._ready.popleft()
+
+    def close(self) -> None:
+        """Close the socket and what came for frames that never arrived."""
+        with contextlib.suppress(OSError):
+            self._poll.unregister(self.sock)
+        self._assembler.close()
+        self.sock.close()
+
+    def _send(self, data: bytes | bytearray, fds: list[int]) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[transmit(self.sock, view, fds) :]
+                close_all(fds)
+                fds = []
+        finally:
+            close_all(fds)

@@ -1,0 +1,353 @@
+"""Every message of the fwd protocol: tagged, positional, append-only, each number bounded.
+
+Two links speak it: front ↔ engine over a socketpair, and local client ↔ front over `fwd.sock`.
+Token ids travel as little-endian int32 in `memoryview` fields; the fields of a `Bulk` message that are longer than
+`SPILL` bytes travel as sealed memfds beside the frame, named in order by `attached`.
+"""
+
+import math
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+VERSION = 1
+MAX_FRAME = 1 << 20
+SPILL = 64 << 10
+MAX_CONTEXT = 1 << 24
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 64
+EMPTY = memoryview(b"")
+
+Id = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Milliseconds = Annotated[float, Meta(ge=0)]
+Priority = Literal["interactive", "background"]
+Drafter = Literal["auto", "off", "suffix", "model", "mtp", "eagle", "dflash"]
+Reason = Literal["stop", "length", "cancelled", "deadline"]
+
+
+class Message(Struct, array_like=True, frozen=True):
+    """Base of all frames."""
+
+
+class Bulk(Message, frozen=True):
+    """A message whose `memoryview` fields may travel as memfds; `attached` names those fields in descriptor order."""
+
+    attached: Annotated[tuple[str, ...], Meta(max_length=4)] = ()
+
+
+class Sampling(Message, frozen=True):
+    """How a token is drawn (DESIGN §4). `top_k` 0 and `logprobs` −1 mean off; `logit_bias` is added before temperature.
+
+    Raises `ValueError` for NaN, which no bound would catch.
+    """
+
+    temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] = {}
+    logprobs: Annotated[int, Meta(ge=-1, le=MAX_TOP_LOGPROBS)] = -1
+
+    def __post_init__(self) -> None:
+        values = (
+            self.temperature,
+            self.top_p,
+            self.min_p,
+            self.repetition_penalty,
+            self.presence_penalty,
+            self.frequency_penalty,
+            *self.logit_bias.values(),
+        )
+        if any(math.isnan(value) for value in values):
+            raise ValueError("a sampling value is NaN: give a number")
+
+
+class Limits(Message, frozen=True):
+    """When a request ends: `max_tokens` new ones, one of `stop_ids`, or `deadline_ms` from its arrival (0: none).
+
+    Ids in `stop_ids` are not drawn before `min_tokens`; `max_tokens` −1 means up to the end of the context.
+    """
+
+    max_tokens: Annotated[int, Meta(ge=-1, le=MAX_CONTEXT)] = -1
+    min_tokens: Annotated[int, Meta(ge=0, le=MAX_CONTEXT)] = 0
+    stop_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOPS)] = ()
+    deadline_ms: Milliseconds = 0.0
+
+
+class Draft(Message, frozen=True):
+    """Speculation wishes: they change the speed and never the tokens. `max_draft` −1 leaves the length to fwd."""
+
+    drafter: Drafter = "auto"
+    max_draft: Annotated[int, Meta(ge=-1, le=64)] = -1
+
+
+class Hello(Message, tag=1, frozen=True):
+    """First frame in both directions; a foreign `version` ends the connection."""
+
+    version: int = VERSION
+    build: str = ""
+
+
+class Load(Message, tag=2, frozen=True):
+    """What the engine loads; sent once, after `Hello`. `kv_bytes` bounds the KV pool; `context` 0 means the model's."""
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    context: Count = 0
+    max_seqs: Annotated[int, Meta(ge=1, le=64)] = 16
+    kv_dtype: str = "auto"
+    kv_bytes: Count = 1 << 30
+    threads: Count = 0
+
+
+class Submit(Bulk, tag=3, frozen=True):
+    """One choice of one request, in token ids. `emitted` holds tokens already given to the reader: the engine replays
+    them and sends only what follows. From a local client `id` is its own tag, answered by `Accepted`.
+    """
+
+    id: Id = 0
+    prompt: memoryview = EMPTY
+    emitted: memoryview = EMPTY
+    sampling: Sampling = Sampling()
+    limits: Limits = Limits()
+    seed: int | None = None
+    choice: Annotated[int, Meta(ge=0, le=127)] = 0
+    priority: Priority = "interactive"
+    adapter: Annotated[str, Meta(max_length=256)] = ""
+    cache_key: Annotated[str, Meta(max_length=256)] = ""
+    grammar: Annotated[str, Meta(max_length=SPILL)] = ""
+    prompt_logprobs: Annotated[int, Meta(ge=-1, le=MAX_TOP_LOGPROBS)] = -1
+    draft: Draft = Draft()
+
+
+class Cancel(Message, tag=4, frozen=True):
+    """End a request; it answers `Finished(reason="cancelled")`. Unknown and finished ids are ignored."""
+
+    id: Id
+
+
+class Ping(Message, tag=5, frozen=True):
+    """Asks for `Pong`; the engine answers between two steps."""
+
+    seq: Count
+
+
+class Loading(Message, tag=16, frozen=True):
+    """Progress of the load: bytes of weights read and to read."""
+
+    done: Count
+    total: Count
+
+
+class EngineInfo(Message, frozen=True):
+    """What is loaded and how it is executed; the constant part of each receipt."""
+
+    architecture: str = ""
+    parameters: Count = 0
+    weight_bytes: Count = 0
+    weights_hash: str = ""
+    vocab_size: Count = 0
+    context: Count = 0
+    device: str = ""
+    dtype: str = ""
+    kernel_set: str = ""
+    build: str = ""
+    chunk: Count = 0
+    page_size: Count = 0
+    pages: Count = 0
+    kv_bytes: Count = 0
+    max_seqs: Count = 0
+    threads: Count = 0
+    load_ms: Milliseconds = 0.0
+    pid: Count = 0
+
+
+class Ready(Message, tag=17, frozen=True):
+    """The model is loaded: requests are taken."""
+
+    info: EngineInfo
+
+
+class TopLogprobs(Message, frozen=True):
+    """The most likely tokens of one position, best first."""
+
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+
+
+class Tokens(Message, tag=18, frozen=True):
+    """Committed tokens of one request. `start` is the index of the first in the output, so a gap or a double shows.
+
+    `logprobs` (natural log, of the raw distribution) and `top` have one entry a token when they were asked for.
+    """
+
+    id: Id
+    start: Count
+    ids: list[int]
+    logprobs: list[float] = []
+    top: list[TopLogprobs] = []
+
+
+class PromptLogprobs(Message, tag=19, frozen=True):
+    """Log-probabilities of prompt tokens `start`, `start + 1`, …; the token at index 0 has none and is never sent."""
+
+    id: Id
+    start: Count
+    logprobs: list[float]
+    top: list[TopLogprobs] = []
+
+
+class Timing(Message, frozen=True):
+    """Where the time of a request went, and what speculation and the prefix cache did for it."""
+
+    queue_ms: Milliseconds = 0.0
+    prefill_ms: Milliseconds = 0.0
+    decode_ms: Milliseconds = 0.0
+    steps: Count = 0
+    cached_tokens: Count = 0
+    cache_miss: str = ""
+    drafted: dict[str, int] = {}
+    accepted: dict[str, int] = {}
+    joules: float | None = None
+
+
+class Finished(Message, tag=20, frozen=True):
+    """The request ended well. `stop_id` is the token that stopped it, −1 when none did; it is among the tokens sent."""
+
+    id: Id
+    reason: Reason
+    stop_id: int = -1
+    timing: Timing = Timing()
+
+
+class Failed(Message, tag=21, frozen=True):
+    """A request (or, with id 0, the whole link or engine) ended by an error; `code` is a wire code of `fwd.errors`."""
+
+    code: str
+    message: str
+    id: Id = 0
+    param: str | None = None
+
+
+class Pong(Message, tag=22, frozen=True):
+    """The engine's heartbeat: `steps` counts decode steps and prefill chunks since its start, so health is progress."""
+
+    seq: Count
+    steps: Count = 0
+    running: Count = 0
+    waiting: Count = 0
+    pages_free: Count = 0
+    pages_total: Count = 0
+
+
+class Prompt(Bulk, tag=32, frozen=True):
+    """A request in text from a local client: `body` is UTF-8 text, or for `chat` JSON `{"messages": […], …}`.
+
+    Answered by `Accepted`, `Text`… and `Finished` or `Failed`; `id` is the client's own tag. `stops` end the text.
+    """
+
+    id: Id = 0
+    kind: Literal["text", "chat"] = "text"
+    body: memoryview = EMPTY
+    sampling: Sampling = Sampling()
+    limits: Limits = Limits()
+    seed: int | None = None
+    stops: Annotated[tuple[str, ...], Meta(max_length=16)] = ()
+    ignore_eos: bool = False
+    priority: Priority = "interactive"
+    draft: Draft = Draft()
+
+
+class StatusQuery(Message, tag=33, frozen=True):
+    """Asks for `Status`."""
+
+
+class RequestsQuery(Message, tag=34, frozen=True):
+    """Asks for `Requests`."""
+
+
+class Stop(Message, tag=35, frozen=True):
+    """Asks the daemon to stop; answered by `Done` before it does."""
+
+
+class Accepted(Message, tag=48, frozen=True):
+    """The request with the client's `tag` runs under `id`; `seed` is the one in use."""
+
+    tag: Id
+    id: Id
+    seed: int
+    prompt_tokens: Count
+
+
+class Text(Message, tag=49, frozen=True):
+    """The next piece of an answer in text; `tokens` counts the new tokens it accounts for."""
+
+    id: Id
+    text: str
+    tokens: Count = 0
+
+
+class Status(Message, tag=50, frozen=True):
+    """The daemon in one look. `state` is one of starting, loading, ready, restarting, failed, stopping."""
+
+    state: str
+    reason: str
+    name: str
+    version: str
+    pid: Count
+    uptime_s: float
+    listening: tuple[str, ...]
+    model: str
+    engine: EngineInfo | None
+    load_done: Count
+    load_total: Count
+    running: Count
+    waiting: Count
+    pages_free: Count
+    pages_total: Count
+    restarts: Count
+    requests: Count
+    tokens_out: Count
+
+
+class RequestInfo(Message, frozen=True):
+    """One open request as `fwd ps` shows it."""
+
+    id: Id
+    state: str
+    prompt_tokens: Count
+    output_tokens: Count
+    age_s: float
+    priority: Priority
+    resumes: Count
+
+
+class Requests(Message, tag=51, frozen=True):
+    """The open requests, oldest first."""
+
+    requests: list[RequestInfo]
+
+
+class Done(Message, tag=52, frozen=True):
+    """The admin request was carried out."""
+
+
+ToEngine = Hello | Load | Submit | Cancel | Ping
+FromEngine = Hello | Loading | Ready | Tokens | PromptLogprobs | Finished | Failed | Pong
+ToDaemon = Hello | Submit | Prompt | Cancel | StatusQuery | RequestsQuery | Stop
+FromDaemon = (
+    Hello | Accepted | Tokens | PromptLogprobs | Text | Finished | Failed | Status | Requests | Done
+)
+
+encoder = msgspec.msgpack.Encoder()
+to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+to_daemon: msgspec.msgpack.Decoder[ToDaemon] = msgspec.msgpack.Decoder(ToDaemon)
+from_daemon: msgspec.msgpack.Decoder[FromDaemon] = msgspec.msgpack.Decoder(FromDaemon)
