@@ -27,6 +27,7 @@ CHUNK = 64 << 10
 MAX_FDS = 16
 MAX_MEMFD = 1 << 30
 HIGH_WATER = 1 << 20
+LINGER = 5.0
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _LENGTH = struct.Struct("<I")
 _FD = struct.calcsize("i")
@@ -201,6 +202,7 @@ class Connection(Generic[M]):
         self._buffered = 0
         self._drained: asyncio.Future[None] | None = None
         self._closing = False
+        self._error: Exception | None = None
         self.closed = False
         self._loop.add_reader(sock, self._readable)
 
@@ -239,29 +241,44 @@ class Connection(Generic[M]):
         self._on_close(error)
 
     def finish(self, error: Exception | None = None) -> None:
-        """Read no more, flush what is buffered, then close."""
+        """Read no more, flush what is buffered (for `LINGER` seconds at most), then close."""
+        if self.closed or self._closing:
+            return
         self._closing = True
+        self._error = error
         self._loop.remove_reader(self.sock)
-        if not self._out:
+        if self._out:
+            self._loop.call_later(LINGER, self.close, error)
+        else:
             self.close(error)
 
-    def _readable(self) -> None:
+    def drain_input(self) -> None:
+        """Handle all that has already arrived: the last words of a peer known to be dead."""
+        while not self.closed and not self._closing and self._readable():
+            pass
+
+    def _readable(self) -> bool:
+        """Handle one chunk; False when there was none."""
         try:
             data, fds = receive(self.sock)
-            if not data:
-                self.close(None if self._assembler.clean else BadFrameError("the connection ended inside a frame"))
-                return
-            for message in self._assembler.feed(data, fds):
-                if self.closed or self._closing:
-                    return
-                self._on_message(message)
+            if data:
+                self._deliver(self._assembler.feed(data, fds))
+                return True
+            self.close(None if self._assembler.clean else BadFrameError("the connection ended inside a frame"))
         except (BlockingIOError, InterruptedError):
-            return
+            return False
         except BadFrameError as error:
             self.send(Failed(code=error.code, message=error.message))
             self.finish(error)
         except OSError as error:
             self.close(error)
+        return False
+
+    def _deliver(self, messages: list[M]) -> None:
+        for message in messages:
+            if self.closed or self._closing:
+                return
+            self._on_message(message)
 
     def _writable(self) -> None:
         try:
@@ -282,7 +299,7 @@ class Connection(Generic[M]):
         self._loop.remove_writer(self.sock)
         self._wake()
         if self._closing:
-            self.close()
+            self.close(self._error)
 
     def _wake(self) -> None:
         if self._drained is not None and not self._drained.done():

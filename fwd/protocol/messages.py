@@ -108,8 +108,9 @@ class Load(Message, tag=2, frozen=True):
 
 
 class Submit(Bulk, tag=3, frozen=True):
-    """One choice of one request, in token ids. `emitted` holds tokens already given to the reader: the engine replays
-    them and sends only what follows. From a local client `id` is its own tag, answered by `Accepted`.
+    """One choice of one request, in token ids; from a local client `id` is its own tag, answered by `Accepted`.
+
+    `emitted` holds tokens already given to the reader: the engine replays them and sends only what follows.
     """
 
     id: Id = 0
@@ -228,12 +229,16 @@ class Finished(Message, tag=20, frozen=True):
 
 
 class Failed(Message, tag=21, frozen=True):
-    """A request (or, with id 0, the whole link or engine) ended by an error; `code` is a wire code of `fwd.errors`."""
+    """A request (or, with id 0, the whole link or engine) ended by an error; `code` is a wire code of `fwd.errors`.
+
+    `tag` is set for a local client's request that was refused before it was given an id.
+    """
 
     code: str
     message: str
     id: Id = 0
     param: str | None = None
+    tag: Id | None = None
 
 
 class Pong(Message, tag=22, frozen=True):
@@ -342,9 +347,7 @@ class Done(Message, tag=52, frozen=True):
 ToEngine = Hello | Load | Submit | Cancel | Ping
 FromEngine = Hello | Loading | Ready | Tokens | PromptLogprobs | Finished | Failed | Pong
 ToDaemon = Hello | Submit | Prompt | Cancel | StatusQuery | RequestsQuery | Stop
-FromDaemon = (
-    Hello | Accepted | Tokens | PromptLogprobs | Text | Finished | Failed | Status | Requests | Done
-)
+FromDaemon = Hello | Accepted | Tokens | PromptLogprobs | Text | Finished | Failed | Status | Requests | Done
 
 encoder = msgspec.msgpack.Encoder()
 to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

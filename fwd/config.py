@@ -1,0 +1,108 @@
+"""One frozen `Config`: defaults < TOML file < `FWD_*` environment < flags."""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from fwd.errors import ConfigError
+
+Device = Literal["auto", "cuda", "cpu", "host"]
+DType = Literal["auto", "float32", "bfloat16"]
+KVDType = Literal["auto", "bfloat16", "fp8"]
+Positive = Annotated[float, Meta(gt=0)]
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that can be set. Sizes are in bytes, times in seconds, `context` and `max_queue` in tokens/requests.
+
+    `model` is a Hugging Face folder or `demo`. `http` holds `HOST:PORT`, `unix:PATH` or `none`. `context` 0 is the
+    model's own. `kv_bytes` bounds the KV pool. `threads` 0 is one per core. `keys` is a file with one lower-case
+    SHA-256 of a key a line; `hosts` are Host headers allowed besides the addresses bound.
+    """
+
+    model: str = "demo"
+    name: str = ""
+    http: tuple[str, ...] = ("127.0.0.1:8393",)
+    uds: str = ""
+    device: Device = "auto"
+    dtype: DType = "auto"
+    context: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
+    kv_dtype: KVDType = "auto"
+    kv_bytes: Annotated[int, Meta(ge=1 << 20)] = 1 << 30
+    draft_model: str = ""
+    max_seqs: Annotated[int, Meta(ge=1, le=64)] = 16
+    max_queue: Annotated[int, Meta(ge=1, le=100_000)] = 256
+    max_body: Annotated[int, Meta(ge=1024, le=1 << 30)] = 32 << 20
+    threads: Annotated[int, Meta(ge=0, le=1024)] = 0
+    keys: str = ""
+    hosts: tuple[str, ...] = ()
+    hang_timeout: Positive = 30.0
+    load_timeout: Positive = 120.0
+    ping_interval: Positive = 1.0
+    keep_alive: Positive = 10.0
+    stop_timeout: Annotated[float, Meta(ge=0)] = 10.0
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def folder(self) -> Path:
+        """The model folder; `demo` is the embedded one."""
+        return Path(__file__).parent / "demo" / "model" if self.model == "demo" else Path(self.model)
+
+    @property
+    def served_name(self) -> str:
+        """The model id clients use: `name`, else the folder's base name."""
+        return self.name or Path(self.model).resolve().name
+
+    @property
+    def socket_path(self) -> Path:
+        """Where the fwd protocol listens (DESIGN §7)."""
+        return Path(self.uds) if self.uds else default_socket()
+
+
+def default_socket() -> Path:
+    """`$RUNTIME_DIRECTORY/fwd.sock`, else `$XDG_RUNTIME_DIR/fwd/fwd.sock`, else `/run/fwd/fwd.sock`."""
+    if runtime := os.environ.get("RUNTIME_DIRECTORY"):
+        return Path(runtime.split(":")[0]) / "fwd.sock"
+    return Path(os.environ.get("XDG_RUNTIME_DIR") or "/run") / "fwd" / "fwd.sock"
+
+
+def load(flags: Mapping[str, Any], file: str | None = None, env: Mapping[str, str] = os.environ) -> Config:
+    """The effective configuration; `None` in `flags` means not given. Raises `ConfigError` naming key and origin."""
+    file = file or env.get("FWD_CONFIG")
+    values: dict[str, Any] = {}
+    for origin, layer in (
+        (file or "file", _toml(file) if file else {}),
+        ("environment", _environment(env)),
+        ("flags", {key: value for key, value in flags.items() if value is not None}),
+    ):
+        values |= layer
+        _checked(values, origin)
+    return _checked(values, "configuration")
+
+
+def _toml(file: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(file).read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def _environment(env: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for field in msgspec.structs.fields(Config):
+        text = env.get(f"FWD_{field.name.upper()}")
+        if text is not None:
+            found[field.name] = [part.strip() for part in text.split(",")] if isinstance(field.default, tuple) else text
+    return found
+
+
+def _checked(values: Mapping[str, Any], origin: str) -> Config:
+    try:
+        return msgspec.convert(values, Config, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{origin}: {error}") from error

@@ -1,0 +1,1 @@
+"""The daemon process: ordered start and stop."""

@@ -1,0 +1,283 @@
+"""Keeps one engine alive for one model: start, heartbeat, death, restart, and who is to blame."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import structlog
+
+from fwd.errors import EngineError, FwdError, PoisonedError, from_wire
+from fwd.front.process import COMMAND, EngineProcess
+from fwd.front.streams import JournalError, Stream
+from fwd.protocol.messages import (
+    VERSION,
+    Cancel,
+    EngineInfo,
+    Failed,
+    Finished,
+    FromEngine,
+    Hello,
+    Load,
+    Loading,
+    Ping,
+    Pong,
+    PromptLogprobs,
+    Ready,
+    Tokens,
+)
+
+log = structlog.get_logger("fwd.engine")
+
+State = Literal["starting", "loading", "ready", "restarting", "failed", "stopping"]
+FIRST_STARTS = 3
+MAX_BACKOFF = 10.0
+SUSPECT_AFTER = 2
+
+
+class Keeper:
+    """One model's engine. Streams given to it finish whatever happens to the process, or fail with their own error.
+
+    A stream is suspect after `SUSPECT_AFTER` deaths without a new token in between. While there are suspects exactly
+    one of them runs, alone; if the engine dies then, that one is failed as `poisoned`. `on_change` is called on every
+    change of `state`. `ping_interval`, `hang_timeout` and `load_timeout` are seconds; a hang is counted in unanswered
+    pings, so a suspended machine is no hang.
+    """
+
+    def __init__(
+        self,
+        load: Load,
+        *,
+        command: Sequence[str] = COMMAND,
+        ping_interval: float = 1.0,
+        hang_timeout: float = 30.0,
+        load_timeout: float = 120.0,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.load = load
+        self.state: State = "starting"
+        self.reason = "the engine is starting"
+        self.info: EngineInfo | None = None
+        self.progress = Loading(done=0, total=0)
+        self.pong = Pong(seq=0)
+        self.restarts: dict[str, int] = {}
+        self.resumes = 0
+        self.error: FwdError | None = None
+        self.process: EngineProcess | None = None
+        self._command = command
+        self._ping_interval = ping_interval
+        self._patience = {"ready": hang_timeout, "loading": load_timeout}
+        self._on_change = on_change
+        self._streams: dict[int, Stream] = {}
+        self._running: dict[int, Stream] = {}
+        self._accepting = False
+        self._attempts = 0
+        self._beats = 0
+        self._silent = 0.0
+        self._stopping = False
+        self._empty = asyncio.Event()
+
+    def spawn(self) -> None:
+        """Start the process before there is a loop to talk to it."""
+        self.process = EngineProcess(self._command)
+
+    async def run(self) -> None:
+        """Keep an engine alive until `stop`, or until it cannot be started at all."""
+        while not self._stopping and self.state != "failed":
+            process = self.process or EngineProcess(self._command)
+            self.process = process
+            self._begin_life()
+            exited = process.attach(self.load, self._on_message)
+            cause = await self._watch(process, exited)
+            self.process = None
+            self._end_life(cause)
+            if not self._stopping and self.state != "failed":
+                await asyncio.sleep(self._backoff())
+
+    async def stop(self) -> None:
+        """Stop the process; open streams stay open, their owner ends them."""
+        self._stopping = True
+        self._set("stopping", "the daemon is stopping")
+        if self.process:
+            await self.process.stop()
+
+    def submit(self, stream: Stream) -> None:
+        """Run a stream; while the engine is away it waits."""
+        self._streams[stream.id] = stream
+        self._empty.clear()
+        self._release()
+
+    def cancel(self, stream: Stream, error: FwdError | None = None) -> None:
+        """End a stream for its reader now, with `error` or as cancelled; the engine is told and stops within a step."""
+        stream.end(error or Finished(id=stream.id, reason="cancelled"))
+        if self.process and self._running.get(stream.id):
+            self.process.send(Cancel(id=stream.id))
+        self._forget(stream)
+        self._release()
+
+    async def drained(self) -> None:
+        """Return when no stream is open."""
+        if self._streams:
+            await self._empty.wait()
+
+    def is_running(self, stream: Stream) -> bool:
+        """The engine has the stream now."""
+        return stream.id in self._running
+
+    def _begin_life(self) -> None:
+        self._silent = 0.0
+        self._accepting = False
+        self._running.clear()
+        self.progress = Loading(done=0, total=0)
+        if self.info is None:
+            self._set("loading", "the model is loading")
+
+    async def _watch(self, process: EngineProcess, exited: asyncio.Future[str]) -> str:
+        while not exited.done():
+            await asyncio.wait([exited], timeout=self._ping_interval)
+            if exited.done() or self._stopping:
+                continue
+            self._silent += self._ping_interval
+            phase = "ready" if self._accepting else "loading"
+            if self._silent > self._patience[phase]:
+                process.kill("hung" if self._accepting else "load timeout")
+            elif self._accepting:
+                self._beats += 1
+                process.send(Ping(seq=self._beats))
+        return exited.result()
+
+    def _on_message(self, message: FromEngine) -> None:
+        assert self.process
+        try:
+            self._handle(message)
+        except JournalError as error:
+            self.process.kill(f"protocol: {error}")
+
+    def _handle(self, message: FromEngine) -> None:
+        match message:
+            case Tokens():
+                self._on_tokens(message)
+            case Finished():
+                self._on_end(message.id, message)
+            case Failed() if message.id:
+                self._on_end(message.id, from_wire(message.code, message.message, message.param))
+            case PromptLogprobs():
+                if stream := self._running.get(message.id):
+                    stream.append_prompt(message)
+            case Pong():
+                self._on_pong(message)
+            case Loading():
+                self._silent = 0.0
+                self.progress = message
+            case Ready():
+                self._on_ready(message.info)
+            case Hello(version=version) if version != VERSION:
+                raise JournalError(f"the engine speaks version {version}, the front {VERSION}")
+            case Failed():
+                self.error = from_wire(message.code, message.message, message.param)
+
+    def _on_tokens(self, tokens: Tokens) -> None:
+        stream = self._running.get(tokens.id)
+        if stream is None:
+            return
+        suspect = stream.stalls >= SUSPECT_AFTER
+        stream.append(tokens)
+        self._attempts = 0
+        if suspect:
+            self._release()
+
+    def _on_end(self, number: int, result: Finished | FwdError) -> None:
+        stream = self._running.get(number)
+        if stream is None:
+            return
+        stream.end(result)
+        self._forget(stream)
+        self._attempts = 0
+        self._release()
+
+    def _on_pong(self, pong: Pong) -> None:
+        busy = pong.running + pong.waiting
+        if pong.steps != self.pong.steps or not busy:
+            self._silent = 0.0
+        self.pong = pong
+
+    def _on_ready(self, info: EngineInfo) -> None:
+        if self.info and info.weights_hash != self.info.weights_hash:
+            self._refuse_resume()
+        self.info = info
+        self.error = None
+        self.pong = Pong(seq=0, pages_free=info.pages, pages_total=info.pages)
+        self._accepting = True
+        self._silent = 0.0
+        self._set("ready", "")
+        self._release()
+
+    def _release(self) -> None:
+        """Give the engine what it may run: one suspect alone, or else everything."""
+        if not self._accepting or len(self._running) == len(self._streams):
+            return
+        if suspects := self._suspects():
+            if not self._running:
+                self._send(suspects[0])
+            return
+        for stream in self._streams.values():
+            if stream.id not in self._running:
+                self._send(stream)
+
+    def _refuse_resume(self) -> None:
+        for stream in [stream for stream in self._streams.values() if stream.emitted]:
+            self._forget(stream)
+            stream.end(EngineError("the weights on disk changed while the answer was running: send the request again"))
+
+    def _suspects(self) -> list[Stream]:
+        return [stream for stream in self._streams.values() if stream.stalls >= SUSPECT_AFTER]
+
+    def _send(self, stream: Stream) -> None:
+        assert self.process
+        self._running[stream.id] = stream
+        self.process.send(stream.resubmit())
+
+    def _forget(self, stream: Stream) -> None:
+        self._streams.pop(stream.id, None)
+        self._running.pop(stream.id, None)
+        if not self._streams:
+            self._empty.set()
+
+    def _end_life(self, cause: str) -> None:
+        if self._stopping:
+            return
+        self.restarts[cause] = self.restarts.get(cause, 0) + 1
+        log.warning(
+            "engine_died", cause=cause, open_streams=len(self._streams), error=self.error and self.error.message
+        )
+        self._blame()
+        self._accepting = False
+        if self.info is None and (self.error or self._attempts + 1 >= FIRST_STARTS):
+            self.error = self.error or EngineError(f"the engine did not start: {cause}")
+            self._set("failed", self.error.message)
+            return
+        reason = self.error.message if self.error else f"the engine died ({cause}) and is starting again"
+        self._set("restarting", reason)
+
+    def _blame(self) -> None:
+        running = list(self._running.values())
+        self._running.clear()
+        for stream in running:
+            alone = stream.stalls >= SUSPECT_AFTER
+            stream.stalls += 1
+            stream.resumes += 1
+            self.resumes += 1
+            if alone:
+                self._forget(stream)
+                stream.end(
+                    PoisonedError(f"request {stream.id} killed the engine {stream.stalls} times without a token")
+                )
+
+    def _backoff(self) -> float:
+        self._attempts += 1
+        return min(MAX_BACKOFF, 0.05 * 2.0 ** (self._attempts - 1)) if self._attempts > 1 else 0.0
+
+    def _set(self, state: State, reason: str) -> None:
+        if (state, reason) != (self.state, self.reason):
+            self.state, self.reason = state, reason
+            log.info("engine_state", state=state, reason=reason)
+            self._on_change()

@@ -1,0 +1,246 @@
+"""`fwd.sock`: the fwd protocol for local clients and the admin verbs, authorised by the peer's user id."""
+
+import asyncio
+import os
+import socket
+import struct
+from collections.abc import Callable, Coroutine
+
+import msgspec
+import structlog
+
+from fwd import __version__
+from fwd.errors import BadFrameError, BadRequestError, ForbiddenError, FwdError
+from fwd.front.generation import Generation
+from fwd.front.service import Service
+from fwd.front.streams import Stream
+from fwd.protocol.frames import Connection
+from fwd.protocol.ids import pack_ids
+from fwd.protocol.messages import (
+    VERSION,
+    Accepted,
+    Cancel,
+    Done,
+    Failed,
+    Hello,
+    Prompt,
+    PromptLogprobs,
+    RequestsQuery,
+    StatusQuery,
+    Stop,
+    Submit,
+    Text,
+    ToDaemon,
+    Tokens,
+    to_daemon,
+)
+
+log = structlog.get_logger("fwd.local")
+MAX_OPEN = 64
+BATCH = 512
+
+
+def peer_uid(sock: socket.socket) -> int:
+    """The user id of the process at the other end (SO_PEERCRED, unix(7))."""
+    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(uid)
+
+
+class LocalServer:
+    """Accepts on a listening Unix socket; each connection is a `Session`."""
+
+    def __init__(self, service: Service, listener: socket.socket) -> None:
+        self._service = service
+        self._listener = listener
+        self._sessions: set[Session] = set()
+        listener.setblocking(False)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(listener, self._accept)
+
+    def close(self) -> None:
+        """Accept no more and close every session; their requests are cancelled."""
+        self._loop.remove_reader(self._listener)
+        self._listener.close()
+        for session in list(self._sessions):
+            session.close()
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:
+            log.warning("accept_failed", error=str(error))
+            return
+        session = Session(self._service, sock, self._sessions.discard)
+        self._sessions.add(session)
+
+
+class Session:
+    """One local client. Its open requests end with its connection."""
+
+    def __init__(self, service: Service, sock: socket.socket, on_close: Callable[["Session"], None]) -> None:
+        self._service = service
+        self._uid = peer_uid(sock)
+        self._on_close = on_close
+        self._streams: dict[int, Stream] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._greeted = False
+        self._link: Connection[ToDaemon] = Connection(sock, to_daemon, self._on_message, self._closed)
+        self._link.send(Hello(build=__version__))
+
+    def close(self) -> None:
+        """End the connection and its requests."""
+        self._link.close()
+
+    def _closed(self, error: Exception | None) -> None:
+        if error:
+            log.info("local_client_lost", uid=self._uid, error=str(error))
+        for task in self._tasks:
+            task.cancel()
+        for stream in self._streams.values():
+            self._service.cancel(stream)
+        self._on_close(self)
+
+    def _on_message(self, message: ToDaemon) -> None:
+        try:
+            self._handle(message)
+        except FwdError as error:
+            self._fail(error, tag=message.id if isinstance(message, Submit | Prompt) else None)
+
+    def _fail(self, error: FwdError, *, number: int = 0, tag: int | None = None) -> None:
+        self._link.send(Failed(id=number, code=error.code, message=error.message, param=error.param, tag=tag))
+        if isinstance(error, BadFrameError):
+            self._link.finish(error)
+
+    def _handle(self, message: ToDaemon) -> None:
+        if isinstance(message, Hello):
+            if message.version != VERSION:
+                raise BadFrameError(f"this daemon speaks version {VERSION} of the protocol, not {message.version}")
+            self._greeted = True
+        elif not self._greeted:
+            raise BadFrameError("the first frame must be Hello")
+        else:
+            self._serve(message)
+
+    def _serve(self, message: ToDaemon) -> None:
+        match message:
+            case Submit():
+                self._admit()
+                self._spawn(message.id, self._relay(message))
+            case Prompt():
+                self._admit()
+                self._spawn(message.id, self._write(message))
+            case Cancel():
+                self._cancel(message.id)
+            case StatusQuery():
+                self._link.send(self._service.status())
+            case RequestsQuery():
+                self._authorise()
+                self._link.send(self._service.requests())
+            case Stop():
+                self._authorise()
+                self._link.send(Done())
+                self._service.stop()
+
+    def _authorise(self) -> None:
+        if self._uid not in {0, os.geteuid()}:
+            raise ForbiddenError(f"user {self._uid} may not administer this daemon: run as root or its own user")
+
+    def _admit(self) -> None:
+        if len(self._tasks) >= MAX_OPEN:
+            raise BadRequestError(f"{MAX_OPEN} requests are open on this connection, which is the limit")
+
+    def _cancel(self, number: int) -> None:
+        stream = self._streams.get(number)
+        if stream is None:
+            self._authorise()
+            stream = self._service.get(number)
+        if stream:
+            self._service.cancel(stream)
+        self._link.send(Done())
+
+    def _spawn(self, tag: int, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(self._guarded(tag, work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _guarded(self, tag: int, work: Coroutine[None, None, None]) -> None:
+        try:
+            await work
+        except FwdError as error:
+            self._fail(error, tag=tag)
+
+    def _open(self, submit: Submit) -> Stream:
+        stream = self._service.open(submit)
+        self._streams[stream.id] = stream
+        self._link.send(Accepted(tag=submit.id, id=stream.id, seed=stream.seed, prompt_tokens=len(stream.prompt)))
+        return stream
+
+    async def _relay(self, submit: Submit) -> None:
+        stream = self._open(submit)
+        cursor, scored = stream.given, 0
+        while not (stream.done and cursor == len(stream.emitted)):
+            await stream.wait(cursor)
+            await self._link.drain()
+            while scored < len(stream.prompt_logprobs):
+                self._link.send(_scores(stream, scored))
+                scored = min(scored + BATCH, len(stream.prompt_logprobs))
+            if cursor < len(stream.emitted):
+                self._link.send(_tokens(stream, cursor))
+                cursor = min(cursor + BATCH, len(stream.emitted))
+        self._end(stream)
+
+    async def _write(self, prompt: Prompt) -> None:
+        service = self._service
+        ids = await service.prompts.body(prompt.kind, prompt.body)
+        stream = self._open(
+            _submit(prompt, ids, service.prompts.stop_ids(prompt.limits.stop_ids, ignore_eos=prompt.ignore_eos))
+        )
+        generation = Generation(stream, service.prompts.tokenizer, prompt.stops)
+        try:
+            async for piece in generation.pieces():
+                await self._link.drain()
+                self._link.send(Text(id=stream.id, text=piece.text, tokens=piece.end - piece.start))
+        except FwdError as error:
+            assert error is stream.error
+        service.cancel(stream)
+        self._end(stream, generation.finish_reason)
+
+    def _end(self, stream: Stream, reason: str | None = None) -> None:
+        self._streams.pop(stream.id, None)
+        if stream.error:
+            self._fail(stream.error, number=stream.id)
+        elif stream.finished:
+            finished = stream.finished
+            self._link.send(msgspec.structs.replace(finished, reason=reason) if reason else finished)
+
+
+def _submit(prompt: Prompt, ids: list[int], stop_ids: tuple[int, ...]) -> Submit:
+    return Submit(
+        id=prompt.id,
+        prompt=pack_ids(ids),
+        sampling=prompt.sampling,
+        limits=msgspec.structs.replace(prompt.limits, stop_ids=stop_ids),
+        seed=prompt.seed,
+        priority=prompt.priority,
+        draft=prompt.draft,
+    )
+
+
+def _tokens(stream: Stream, cursor: int) -> Tokens:
+    begin, end = cursor - stream.given, cursor - stream.given + BATCH
+    return Tokens(
+        id=stream.id,
+        start=cursor,
+        ids=stream.emitted[cursor : cursor + BATCH].tolist(),
+        logprobs=stream.logprobs[begin:end].tolist(),
+        top=stream.top[begin:end],
+    )
+
+
+def _scores(stream: Stream, scored: int) -> PromptLogprobs:
+    return PromptLogprobs(
+        id=stream.id,
+        start=scored + 1,
+        logprobs=stream.prompt_logprobs[scored : scored + BATCH].tolist(),
+        top=stream.prompt_top[scored : scored + BATCH],
+    )

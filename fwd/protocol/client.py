@@ -1,0 +1,360 @@
+"""The public clients of `fwd.sock`: `Client` blocks, `AsyncClient` runs on asyncio. Both need no torch.
+
+with fwd.Client() as client:
+    for text in client.generate("def fibonacci(n):", max_tokens=64):
+        print(text, end="")
+"""
+
+import asyncio
+import contextlib
+import re
+import socket
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from fwd import __version__
+from fwd.config import default_socket
+from fwd.errors import BadFrameError, BadRequestError, EngineError, FwdError, NotRunningError, from_wire
+from fwd.protocol.frames import Channel, Connection
+from fwd.protocol.ids import pack_ids
+from fwd.protocol.messages import (
+    Accepted,
+    Cancel,
+    Done,
+    Draft,
+    Failed,
+    Finished,
+    FromDaemon,
+    Hello,
+    Limits,
+    Message,
+    Prompt,
+    PromptLogprobs,
+    RequestInfo,
+    Requests,
+    RequestsQuery,
+    Sampling,
+    Status,
+    StatusQuery,
+    Stop,
+    Submit,
+    Text,
+    Tokens,
+    from_daemon,
+)
+
+Event = Accepted | Tokens | PromptLogprobs | Text | Finished
+ADMIN = 0
+T = TypeVar("T")
+K = TypeVar("K", bound=Message)
+_PARTS: dict[str, type[Message]] = {"sampling": Sampling, "limits": Limits, "draft": Draft}
+
+
+def connect(uds: str | Path | None = None) -> socket.socket:
+    """A socket connected to the daemon; raises `NotRunningError` that says how to start one."""
+    path = str(uds or default_socket())
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.connect(path)
+    except OSError as error:
+        sock.close()
+        raise NotRunningError(f"no daemon listens on {path} ({error.strerror}): start one with `fwd serve`") from error
+    return sock
+
+
+def prompt_message(tag: int, prompt: str | Sequence[dict[str, Any]], options: dict[str, Any]) -> Prompt:
+    """The `Prompt` for a text, or for a chat given as messages.
+
+    `options` are fields of `Sampling`, `Limits`, `Draft` and `Prompt` by name, and for a chat `tools` and `kwargs`.
+    Raises `BadRequestError` for an option that does not exist or is out of range.
+    """
+    if isinstance(prompt, str):
+        return _build(Prompt, options, id=tag, body=memoryview(prompt.encode()))
+    chat = {"messages": prompt, **{key: options.pop(key) for key in ("tools", "kwargs") if key in options}}
+    return _build(Prompt, options, id=tag, kind="chat", body=memoryview(msgspec.json.encode(chat)))
+
+
+def submit_message(tag: int, prompt: Sequence[int], options: dict[str, Any]) -> Submit:
+    """The `Submit` for raw ids; `options` as in `prompt_message`, and fields of `Submit`."""
+    if "emitted" in options:
+        options = {**options, "emitted": pack_ids(options["emitted"])}
+    return _build(Submit, options, id=tag, prompt=pack_ids(prompt))
+
+
+def _build(kind: type[K], options: dict[str, Any], **own: Any) -> K:
+    fields = dict(options)
+    for name, part in _PARTS.items():
+        if inner := {field: fields.pop(field) for field in part.__struct_fields__ if field in fields}:
+            fields[name] = _checked(part, inner)
+    return _checked(kind, {**fields, **own})
+
+
+def _checked(kind: type[K], fields: dict[str, Any]) -> K:
+    """A struct whose bounds have been checked as the daemon will."""
+    if unknown := sorted(set(fields) - set(kind.__struct_fields__)):
+        raise BadRequestError(f"unknown option {unknown[0]!r}", param=unknown[0])
+    try:
+        return msgspec.convert(msgspec.to_builtins(kind(**fields), builtin_types=(memoryview,)), kind)
+    except (TypeError, ValueError) as error:
+        raise BadRequestError(_named(kind, str(error))) from error
+
+
+def _named(kind: type[Message], text: str) -> str:
+    """An error of a positional struct with the name of the field instead of its index."""
+    place = re.search(r" - at `\$\[(\d+)\].*`", text)
+    if place is None:
+        return text
+    tagged = kind.__struct_config__.tag is not None
+    return f"{kind.__struct_fields__[int(place[1]) - tagged]}: {text[: place.start()]}"
+
+
+class _Inboxes:
+    """Sorts the frames of one connection by the request they belong to."""
+
+    def __init__(self) -> None:
+        self._tags = count(1)
+        self._tag_of: dict[int, int] = {}
+        self._boxes: dict[int, deque[FromDaemon]] = {ADMIN: deque()}
+
+    def open(self) -> int:
+        tag = next(self._tags)
+        self._boxes[tag] = deque()
+        return tag
+
+    def close(self, tag: int) -> None:
+        del self._boxes[tag]
+
+    def put(self, message: FromDaemon) -> None:
+        if (box := self._boxes.get(self._route(message))) is not None:
+            box.append(message)
+
+    def get(self, tag: int) -> FromDaemon | None:
+        box = self._boxes[tag]
+        return box.popleft() if box else None
+
+    def _route(self, message: FromDaemon) -> int:
+        match message:
+            case Accepted():
+                self._tag_of[message.id] = message.tag
+                return message.tag
+            case Failed(tag=int(tag)):
+                return tag
+            case Finished() | Failed():
+                return self._tag_of.pop(message.id, ADMIN)
+            case Tokens() | PromptLogprobs() | Text():
+                return self._tag_of.get(message.id, ADMIN)
+        return ADMIN
+
+
+def _event(message: FromDaemon) -> Event:
+    """A frame of a request as an event; raises the error it carries."""
+    if isinstance(message, Failed):
+        raise from_wire(message.code, message.message, message.param)
+    assert isinstance(message, Event)
+    return message
+
+
+def _answer(message: FromDaemon, kind: type[T]) -> T:
+    """The answer to an admin message; raises the error it carries."""
+    if isinstance(message, Failed):
+        raise from_wire(message.code, message.message, message.param)
+    if not isinstance(message, kind):
+        raise BadFrameError(f"the daemon answered {type(message).__name__} where {kind.__name__} was due")
+    return message
+
+
+class Client:
+    """A blocking connection. Several requests may be read in turns; closing an iterator cancels its request."""
+
+    def __init__(self, uds: str | Path | None = None) -> None:
+        self._channel = Channel(connect(uds), from_daemon)
+        self._inboxes = _Inboxes()
+        self._open = True
+        self._channel.send(Hello(build=__version__))
+        _answer(self._take(ADMIN), Hello)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection; its open requests end with it."""
+        self._open = False
+        self._channel.close()
+
+    def generate(self, prompt: str | Sequence[dict[str, Any]], **options: Any) -> Iterator[str]:
+        """Stream the answer to a text, or to a chat given as messages, in pieces of text."""
+        for event in self.events(prompt, **options):
+            if isinstance(event, Text):
+                yield event.text
+
+    def events(self, prompt: str | Sequence[dict[str, Any]], **options: Any) -> Iterator[Event]:
+        """The same with every event: `Accepted`, `Text`…, `Finished`."""
+        tag = self._inboxes.open()
+        return self._stream(tag, prompt_message(tag, prompt, options))
+
+    def submit(self, prompt: Sequence[int], **options: Any) -> Iterator[Event]:
+        """Stream raw ids: `Accepted`, `PromptLogprobs`…, `Tokens`…, `Finished`. Options are those of `Submit`."""
+        tag = self._inboxes.open()
+        return self._stream(tag, submit_message(tag, prompt, options))
+
+    def cancel(self, number: int) -> None:
+        """End the request with that id."""
+        self._ask(Cancel(id=number), Done)
+
+    def status(self) -> Status:
+        """The daemon in one look."""
+        return self._ask(StatusQuery(), Status)
+
+    def requests(self) -> list[RequestInfo]:
+        """The open requests, oldest first."""
+        return self._ask(RequestsQuery(), Requests).requests
+
+    def stop(self) -> None:
+        """Ask the daemon to stop, and wait until it is gone."""
+        self._ask(Stop(), Done)
+        with contextlib.suppress(EngineError):
+            while True:
+                self._receive()
+
+    def _ask(self, message: Message, kind: type[T]) -> T:
+        self._channel.send(message)
+        return _answer(self._take(ADMIN), kind)
+
+    def _stream(self, tag: int, message: Message) -> Iterator[Event]:
+        running: int | None = None
+        self._channel.send(message)
+        try:
+            while not isinstance(event := _event(self._take(tag)), Finished):
+                running = event.id
+                yield event
+            running = None
+            yield event
+        except FwdError:
+            running = None
+            raise
+        finally:
+            self._inboxes.close(tag)
+            if running is not None and self._open:
+                self.cancel(running)
+
+    def _take(self, tag: int) -> FromDaemon:
+        while (message := self._inboxes.get(tag)) is None:
+            self._receive()
+        return message
+
+    def _receive(self) -> None:
+        try:
+            message = self._channel.receive()
+        except (EOFError, OSError) as error:
+            raise EngineError("the daemon closed the connection") from error
+        assert message is not None
+        self._inboxes.put(message)
+
+
+class AsyncClient:
+    """The same on asyncio: `async with AsyncClient() as client`, `async for text in client.generate(…)`."""
+
+    def __init__(self, uds: str | Path | None = None) -> None:
+        self._uds = uds
+        self._inboxes = _Inboxes()
+        self._admin = asyncio.Lock()
+        self._link: Connection[FromDaemon] | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._link = Connection(connect(self._uds), from_daemon, self._on_message, self._on_close)
+        self._link.send(Hello(build=__version__))
+        _answer(await self._take(ADMIN), Hello)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection; its open requests end with it."""
+        if self._link:
+            self._link.close()
+
+    async def generate(self, prompt: str | Sequence[dict[str, Any]], **options: Any) -> AsyncIterator[str]:
+        """Stream the answer to a text, or to a chat given as messages, in pieces of text."""
+        async for event in self.events(prompt, **options):
+            if isinstance(event, Text):
+                yield event.text
+
+    def events(self, prompt: str | Sequence[dict[str, Any]], **options: Any) -> AsyncIterator[Event]:
+        """The same with every event: `Accepted`, `Text`…, `Finished`."""
+        tag = self._inboxes.open()
+        return self._stream(tag, prompt_message(tag, prompt, options))
+
+    def submit(self, prompt: Sequence[int], **options: Any) -> AsyncIterator[Event]:
+        """Stream raw ids: `Accepted`, `PromptLogprobs`…, `Tokens`…, `Finished`. Options are those of `Submit`."""
+        tag = self._inboxes.open()
+        return self._stream(tag, submit_message(tag, prompt, options))
+
+    async def cancel(self, number: int) -> None:
+        """End the request with that id."""
+        await self._ask(Cancel(id=number), Done)
+
+    async def status(self) -> Status:
+        """The daemon in one look."""
+        return await self._ask(StatusQuery(), Status)
+
+    async def requests(self) -> list[RequestInfo]:
+        """The open requests, oldest first."""
+        return (await self._ask(RequestsQuery(), Requests)).requests
+
+    async def _ask(self, message: Message, kind: type[T]) -> T:
+        async with self._admin:
+            self._send(message)
+            return _answer(await self._take(ADMIN), kind)
+
+    async def _stream(self, tag: int, message: Message) -> AsyncIterator[Event]:
+        running: int | None = None
+        self._send(message)
+        try:
+            while not isinstance(event := _event(await self._take(tag)), Finished):
+                running = event.id
+                yield event
+            running = None
+            yield event
+        except FwdError:
+            running = None
+            raise
+        finally:
+            self._inboxes.close(tag)
+            if running is not None and self._link and not self._link.closed:
+                await self.cancel(running)
+
+    async def _take(self, tag: int) -> FromDaemon:
+        while (message := self._inboxes.get(tag)) is None:
+            if self._link is None or self._link.closed:
+                raise EngineError("the daemon closed the connection")
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
+        return message
+
+    def _send(self, message: Message) -> None:
+        assert self._link, "use `async with AsyncClient()`"
+        self._link.send(message)
+
+    def _on_message(self, message: FromDaemon) -> None:
+        self._inboxes.put(message)
+        self._wake()
+
+    def _on_close(self, _: Exception | None) -> None:
+        self._wake()
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
