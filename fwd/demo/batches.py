@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from fwd.demo.corpus import Documents, documents
 # Share of the rows of a batch. Modules are read at any offset; pieces and chats from the start of a document.
 SHARES = {"code": 0.52, "tests": 0.15, "pieces": 0.10, "chat": 0.23}
 ALIGNED = {"pieces", "chat"}
+# Places in each piece where a prompt might have ended: the parts are tokenized apart, so that `def ` can be continued.
+CUTS = {"pieces": 2}
 
 
 class Pool:
@@ -23,10 +26,12 @@ class Pool:
         self.ids, self.starts = ids, starts
 
     @classmethod
-    def encode(cls, tok: Tokenizer, texts: list[str], seed: int = 0) -> Pool:
-        order = np.random.default_rng(seed).permutation(len(texts))
+    def encode(cls, tok: Tokenizer, texts: list[str], seed: int = 0, cuts: int = 0) -> Pool:
+        rng = np.random.default_rng(seed)
+        parts = [cut(texts[i], rng, cuts) for i in rng.permutation(len(texts))]
+        encoded = iter(tok.encode_batch(list(chain.from_iterable(parts)), add_special_tokens=False))
         end = tok.token_to_id(tokenizer.END)
-        rows = [[*e.ids, end] for e in tok.encode_batch([texts[i] for i in order], add_special_tokens=False)]
+        rows = [[*chain.from_iterable(e.ids for e in islice(encoded, len(part))), end] for part in parts]
         starts = np.cumsum([0, *map(len, rows)])[:-1]
         return cls(np.concatenate([np.array(row, dtype=np.uint16) for row in rows]), starts)
 
@@ -37,6 +42,13 @@ class Pool:
 
 
 Pools = dict[str, Pool]
+
+
+def cut(text: str, rng: np.random.Generator, cuts: int) -> list[str]:
+    """The text in cuts + 1 parts, each but the last ending in something that is not a letter or digit."""
+    ends = [i for i, c in enumerate(text[:-1], 1) if not c.isalnum()] if cuts else []
+    chosen = sorted({0, len(text), *rng.choice(ends, cuts).tolist()}) if ends else [0, len(text)]
+    return [text[a:b] for a, b in pairwise(chosen)]
 
 
 def load(folder: Path, seed: int) -> tuple[Tokenizer, Pools]:
@@ -50,7 +62,7 @@ def load(folder: Path, seed: int) -> tuple[Tokenizer, Pools]:
     chats = [text.replace(tokenizer.START, "").replace(tokenizer.STOP, "") for text in docs.chat]
     tok = tokenizer.train(docs.code + chats + docs.tests[::8])
     tok.save(str(vocabulary))
-    pools = {name: Pool.encode(tok, texts, seed) for name, texts in docs._asdict().items()}
+    pools = {name: Pool.encode(tok, texts, seed, CUTS.get(name, 0)) for name, texts in docs._asdict().items()}
     np.savez(cache, **{n: p.ids for n, p in pools.items()}, **{f"{n}_starts": p.starts for n, p in pools.items()})
     return tok, pools
 

@@ -95,7 +95,7 @@ class Run:
             inherit(self.model, teacher)
         self.optimizers = optimizers(self.model, plan)
         self.progress = Progress()
-        self.loss = torch.compile(self.eager_loss) if plan.compile else self.eager_loss
+        self.loss = torch.compile(self.eager_loss, dynamic=False) if plan.compile else self.eager_loss
 
     def eager_loss(self, batch: Tensor) -> Tensor:
         """Nats per token: against the text, or against the teacher's distribution where there is one."""
