@@ -1,9 +1,8 @@
 """Documents as arrays of token ids, and batches drawn from them."""
 
-from __future__ import annotations
-
 from itertools import chain, islice, pairwise
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -17,16 +16,18 @@ SHARES = {"code": 0.52, "tests": 0.15, "pieces": 0.10, "chat": 0.23}
 ALIGNED = {"pieces", "chat"}
 # Places in each piece where a prompt might have ended: the parts are tokenized apart, so that `def ` can be continued.
 CUTS = {"pieces": 2}
+Array = np.ndarray[Any, Any]
 
 
 class Pool:
     """Documents of one kind, each followed by END, in one array."""
 
-    def __init__(self, ids: np.ndarray, starts: np.ndarray) -> None:
+    def __init__(self, ids: Array, starts: Array) -> None:
         self.ids, self.starts = ids, starts
 
     @classmethod
-    def encode(cls, tok: Tokenizer, texts: list[str], seed: int = 0, cuts: int = 0) -> Pool:
+    def encode(cls, tok: Tokenizer, texts: list[str], seed: int = 0, cuts: int = 0) -> Self:
+        """Tokenize the documents, shuffled; cuts is the number of places where a text is cut."""
         rng = np.random.default_rng(seed)
         parts = [cut(texts[i], rng, cuts) for i in rng.permutation(len(texts))]
         encoded = iter(tok.encode_batch(list(chain.from_iterable(parts)), add_special_tokens=False))
@@ -35,7 +36,8 @@ class Pool:
         starts = np.cumsum([0, *map(len, rows)])[:-1]
         return cls(np.concatenate([np.array(row, dtype=np.uint16) for row in rows]), starts)
 
-    def row(self, rng: np.random.Generator, length: int, aligned: bool) -> np.ndarray:
+    def row(self, rng: np.random.Generator, length: int, aligned: bool) -> Array:
+        """Length ids from the start of a document, or from anywhere."""
         last = len(self.ids) - length
         at = rng.choice(self.starts) if aligned else rng.integers(last)
         return self.ids[min(at, last) :][:length]
@@ -51,20 +53,21 @@ def cut(text: str, rng: np.random.Generator, cuts: int) -> list[str]:
     return [text[a:b] for a, b in pairwise(chosen)]
 
 
-def load(folder: Path, seed: int) -> tuple[Tokenizer, Pools]:
-    """The tokenizer and training pools, from the folder's cache when it has one."""
-    cache, vocabulary = folder / "pools.npz", folder / "tokenizer.json"
+def load(folder: Path, seed: int) -> Pools:
+    """The training pools, from the folder's cache when it has one; else they and tokenizer.json are made there."""
+    cache = folder / "pools.npz"
     if cache.exists():
         arrays = np.load(cache)
-        pools = {name: Pool(arrays[name], arrays[f"{name}_starts"]) for name in SHARES}
-        return Tokenizer.from_file(str(vocabulary)), pools
+        return {name: Pool(arrays[name], arrays[f"{name}_starts"]) for name in SHARES}
     docs = documents(wanted=False)
     chats = [text.replace(tokenizer.START, "").replace(tokenizer.STOP, "") for text in docs.chat]
     tok = tokenizer.train(docs.code + chats + docs.tests[::8])
-    tok.save(str(vocabulary))
+    tok.save(str(folder / "tokenizer.json"))
     pools = {name: Pool.encode(tok, texts, seed, CUTS.get(name, 0)) for name, texts in docs._asdict().items()}
-    np.savez(cache, **{n: p.ids for n, p in pools.items()}, **{f"{n}_starts": p.starts for n, p in pools.items()})
-    return tok, pools
+    parts: dict[str, Any] = {name: pool.ids for name, pool in pools.items()}
+    parts |= {f"{name}_starts": pool.starts for name, pool in pools.items()}
+    np.savez(cache, **parts)
+    return pools
 
 
 def held_out(tok: Tokenizer) -> tuple[Documents, Pools]:

@@ -1,17 +1,17 @@
 """Chat documents in ChatML: requests for a function, and questions about one, worded from its docstring."""
 
-from __future__ import annotations
-
 import re
 import zlib
 from collections.abc import Iterator
 
 SYSTEM = "You are a helpful assistant that writes Python."
-VERBS = set(
-    "add append apply call check close compare compute convert copy create decode delete determine emit encode execute "
-    "extract find format generate get handle insert install load look make map move open parse perform pop print process "
-    "push put raise read register remove replace report reset return run save search send set show sort split start stop "
-    "store test turn update use validate wait write yield".split()
+VERBS = frozenset(
+    """
+    add append apply call check close compare compute convert copy create decode delete determine emit encode
+    execute extract find format generate get handle insert install load look make map move open parse perform
+    pop print process push put raise read register remove replace report reset return run save search send set
+    show sort split start stop store test turn update use validate wait write yield
+    """.split()  # noqa: SIM905 -- a word list reads best as words
 )
 ASK = (
     "Write a {kind} `{name}` that {does}.",
@@ -39,6 +39,7 @@ GREETINGS = (
 
 
 def turn(role: str, text: str) -> str:
+    """One ChatML message."""
     return f"<|im_start|>{role}\n{text}<|im_end|>\n"
 
 
@@ -49,6 +50,7 @@ def dialogue(*texts: str, system: bool = False) -> str:
 
 
 def fenced(code: str) -> str:
+    """Code as a Markdown block."""
     return f"```python\n{code}```"
 
 

@@ -3,8 +3,6 @@
 Nothing is downloaded. The split is by hash of the file's path, so a file is wholly in training or wholly held out.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import re
@@ -19,11 +17,14 @@ from fwd.demo import chat
 SKIP = {"site-packages", "encodings", "pydoc_data", "__pycache__", "lib-dynload", "ensurepip"}
 TESTS = {"test", "tests", "idle_test"}
 MAX_BYTES = 400_000
+MAX_PIECE = 2400
 MAX_DIGITS = 0.15
 HELD_OUT = 24
 
 
 class Source(NamedTuple):
+    """One module: its path inside the library, its text, and which side of the split it is on."""
+
     name: str
     text: str
     held_out: bool
@@ -65,7 +66,7 @@ def sources(root: Path | None = None) -> Iterator[Source]:
 
 
 def read(path: Path) -> str | None:
-    """The file's text with newlines as \\n, or None where it is not UTF-8 or not Python 3."""
+    """The file's text with Unix newlines, or None where it is not UTF-8 or not Python 3."""
     try:
         text = path.read_text(encoding="utf-8")
         compile(text, str(path), "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
@@ -80,11 +81,13 @@ def functions(text: str) -> Iterator[Function]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             whole = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno])).rstrip() + "\n"
-            if 2 < whole.count("\n") and len(whole) < 2400:
-                yield Function(node.name, kind(node, whole), whole, without_doc(node, lines), ast.get_docstring(node) or "")
+            if whole.count("\n") > 2 and len(whole) < MAX_PIECE:
+                doc = ast.get_docstring(node) or ""
+                yield Function(node.name, kind(node, whole), whole, without_doc(node, lines), doc)
 
 
 def kind(node: ast.AST, text: str) -> str:
+    """What a person would call it."""
     if isinstance(node, ast.ClassDef):
         return "class"
     return "method" if re.match(r"(async )?def \w+\((self|cls)\b", text) else "function"
@@ -124,6 +127,7 @@ def documents(wanted: bool, root: Path | None = None) -> Documents:
 
 
 def add_functions(docs: Documents, text: str) -> None:
+    """The module's functions as pieces, and as chats where they have a docstring."""
     for function in functions(text):
         docs.pieces.append(function.text)
         if function.doc:

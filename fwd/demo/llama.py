@@ -1,16 +1,14 @@
 """A Llama in plain torch, for training only: names and mathematics are those of a checkpoint, so export is a cast."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fwd.demo import tokenizer
 
@@ -21,6 +19,8 @@ CONTEXT = 2048
 
 @dataclass(frozen=True)
 class Shape:
+    """The sizes of a model."""
+
     layers: int
     hidden: int = 256
     heads: int = 4
@@ -35,12 +35,15 @@ DRAFT = Shape(layers=1)
 
 
 class Norm(nn.Module):
+    """RMS norm, in float32."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, EPS)
+        """[..., hidden] to the same."""
+        return functional.rms_norm(x.float(), self.weight.shape, self.weight, EPS)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -50,12 +53,15 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def angles(tokens: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each position and frequency, [tokens, width / 2]."""
     inverse = THETA ** -(torch.arange(0, width, 2, device=device) / width)
     phase = torch.outer(torch.arange(tokens, device=device), inverse)
     return phase.cos(), phase.sin()
 
 
 class Attention(nn.Module):
+    """Causal attention with grouped heads, from position 0 on: training never continues a cache."""
+
     def __init__(self, s: Shape) -> None:
         super().__init__()
         self.shape = s
@@ -65,18 +71,23 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(s.heads * s.head_dim, s.hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[rows, tokens, hidden] to the same."""
         q, k, v = (self.split(linear(x)) for linear in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rope(q, cos, sin).to(v.dtype), rope(k, cos, sin).to(v.dtype)
         group = self.shape.heads // self.shape.kv_heads
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [rows, heads, tokens, head_dim]
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # [rows, heads, tokens, head_dim]
+        mixed: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return mixed
 
     def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
+        """[rows, tokens, heads * head_dim] to [rows, heads, tokens, head_dim]."""
+        return x.view(*x.shape[:2], -1, self.shape.head_dim).transpose(1, 2)
 
 
 class Mlp(nn.Module):
+    """The gated feed-forward block."""
+
     def __init__(self, s: Shape) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(s.hidden, s.intermediate, bias=False)
@@ -84,10 +95,14 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(s.intermediate, s.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        """[..., hidden] to the same."""
+        out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Layer(nn.Module):
+    """Attention and feed-forward, each after a norm and added to the stream."""
+
     def __init__(self, s: Shape) -> None:
         super().__init__()
         self.input_layernorm = Norm(s.hidden)
@@ -96,8 +111,10 @@ class Layer(nn.Module):
         self.mlp = Mlp(s)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[rows, tokens, hidden] to the same."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class Llama(nn.Module):
@@ -112,6 +129,7 @@ class Llama(nn.Module):
         self.apply(self.init)
 
     def init(self, module: nn.Module) -> None:
+        """Small normal weights, smaller still where a block writes to the stream."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, Layer):
@@ -119,14 +137,16 @@ class Llama(nn.Module):
                 nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * self.shape.layers))
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Logits for each position of ids, [rows, tokens]."""
         x = self.embed_tokens(ids)  # [rows, tokens, hidden]
         cos, sin = angles(ids.shape[1], self.shape.head_dim, ids.device)
         for layer in self.layers:
             x = layer(x, cos, sin)
-        return F.linear(self.norm(x), self.embed_tokens.weight)  # [rows, tokens, vocab]
+        return functional.linear(self.norm(x), self.embed_tokens.weight)  # [rows, tokens, vocab]
 
 
 def config(s: Shape) -> dict[str, object]:
+    """The content of config.json."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -154,7 +174,7 @@ def config(s: Shape) -> dict[str, object]:
 def save(model: Llama, folder: Path) -> None:
     """Weights as bf16 safetensors, config.json and generation_config.json: an ordinary model folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {f"model.{name}": p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in model.state_dict().items()}
+    weights = {f"model.{name}": p.to("cpu", torch.bfloat16) for name, p in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config(model.shape), indent=2) + "\n")
     generation = {"eos_token_id": [2, 0], "pad_token_id": 0, "do_sample": True, "temperature": 0.8, "top_p": 0.95}

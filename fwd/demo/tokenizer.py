@@ -1,7 +1,5 @@
 """The byte-level BPE of the demo models: training it, and writing the files of a model folder."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 VOCAB = 4096
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = [END, START, STOP]
-# A newline is never glued to what precedes or follows it, so a prompt that stops at a line's end is tokenized as in training.
+# A newline is never glued to code before it or to the indentation after it: a prompt may end at a line's end.
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEMPLATE = (
     "{% for message in messages %}"
@@ -29,13 +27,16 @@ def train(texts: Iterable[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytelevel])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     assert tokenizer.get_vocab_size() == VOCAB, tokenizer.get_vocab_size()
     return tokenizer
 
 
 def config(context: int) -> dict[str, object]:
+    """The content of tokenizer_config.json."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": STOP,
@@ -47,6 +48,12 @@ def config(context: int) -> dict[str, object]:
     }
 
 
+def load(folder: Path) -> Tokenizer:
+    """The tokenizer of a model folder."""
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
 def save(tokenizer: Tokenizer, folder: Path, context: int) -> None:
+    """tokenizer.json and tokenizer_config.json, with the chat template inside."""
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config(context), indent=2) + "\n")

@@ -1,9 +1,7 @@
-"""Trains the embedded model, or its drafter: `python -m fwd.demo.train --out DIR`, then `--teacher DIR` for the drafter.
+"""Trains the embedded model (`python -m fwd.demo.train --out DIR`) and its drafter (the same with `--teacher DIR`).
 
 Warm-up, stable, decay: the decay can start from any checkpoint, so a run that must end early is cut without loss.
 """
-
-from __future__ import annotations
 
 import json
 import time
@@ -15,8 +13,8 @@ from typing import Any
 import click
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from fwd.demo import batches, llama, tokenizer
 
@@ -24,6 +22,7 @@ WARM_UP = 100
 DECAY = 0.3
 LONG = 0.12
 FLOOR = 0.02
+REPORT_EVERY = 20
 SAVE_EVERY = 240.0
 
 
@@ -32,15 +31,20 @@ class Plan:
     """What a run is asked to do; minutes, when given, may end it before tokens do."""
 
     out: Path
+    teacher: Path | None
     tokens: int
     minutes: float
     rate: float
     seed: int
     device: str
     compile: bool
-    muon: bool = True
     rows: int = 16
     length: int = 256
+
+    @property
+    def vocabulary(self) -> Path:
+        """The folder of the tokenizer and the encoded text: the drafter uses its teacher's."""
+        return self.teacher or self.out
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Progress:
     share: float = 0.0
 
     def advance(self, plan: Plan, tokens: int, seconds: float) -> None:
+        """Count one step."""
         self.step += 1
         self.tokens += tokens
         self.seconds += seconds
@@ -71,30 +76,26 @@ def shape(plan: Plan, progress: Progress) -> tuple[int, int]:
     return (plan.rows // 4, plan.length * 4) if progress.share > 1 - LONG else (plan.rows, plan.length)
 
 
-def optimizers(model: llama.Llama, plan: Plan) -> list[torch.optim.Optimizer]:
+def optimizers(model: llama.Llama, peak: float) -> list[torch.optim.Optimizer]:
     """Matrices of the layers by Muon (with AdamW's step size), the embedding and the norms by AdamW."""
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
-    if not plan.muon:
-        rest = [p for p in model.parameters() if p.ndim < 2]
-        groups = [{"params": [*matrices, model.embed_tokens.weight]}, {"params": rest, "weight_decay": 0.0}]
-        return [torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)]
     rest = [model.embed_tokens.weight, *(p for p in model.parameters() if p.ndim < 2)]
-    adam = torch.optim.AdamW(rest, lr=plan.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    muon = torch.optim.Muon(matrices, lr=plan.rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    muon = torch.optim.Muon(matrices, lr=peak, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     return [muon, adam]
 
 
 class Run:
     """A model in training with all that a checkpoint holds."""
 
-    def __init__(self, plan: Plan, teacher: llama.Llama | None) -> None:
+    def __init__(self, plan: Plan) -> None:
         torch.manual_seed(plan.seed)
-        self.plan, self.teacher = plan, teacher
-        self.model = llama.Llama(llama.DRAFT if teacher else llama.MODEL).to(plan.device)
-        if teacher:
-            inherit(self.model, teacher)
-        self.optimizers = optimizers(self.model, plan)
-        self.progress = Progress()
+        self.plan, self.progress = plan, Progress()
+        self.teacher = load_teacher(plan.teacher, plan.device) if plan.teacher else None
+        self.model = llama.Llama(llama.DRAFT if self.teacher else llama.MODEL).to(plan.device)
+        if self.teacher:
+            inherit(self.model, self.teacher)
+        self.optimizers = optimizers(self.model, plan.rate)
         self.loss = torch.compile(self.eager_loss, dynamic=False) if plan.compile else self.eager_loss
 
     def eager_loss(self, batch: Tensor) -> Tensor:
@@ -102,15 +103,16 @@ class Run:
         inputs, targets = batch[:, :-1], batch[:, 1:]
         logits = self.model(inputs).float().flatten(0, 1)
         if self.teacher is None:
-            return F.cross_entropy(logits, targets.flatten())
+            return functional.cross_entropy(logits, targets.flatten())
         with torch.no_grad():
             wanted = self.teacher(inputs).float().flatten(0, 1).softmax(-1)
-        return F.cross_entropy(logits, wanted)
+        return functional.cross_entropy(logits, wanted)
 
     def step(self, batch: Tensor) -> float:
+        """One update of the weights; the loss before it."""
         with torch.autocast(self.plan.device, torch.bfloat16):
             loss = self.loss(batch.to(self.plan.device))
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -120,17 +122,20 @@ class Run:
         return loss.item()
 
     def save(self) -> None:
+        """The checkpoint, replaced as a whole, and the model folder export/ beside it."""
         state = {
             "model": self.model.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "progress": asdict(self.progress),
         }
         torch.save(state, self.plan.out / "checkpoint.tmp")
         (self.plan.out / "checkpoint.tmp").rename(self.plan.out / "checkpoint.pt")
+        llama.save(self.model, self.plan.out / "export")
+        tokenizer.save(tokenizer.load(self.plan.vocabulary), self.plan.out / "export", llama.CONTEXT)
 
     def load(self, decay: bool) -> None:
         """Continue from the checkpoint; with decay, at the point of the schedule where the decay starts."""
-        state: dict[str, Any] = torch.load(self.plan.out / "checkpoint.pt", map_location=self.plan.device, weights_only=True)
+        state = read_checkpoint(self.plan.out, self.plan.device)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -139,14 +144,27 @@ class Run:
             self.progress.share = max(self.progress.share, 1 - DECAY)
 
 
+def read_checkpoint(folder: Path, device: str) -> dict[str, Any]:
+    """What `Run.save` wrote; tensors and numbers only, never code."""
+    state: dict[str, Any] = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
+    return state
+
+
+def load_teacher(folder: Path, device: str) -> llama.Llama:
+    """The trained model, frozen."""
+    teacher = llama.Llama(llama.MODEL).to(device)
+    teacher.load_state_dict(read_checkpoint(folder, device)["model"])
+    return teacher.eval().requires_grad_(requires_grad=False)
+
+
 def inherit(draft: llama.Llama, teacher: llama.Llama) -> None:
     """The drafter starts from its teacher's embedding, norm and first layer."""
     wanted = draft.state_dict()
     draft.load_state_dict({name: p for name, p in teacher.state_dict().items() if name in wanted})
 
 
-def train(run: Run, pools: batches.Pools) -> Iterator[tuple[Progress, float]]:
-    """Steps until the budget is spent; yields the progress and the loss of each."""
+def train(run: Run, pools: batches.Pools) -> Iterator[float]:
+    """Steps until the budget is spent; yields the loss of each."""
     plan, progress = run.plan, run.progress
     rng = np.random.default_rng([plan.seed, progress.step])
     while progress.share < 1:
@@ -154,69 +172,59 @@ def train(run: Run, pools: batches.Pools) -> Iterator[tuple[Progress, float]]:
         rows, length = shape(plan, progress)
         loss = run.step(batches.draw(pools, rng, rows, length))
         progress.advance(plan, rows * length, time.monotonic() - start)
-        yield progress, loss
+        yield loss
 
 
-def export(run: Run) -> None:
-    """The model folder, complete, beside the checkpoint."""
-    folder = run.plan.out / "export"
-    llama.save(run.model, folder)
-    vocabulary = tokenizer.Tokenizer.from_file(str(run.plan.out / "tokenizer.json"))
-    tokenizer.save(vocabulary, folder, llama.CONTEXT)
+def follow(run: Run, steps: Iterator[float]) -> None:
+    """Report and save at intervals, and save at the end."""
+    losses: list[float] = []
+    saved = time.monotonic()
+    for loss in steps:
+        losses.append(loss)
+        if len(losses) == REPORT_EVERY:
+            report(run.progress, losses, run.plan.out)
+            losses.clear()
+        if time.monotonic() - saved > SAVE_EVERY:
+            run.save()
+            saved = time.monotonic()
+    run.save()
 
 
 def report(progress: Progress, losses: list[float], out: Path) -> None:
-    line = {**asdict(progress), "loss": sum(losses) / len(losses), "rate": rate(progress), "tokens_s": progress.tokens / progress.seconds}
-    text = json.dumps({k: round(v, 4) for k, v in line.items()})
+    """One line of JSON to the terminal and to log.jsonl."""
+    speed = progress.tokens / progress.seconds
+    line = asdict(progress) | {"loss": sum(losses) / len(losses), "rate": rate(progress), "tokens_s": speed}
+    text = json.dumps({key: round(value, 4) for key, value in line.items()})
     click.echo(text)
     with (out / "log.jsonl").open("a") as log:
         log.write(text + "\n")
 
 
-def teacher_of(folder: Path | None, device: str) -> llama.Llama | None:
-    if folder is None:
-        return None
-    teacher = llama.Llama(llama.MODEL).to(device)
-    teacher.load_state_dict(torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)["model"])
-    return teacher.eval().requires_grad_(requires_grad=False)
+FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for checkpoint, log and export/.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the checkpoint, the log and export/.")
+@click.option("--teacher", type=FOLDER, help="The model's --out: train the drafter on what it predicts.")
 @click.option("--tokens", default=15_000_000, help="Budget of training tokens.")
-@click.option("--minutes", default=0.0, help="Budget of time; the one that ends first counts.")
+@click.option("--minutes", default=0.0, help="Budget of time, if any; the one that ends first counts.")
 @click.option("--rate", default=5e-3, help="Peak learning rate.")
-@click.option("--seed", default=0)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option("--compile", "compiled", is_flag=True, help="Use torch.compile.")
+@click.option("--seed", default=0, help="Of the initial weights and the order of the text.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to train.")
+@click.option("--compile/--no-compile", default=False, help="Use torch.compile: a fifth less time on a CPU.")
 @click.option("--resume", is_flag=True, help="Continue from the checkpoint in --out.")
 @click.option("--decay", is_flag=True, help="With --resume: start the decay now.")
-@click.option("--teacher", type=click.Path(path_type=Path, exists=True), help="The model's --out: train the drafter on its output.")
-@click.option("--adamw", is_flag=True)
-def main(out: Path, *, resume: bool, decay: bool, compiled: bool, teacher: Path | None, device: str, adamw: bool, **budget: Any) -> None:
+def main(out: Path, *, device: str, resume: bool, decay: bool, **budget: Any) -> None:
     """Train the demo model, or with --teacher its drafter."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan = Plan(out, device=device, compile=compiled, muon=not adamw, **budget)
+    plan = Plan(out, device=device, **budget)
     out.mkdir(parents=True, exist_ok=True)
-    _, pools = batches.load(out, plan.seed)
-    click.echo(json.dumps({name: len(pool.ids) for name, pool in pools.items()}))
-    run = Run(plan, teacher_of(teacher, device))
+    pools = batches.load(plan.vocabulary, plan.seed)
+    run = Run(plan)
     if resume:
         run.load(decay)
-    losses: list[float] = []
-    saved = time.monotonic()
-    for progress, loss in train(run, pools):
-        losses.append(loss)
-        if progress.step % 20 == 0:
-            report(progress, losses, out)
-            losses.clear()
-        if time.monotonic() - saved > SAVE_EVERY:
-            run.save()
-            export(run)
-            saved = time.monotonic()
-    run.save()
-    export(run)
+    follow(run, train(run, pools))
 
 
 if __name__ == "__main__":

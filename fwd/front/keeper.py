@@ -76,9 +76,9 @@ class Keeper:
         self._stopping = False
         self._empty = asyncio.Event()
 
-    def spawn(self) -> None:
-        """Start the process before there is a loop to talk to it."""
-        self.process = EngineProcess(self._command)
+    def adopt(self, process: EngineProcess) -> None:
+        """Use a process that was started before there was a loop to talk to it."""
+        self.process = process
 
     async def run(self) -> None:
         """Keep an engine alive until `stop`, or until it cannot be started at all."""
@@ -152,7 +152,7 @@ class Keeper:
         except JournalError as error:
             self.process.kill(f"protocol: {error}")
 
-    def _handle(self, message: FromEngine) -> None:
+    def _handle(self, message: FromEngine) -> None:  # noqa: C901  # one case a message
         match message:
             case Tokens():
                 self._on_tokens(message)
@@ -170,8 +170,9 @@ class Keeper:
                 self.progress = message
             case Ready():
                 self._on_ready(message.info)
-            case Hello(version=version) if version != VERSION:
-                raise JournalError(f"the engine speaks version {version}, the front {VERSION}")
+            case Hello(version=version):
+                if version != VERSION:
+                    raise JournalError(f"the engine speaks version {version}, the front {VERSION}")
             case Failed():
                 self.error = from_wire(message.code, message.message, message.param)
 

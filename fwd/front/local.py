@@ -200,8 +200,8 @@ class Session:
             async for piece in generation.pieces():
                 await self._link.drain()
                 self._link.send(Text(id=stream.id, text=piece.text, tokens=piece.end - piece.start))
-        except FwdError as error:
-            assert error is stream.error
+        except FwdError:
+            assert stream.error
         service.cancel(stream)
         self._end(stream, generation.finish_reason)
 

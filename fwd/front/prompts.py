@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import msgspec
 
@@ -29,6 +30,11 @@ class Prompts:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self.tokenizer = tokenizer
         self.template = template
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read tokenizer and template of a model folder; raises `ModelError` naming the file at fault."""
+        return cls(Tokenizer.load(folder), ChatTemplate.load(folder))
 
     async def text(self, text: str) -> list[int]:
         """Ids of plain text; special tokens in it are text."""

@@ -32,10 +32,11 @@ log = structlog.get_logger("fwd.request")
 class Service:
     """The daemon without its sockets. `stop` is set by whoever runs it; `observers` hear of every ended stream."""
 
-    def __init__(self, config: Config, supervisor: Supervisor, prompts: Prompts) -> None:
+    def __init__(self, config: Config, supervisor: Supervisor) -> None:
         self.config = config
         self.supervisor = supervisor
-        self.prompts = prompts
+        self.draining = False
+        self._prompts: Prompts | None = None
         self.listening: list[str] = []
         self.stop: Callable[[], None] = lambda: None
         self.observers: list[Callable[[Stream], None]] = []
@@ -43,6 +44,17 @@ class Service:
         self._ids = count(1)
         self._streams: dict[int, Stream] = {}
         self._started = time.monotonic()
+
+    @property
+    def prompts(self) -> Prompts:
+        """The text side; raises `NotReadyError` until it is loaded."""
+        if self._prompts is None:
+            raise NotReadyError("not ready: the tokenizer is loading", retry_after=1)
+        return self._prompts
+
+    @prompts.setter
+    def prompts(self, prompts: Prompts) -> None:
+        self._prompts = prompts
 
     @property
     def streams(self) -> Iterable[Stream]:
@@ -54,7 +66,9 @@ class Service:
         keeper = self.supervisor.active
         if keeper.state == "failed":
             raise EngineError(f"the engine cannot be started: {keeper.reason}")
-        if keeper.info is None or keeper.state == "stopping":
+        if self.draining:
+            raise NotReadyError("not ready: the daemon is stopping", retry_after=5)
+        if keeper.info is None:
             raise NotReadyError(f"not ready: {keeper.reason}", retry_after=1)
         return keeper.info
 

@@ -10,7 +10,7 @@ from fwd.protocol.messages import Load
 
 
 class Supervisor:
-    """Routes streams to engines. `make` builds a keeper for a `Load`; `on_failed` hears that the active one gave up."""
+    """Routes streams to engines; `make` builds a keeper for a `Load`."""
 
     def __init__(self, make: Callable[[Load], Keeper], load: Load) -> None:
         self._make = make
@@ -18,10 +18,6 @@ class Supervisor:
         self.second: Keeper | None = None
         self._owner: dict[int, Keeper] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-
-    def spawn(self) -> None:
-        """Start the active engine's process; needs no loop."""
-        self.active.spawn()
 
     def start(self) -> asyncio.Task[None]:
         """Run the active engine; the task ends when it is stopped or cannot be started."""
