@@ -101,7 +101,7 @@ class Load(Message, tag=2, frozen=True):
     device: str = "auto"
     dtype: str = "auto"
     context: Count = 0
-    max_seqs: Annotated[int, Meta(ge=1, le=64)] = 16
+    max_seqs: Annotated[int, Meta(ge=1, le=16)] = 16
     kv_dtype: str = "auto"
     kv_bytes: Count = 1 << 30
     threads: Count = 0
