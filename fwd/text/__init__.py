@@ -1,0 +1,1 @@
+"""The text side of the front: tokenizer, chat template, incremental detokenizer, stop strings."""

@@ -1,0 +1,41 @@
+"""Reading the JSON files of a model folder."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fwd.errors import ModelError
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file; `ModelError` names the file that is missing or unreadable."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path}: not UTF-8 ({error})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file; `ModelError` names the file that is missing, unreadable or broken."""
+    try:
+        value = msgspec.json.decode(read_text(path))
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ModelError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: a JSON object is needed, not {type(value).__name__}")
+    return value
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """As `read_json`; an empty object where the file does not exist."""
+    return read_json(path) if path.exists() else {}
+
+
+def token_content(value: Any) -> str | None:
+    """Read a special token as tokenizer_config.json spells it: a string, or an object with `content`."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
