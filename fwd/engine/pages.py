@@ -29,7 +29,9 @@ class PagedSpace:
         missing = self.pages_for(tokens) - len(request.pages)
         if missing > len(self._free):
             return False
-        request.pages += [self._free.pop() for _ in range(missing)]
+        if missing > 0:
+            request.pages += [self._free.pop() for _ in range(missing)]
+            request.pages_version += 1
         return True
 
     def commit(self, request: Request, tokens: int) -> None:
@@ -39,11 +41,13 @@ class PagedSpace:
 
     def rollback(self, request: Request) -> None:
         """Give back pages that hold no committed token."""
-        keep = self.pages_for(request.computed)
-        self._free += reversed(request.pages[keep:])
-        del request.pages[keep:]
+        self._keep(request, self.pages_for(request.computed))
 
     def release(self, request: Request) -> None:
         """Give back everything."""
-        self._free += reversed(request.pages)
-        request.pages.clear()
+        self._keep(request, 0)
+
+    def _keep(self, request: Request, pages: int) -> None:
+        self._free += reversed(request.pages[pages:])
+        del request.pages[pages:]
+        request.pages_version += 1

@@ -1,11 +1,23 @@
 """The one structure that scheduler, pages, step and sampler share."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fwd.protocol.ids import unpack_ids
-from fwd.protocol.messages import Submit
+from fwd.protocol.messages import Submit, TopLogprobs
 
 Phase = Literal["prefill", "decode"]
+
+
+class Drawn(NamedTuple):
+    """One drawn token or scored prompt token; `logprob` is of the raw distribution, `top` is best first.
+
+    `finite` is False if the row's logits held NaN or infinity.
+    """
+
+    id: int
+    logprob: float
+    top: TopLogprobs
+    finite: bool
 
 
 class Request:
@@ -13,7 +25,8 @@ class Request:
 
     Four lengths, in tokens: `computed` (KV committed) ≤ `length` (known ids) ≤ `limit`, and `prompt` ≤ `length`, the
     border between what is prefilled and what goes through the decode path. Known ids beyond `computed` are replayed
-    after a resume or a preemption; in steady decode there is exactly one. `given` ids were already sent to the reader.
+    after a resume or a preemption; in steady decode there is exactly one. `pages` is the block table, and
+    `pages_version` grows with each change of it.
     """
 
     def __init__(self, submit: Submit) -> None:
@@ -21,12 +34,11 @@ class Request:
         self.submit = submit
         self.ids = [*unpack_ids(submit.prompt), *unpack_ids(submit.emitted)]
         self.prompt = len(self.ids) - len(submit.emitted) // 4
-        self.given = len(self.ids)
         self.limit = max(self.prompt + submit.limits.max_tokens, self.length)
         self.computed = 0
         self.pages: list[int] = []
+        self.pages_version = 0
         self.stop_ids = frozenset(submit.limits.stop_ids)
-        self.cancelled = False
         self.clock = Clock()
         self.check()
 

@@ -1,0 +1,68 @@
+"""The engine process: `python -m fwd.engine.main FD`, where FD is its end of the front's socketpair."""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+
+from fwd import __version__
+from fwd.errors import BadFrameError, FwdError
+from fwd.protocol.frames import Channel
+from fwd.protocol.messages import VERSION, Failed, Hello, Load, Loading, Ready, ToEngine, to_engine
+
+PR_SET_PDEATHSIG = 1
+PROGRESS_SECONDS = 0.1
+
+
+def main() -> int:
+    """Load what the front says and serve it until the link closes; the exit code."""
+    _die_with_parent()
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])), to_engine)
+    try:
+        channel.send(Hello(build=__version__))
+        _serve(channel)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return 0
+    except FwdError as error:
+        channel.send(Failed(code=error.code, message=error.message, param=error.param))
+        return error.exit_code
+    return 0
+
+
+def _die_with_parent() -> None:
+    """SIGKILL when the front dies (prctl(2)); if it is dead already the link is at its end."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _serve(channel: Channel[ToEngine]) -> None:
+    hello, load = channel.receive(), channel.receive()
+    if not isinstance(hello, Hello) or hello.version != VERSION or not isinstance(load, Load):
+        raise BadFrameError(f"the engine expects Hello of version {VERSION} and then Load")
+    started = time.monotonic()
+    from fwd.engine.start import start  # noqa: PLC0415  # torch: seconds, and the link is up before
+
+    loop, info = start(load, channel, _Progress(channel), started)
+    channel.send(Ready(info=info))
+    loop.run()
+
+
+class _Progress:
+    """Sends `Loading` a few times a second."""
+
+    def __init__(self, channel: Channel[ToEngine]) -> None:
+        self._channel = channel
+        self._last = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - self._last >= PROGRESS_SECONDS:
+            self._last = now
+            self._channel.send(Loading(done=done, total=total))
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)
