@@ -25,7 +25,7 @@ class PagedSpace:
         return -(-tokens // self.page_size)
 
     def reserve(self, request: Request, tokens: int) -> bool:
-        """Give the request cells for its first `tokens` positions; False, and nothing is changed, if too few are free."""
+        """Give the request cells for its first `tokens` positions; False, and nothing is changed, if pages lack."""
         missing = self.pages_for(tokens) - len(request.pages)
         if missing > len(self._free):
             return False

@@ -2,7 +2,7 @@
 
 from fwd.engine.request import Drawn, Request
 from fwd.kernels.noise import choice_seed
-from fwd.kernels.ops import Draw, Ops, Sampled, Top
+from fwd.kernels.ops import Draw, Sampled, Top
 from fwd.protocol.messages import TopLogprobs
 
 NO_TOP = TopLogprobs()

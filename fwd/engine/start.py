@@ -38,10 +38,10 @@ def start(
     loop = Loop(channel, runner, PagedSpace(pages, PAGE_SIZE), max_seqs=load.max_seqs, chunk=CHUNK)
     info = EngineInfo(
         architecture=spec.architecture,
-        parameters=spec.parameters(),
+        parameters=spec.weight_bytes() // model.dtype.itemsize,
         weight_bytes=spec.weight_bytes(),
         weights_hash=model.weights_hash,
-        vocab_size=spec.vocab_size,
+        vocab_size=spec.vocab,
         context=context,
         device="cpu",
         dtype=_name(model.dtype),
