@@ -6,7 +6,7 @@ Warm-up, stable, decay: the decay can start from any checkpoint, so a run that m
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Plan:
 
 @dataclass
 class Progress:
-    """How far a run is; share is of the budget that is nearest its end, and never falls."""
+    """How far a run is; share is of the budget that is nearest its end."""
 
     step: int = 0
     tokens: int = 0
@@ -61,8 +61,12 @@ class Progress:
         self.step += 1
         self.tokens += tokens
         self.seconds += seconds
+        self.share = self.share_of(plan)
+
+    def share_of(self, plan: Plan) -> float:
+        """The share of the plan's budget that is spent."""
         timed = self.seconds / (60 * plan.minutes) if plan.minutes else 0.0
-        self.share = max(self.share, self.tokens / plan.tokens, timed)
+        return max(self.tokens / plan.tokens, timed)
 
 
 def rate(progress: Progress) -> float:
@@ -134,14 +138,15 @@ class Run:
         tokenizer.save(tokenizer.load(self.plan.vocabulary), self.plan.out / "export", llama.CONTEXT)
 
     def load(self, decay: bool) -> None:
-        """Continue from the checkpoint; with decay, at the point of the schedule where the decay starts."""
+        """Continue from the checkpoint; with decay, under a plan whose decay starts here."""
         state = read_checkpoint(self.plan.out, self.plan.device)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.progress = Progress(**state["progress"])
         if decay:
-            self.progress.share = max(self.progress.share, 1 - DECAY)
+            self.plan = replace(self.plan, tokens=round(self.progress.tokens / (1 - DECAY)), minutes=0.0)
+        self.progress.share = self.progress.share_of(self.plan)
 
 
 def read_checkpoint(folder: Path, device: str) -> dict[str, Any]:
@@ -213,7 +218,7 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to train.")
 @click.option("--compile/--no-compile", default=False, help="Use torch.compile: a fifth less time on a CPU.")
 @click.option("--resume", is_flag=True, help="Continue from the checkpoint in --out.")
-@click.option("--decay", is_flag=True, help="With --resume: start the decay now.")
+@click.option("--decay", is_flag=True, help="With --resume: start the decay now, whatever the budget.")
 def main(out: Path, *, device: str, resume: bool, decay: bool, **budget: Any) -> None:
     """Train the demo model, or with --teacher its drafter."""
     if device == "auto":
