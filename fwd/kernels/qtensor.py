@@ -1,0 +1,35 @@
+"""A weight matrix in the format it is stored in: what every op takes as its weight."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Format = Literal["fp32", "fp16", "bf16"]
+
+FORMATS: dict[torch.dtype, Format] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QTensor:
+    """A weight of `shape` [out, in]; `data` holds its values as `format` says (the plain formats: the matrix itself)."""
+
+    data: Tensor
+    format: Format
+    shape: tuple[int, int]
+
+    @classmethod
+    def plain(cls, data: Tensor) -> "QTensor":
+        """Wrap an unquantised matrix [out, in]."""
+        assert data.dim() == 2, tuple(data.shape)
+        return cls(data.contiguous(), FORMATS[data.dtype], (data.shape[0], data.shape[1]))
+
+    def dequantize(self) -> Tensor:
+        """Return the matrix [out, in] in float32 (a copy unless it is float32 already)."""
+        return self.data.float()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes a step reads when it uses the whole matrix."""
+        return self.data.nbytes

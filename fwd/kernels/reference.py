@@ -1,0 +1,214 @@
+"""The ops in plain torch: the definition that other executions are tested against. Row-invariant on the CPU with a fixed thread count.
+
+What torch 2.13 keeps and what it does not was measured (LOG.md): matrix products are row-invariant in multiples of 8 rows and from
+12 outputs on; silu is when each call holds whole rows; attention is computed per row (decode) or on fixed shapes (prefill).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
+from torch import Tensor
+
+from fwd.kernels import sampling
+from fwd.kernels.ops import QKV, Draw, Norm, Rows, Sampled, Top
+from fwd.kernels.qtensor import QTensor
+
+_SPLIT = 32768  # torch divides an elementwise call of this many elements among threads, in the middle of a row
+_DECODE_ROWS = 16  # above, rows come from a prefill chunk, whose shapes are fixed
+_HEAD_BLOCK = 8192  # rows of the head that are widened to float32 at a time
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Step:
+    """What all layers of a step share, computed once from its rows."""
+
+    rows: Rows
+    cos: Tensor  # float32 [rows, 1, head_dim]
+    sin: Tensor  # the same, first half negated
+    live: Tensor  # int64: rows that write KV
+    slots: Tensor  # int64: the cells they write
+    cells: list[slice | Tensor]  # decode: per row the cells it attends to (none: padding); prefill: one entry
+    mask: Tensor | None  # prefill: float32 [C, (i+1)·C], 0 or −inf
+
+
+class Reference:
+    """Executes `fwd.kernels.ops.Ops` on the CPU. One instance serves one thread: it remembers the step it is in."""
+
+    name = "reference"
+    row_block = 8
+
+    def __init__(self) -> None:
+        self._step: _Step | None = None
+
+    def embed(self, ids: Tensor, weight: QTensor) -> Tensor:  # noqa: D102
+        return F.embedding(ids, weight.data)
+
+    def qkv(self, hidden: Tensor, layer: QKV, rope: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:  # noqa: D102
+        step = self._enter(rows, rope, keys.shape[1])
+        fused = _project(_normed(hidden, layer.norm), layer.weight.data, layer.bias)
+        q, k, v = _split_heads(fused, layer)  # [rows, heads, head_dim]
+        q, k = _rotate(_head_norm(q, layer.q_norm), step), _rotate(_head_norm(k, layer.k_norm), step)
+        keys.flatten(0, 1).index_copy_(0, step.slots, k.index_select(0, step.live))
+        values.flatten(0, 1).index_copy_(0, step.slots, v.index_select(0, step.live))
+        return q
+
+    def decode_attention(self, q: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:  # noqa: D102
+        step = self._current(rows)
+        k, v = keys.flatten(0, 1), values.flatten(0, 1)  # [cells, kv_heads, head_dim]
+        out = torch.zeros_like(q)
+        for row, cells in enumerate(step.cells):
+            if not (isinstance(cells, slice) and cells.stop == 0):
+                grouped = q[row].view(1, k.shape[1], -1, k.shape[2])
+                out[row] = _attend(grouped, k[cells], v[cells], None).view(q.shape[1:])
+        return out.flatten(1)
+
+    def prefill_attention(self, q: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:  # noqa: D102
+        step = self._current(rows)
+        assert step.mask is not None, "decode rows"
+        count, kv_heads, dim = len(q), keys.shape[2], keys.shape[3]
+        grouped = q.view(count, kv_heads, -1, dim).permute(1, 2, 0, 3)  # [kv_heads, group, C, head_dim]
+        group = grouped.shape[1]
+        k, v = (_dense(cache.flatten(0, 1), step.cells[0], step.mask.shape[1]) for cache in (keys, values))
+        mask = step.mask.to(q.dtype).repeat(group, 1)
+        out = _attend(grouped.reshape(1, kv_heads, group * count, dim), k, v, mask)
+        return out.view(kv_heads, group, count, dim).permute(2, 0, 1, 3).reshape(count, -1)
+
+    def linear(self, x: Tensor, weight: QTensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: D102
+        _check_rows(x)
+        if bias is not None:
+            residual.add_(bias)
+        return residual.addmm_(x, weight.data.t())
+
+    def gate_up(self, hidden: Tensor, norm: Norm, weight: QTensor) -> Tensor:  # noqa: D102
+        gate, up = _project(_normed(hidden, norm), weight.data, None).chunk(2, dim=1)
+        return _by_whole_rows(gate).mul_(up)
+
+    def head(self, hidden: Tensor, norm: Norm, weight: QTensor) -> Tensor:  # noqa: D102
+        normed = _normed(hidden, norm).float()
+        if weight.format == "fp32":
+            return _project(normed, weight.data, None)
+        return torch.cat([_project(normed, part.float(), None) for part in weight.data.split(_HEAD_BLOCK)], dim=1)
+
+    def sample(self, logits: Tensor, draws: Sequence[Draw]) -> Sampled:  # noqa: D102
+        array = logits.numpy()
+        finite = [sampling.is_finite(row) for row in array]
+        ids = [sampling.sample_row(row, draw) if ok else 0 for row, draw, ok in zip(array, draws, finite, strict=True)]
+        return self.score(logits, ids, [draw.top_logprobs for draw in draws])
+
+    def score(self, logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> Sampled:  # noqa: D102
+        scored = [_score_row(row, *wanted) for row, *wanted in zip(logits.numpy(), ids, tops, strict=True)]
+        logprobs, finite, top = zip(*scored, strict=True)
+        return Sampled(torch.tensor(ids), torch.tensor(logprobs), torch.tensor(finite), list(top))
+
+    def _enter(self, rows: Rows, rope: Tensor, page_size: int) -> _Step:
+        if self._step is None or self._step.rows is not rows:
+            self._step = _plan(rows, rope, page_size)
+        return self._step
+
+    def _current(self, rows: Rows) -> _Step:
+        assert self._step is not None, "qkv comes before attention"
+        assert self._step.rows is rows, "qkv comes before attention"
+        return self._step
+
+
+def _plan(rows: Rows, rope: Tensor, page_size: int) -> _Step:
+    slots = rows.slots.tolist()
+    angles = rope.index_select(0, rows.positions.clamp(max=len(rope) - 1))  # [rows, 2, head_dim/2]
+    cos, sin = angles[:, 0].unsqueeze(1), angles[:, 1].unsqueeze(1)
+    live = torch.tensor([row for row, slot in enumerate(slots) if slot >= 0])
+    return _Step(
+        rows,
+        torch.cat((cos, cos), dim=-1),
+        torch.cat((-sin, sin), dim=-1),
+        live,
+        rows.slots.index_select(0, live),
+        _decode_cells(rows, slots, page_size) if rows.chunk < 0 else [_prefill_cells(rows, slots, page_size)],
+        None if rows.chunk < 0 else _causal(len(slots), rows.chunk),
+    )
+
+
+def _decode_cells(rows: Rows, slots: list[int], page_size: int) -> list[slice | Tensor]:
+    assert all(parent in {-1, row - 1} for row, parent in enumerate(rows.parents.tolist())), "the reference runs chains"
+    places = zip(rows.sequences.tolist(), rows.positions.tolist(), slots, strict=True)
+    return [
+        _cells(rows.tables[sequence], position + 1, page_size) if slot >= 0 else slice(0, 0)
+        for sequence, position, slot in places
+    ]
+
+
+def _prefill_cells(rows: Rows, slots: list[int], page_size: int) -> slice | Tensor:
+    last = max(row for row, slot in enumerate(slots) if slot >= 0)
+    return _cells(rows.tables[int(rows.sequences[0])], rows.chunk * len(slots) + last + 1, page_size)
+
+
+def _cells(table: Tensor, count: int, page_size: int) -> slice | Tensor:
+    """Return the cells of positions 0…count−1: a slice where the pages stand in order, which saves the copy."""
+    pages = table[: -(-count // page_size)]
+    first = int(pages[0])
+    if pages.tolist() == list(range(first, first + len(pages))):
+        return slice(first * page_size, first * page_size + count)
+    cells = pages.unsqueeze(1) * page_size + torch.arange(page_size)
+    return cells.flatten()[:count]
+
+
+def _causal(count: int, chunk: int) -> Tensor:
+    mask = torch.full((count, (chunk + 1) * count), float("-inf"))
+    return mask.triu_(chunk * count + 1)
+
+
+def _check_rows(x: Tensor) -> None:
+    assert len(x) % Reference.row_block == 0, f"{len(x)} rows are no multiple of {Reference.row_block}: use Rows.padded"
+
+
+def _normed(x: Tensor, norm: Norm) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), None, norm.eps).mul_(norm.weight)
+
+
+def _head_norm(x: Tensor, norm: Norm | None) -> Tensor:
+    return x if norm is None else _normed(x, norm)
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check_rows(x)
+    return F.linear(x, weight, bias)
+
+
+def _split_heads(fused: Tensor, layer: QKV) -> tuple[Tensor, Tensor, Tensor]:
+    heads = fused.view(len(fused), -1, layer.head_dim)
+    q, k, v = heads.tensor_split((-2 * layer.kv_heads, -layer.kv_heads), dim=1)
+    return q, k, v
+
+
+def _rotate(x: Tensor, step: _Step) -> Tensor:
+    wide = x.float()
+    turned = wide.roll(x.shape[-1] // 2, dims=-1)
+    return (wide * step.cos).add_(turned.mul_(step.sin)).to(x.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """q [1, kv_heads, queries, head_dim]; k, v [cells, kv_heads, head_dim]."""
+    return F.scaled_dot_product_attention(q, k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0), mask)
+
+
+def _dense(cache: Tensor, cells: slice | Tensor, count: int) -> Tensor:
+    """Copy cells into [count, kv_heads, head_dim], zero behind them: a stale cell may hold NaN, and 0·NaN is NaN."""
+    found = cache[cells]
+    out = cache.new_zeros(count, *cache.shape[1:])
+    out[: len(found)] = found
+    return out
+
+
+def _by_whole_rows(gate: Tensor) -> Tensor:
+    if gate.numel() < _SPLIT or len(gate) > _DECODE_ROWS:
+        return F.silu(gate)
+    return torch.stack([F.silu(row) for row in gate])
+
+
+def _score_row(logits: sampling.Logits, token: int, top: int) -> tuple[float, bool, Top | None]:
+    if not sampling.is_finite(logits):
+        return float("nan"), False, None
+    total = sampling.log_total(logits)
+    wanted = sampling.top_logprobs(logits, top, total) if top >= 0 else None
+    return float(logits[token]) - total, True, wanted

@@ -1,0 +1,76 @@
+"""Tiny random checkpoints made by transformers' own classes, with a byte-level tokenizer and a chat template beside them."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
+VOCAB = 256 + len(SPECIAL)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": 256,
+    "initializer_range": 0.15,
+}
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+KINDS = {
+    "llama": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False),
+    "llama-tied": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
+    "llama-bias": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False, attention_bias=True),
+    "llama3-rope": lambda: LlamaConfig(
+        **_SIZES, tie_word_embeddings=False, rope_parameters={**_LLAMA3, "original_max_position_embeddings": 64}
+    ),
+    "yarn": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False, rope_parameters=_YARN),
+    "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=False),
+    "qwen3": lambda: Qwen3Config(**_SIZES, tie_word_embeddings=True, head_dim=32),
+}
+
+
+def make(kind: str, folder: Path, seed: int = 0) -> None:
+    """Write a random model of `kind` (a key of KINDS) with its tokenizer into `folder`; every parameter is random, norms and biases too."""
+    model = build(kind, seed)
+    model.save_pretrained(folder)
+    make_tokenizer(folder)
+
+
+def build(kind: str, seed: int = 0):
+    """Return the random model itself, in float32 and eval mode."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(KINDS[kind](), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+            elif "norm" in name:
+                parameter.normal_(1, 0.2)
+    return model.eval()
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Write a byte-level tokenizer (one token per byte, then SPECIAL) and a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[0], chat_template=CHAT_TEMPLATE)
+    fast.save_pretrained(folder)
