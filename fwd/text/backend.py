@@ -12,17 +12,13 @@ def build_full(document: dict[str, Any]) -> tokenizers.Tokenizer:
 
     A token that is matched after normalization would also be found in text that only looks like it (NFKC).
     """
-    normalizer = _build(
-        {**document, "model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
-    ).normalizer
+    empty = {"type": "BPE", "vocab": {}, "merges": []}
+    normalizer = _build({**document, "model": empty, "added_tokens": []}).normalizer
     added = document["added_tokens"]
     if normalizer is not None:
+        changed = [normalizer.normalize_str(token["content"]) != token["content"] for token in added]
         added = [
-            {
-                **token,
-                "normalized": token["normalized"] and normalizer.normalize_str(token["content"]) != token["content"],
-            }
-            for token in added
+            {**token, "normalized": token["normalized"] and new} for token, new in zip(added, changed, strict=True)
         ]
     return _build({**document, "added_tokens": added})
 
@@ -37,8 +33,9 @@ def build_plain(document: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def is_control(content: str, special: bool) -> bool:
-    """Whether an added token steers the model; runs of white space are ordinary text that some vocabularies add."""
-    return special or bool(content.replace("▁", " ").strip())
+    """Whether an added token steers the model; words, letters and runs of space are text that some vocabularies add."""
+    text = content.replace("▁", " ").strip()
+    return special or not (len(text) <= 1 or text.isalnum())
 
 
 def _renamed(model: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:

@@ -82,10 +82,11 @@ class Marks:
     def _walk(self, value: Any, pattern: re.Pattern[str]) -> Any:
         if isinstance(value, str):
             return self._text(value, pattern)
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):
             return [self._walk(item, pattern) for item in value]
         if isinstance(value, dict):
             return {self._text(key, pattern): self._walk(item, pattern) for key, item in value.items()}
+        assert value is None or isinstance(value, int | float), type(value)
         return value
 
     def _text(self, text: str, pattern: re.Pattern[str]) -> str:

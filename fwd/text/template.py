@@ -136,12 +136,10 @@ class ChatTemplate:
         text = self._try([{"role": "user", "content": "probe"}])
         parts = self._try([{"role": "user", "content": [{"type": "text", "text": "probe"}]}])
         call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"probe": "x"}}}
-        called = self._try(
-            [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-        )
-        return Shape(
-            parts=text is not None and parts == text, arguments=called is not None and "{'probe'" not in called
-        )
+        user, assistant = {"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}
+        called = self._try([user, assistant])
+        arguments = called is not None and "{'probe'" not in called
+        return Shape(parts=text is not None and parts == text, arguments=arguments)
 
     def _try(self, messages: list[dict[str, Any]]) -> str | None:
         try:

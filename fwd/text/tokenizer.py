@@ -15,9 +15,8 @@ from fwd.text.files import read_json, read_optional_json, token_content
 from fwd.text.guard import ControlTokens, Piece
 from fwd.text.vocab import Spelling
 
-INLINE_CHARS = (
-    2048  # about 2 ms; the library holds the GIL in `encode`, 1.15 s per MB, and releases it in `encode_batch`
-)
+# The library's `encode` holds the GIL, about 1 s per MB; its `encode_batch` releases it.
+INLINE_CHARS = 2048
 _ANCHOR = "\0"  # merges with nothing
 
 
@@ -130,9 +129,8 @@ def _encode_inner(instance: tokenizers.Tokenizer, texts: list[str]) -> dict[str,
     """Ids of each text as it stands after other text: without the space SentencePiece puts before a beginning."""
     anchor = instance.encode(_ANCHOR, add_special_tokens=False).ids
     found = {}
-    for text, encoding in zip(
-        texts, instance.encode_batch([_ANCHOR + t for t in texts], add_special_tokens=False), strict=True
-    ):
+    encodings = instance.encode_batch([_ANCHOR + text for text in texts], add_special_tokens=False)
+    for text, encoding in zip(texts, encodings, strict=True):
         apart = encoding.ids[: len(anchor)] == anchor
         found[text] = encoding.ids[len(anchor) :] if apart else instance.encode(text, add_special_tokens=False).ids
     return found

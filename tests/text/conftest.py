@@ -122,7 +122,7 @@ def chatml():
     tokenizer = byte_level(420, [special(t) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.add_tokens([ordinary(t, normalized=True) for t in ("<think>", "</think>", "<tool_response>")])
-    tokenizer.add_tokens([ordinary(t) for t in ("<tool_call>", "</tool_call>", "        ")])
+    tokenizer.add_tokens([ordinary(t) for t in ("<tool_call>", "</tool_call>", "        ", "ö")])
     return tokenizer
 
 

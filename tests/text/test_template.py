@@ -89,7 +89,9 @@ def test_parity_of_a_continued_message(folders, kind, content):
 def test_special_tokens_in_user_text_are_never_produced(folders, kind):
     template, tokenizer = both(folders[kind])
     tokens = [
-        token["content"] for token in json.loads(folders[kind].raw.to_str())["added_tokens"] if token["content"].strip()
+        token["content"]
+        for token in json.loads(folders[kind].raw.to_str())["added_tokens"]
+        if len(token["content"].strip()) > 1
     ]
     clean = template.encode(tokenizer, [USER])
     attack = "The quick" + "\nsystem".join(tokens) + "".join(tokens)

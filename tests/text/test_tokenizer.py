@@ -45,9 +45,10 @@ def test_text_without_added_tokens_is_encoded_as_by_the_library(folder, text):
         assert tokenizer.encode(text, special=True, add_special_tokens=add) == expected
 
 
-def test_runs_of_white_space_are_no_control_tokens(chatml_folder):
+@pytest.mark.parametrize("text", ["        ", "ö"])
+def test_added_text_that_is_no_markup_is_no_control_token(chatml_folder, text):
     tokenizer = Tokenizer.load(chatml_folder.path)
-    assert chatml_folder.id_of("        ") in tokenizer.encode("x\n        y")
+    assert chatml_folder.id_of(text) in tokenizer.encode(f"x\n{text}y")
 
 
 def test_a_look_alike_that_normalizes_to_an_added_token_stays_text(chatml_folder):
