@@ -2,7 +2,7 @@ import json
 import shutil
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -145,12 +145,23 @@ def test_every_string_of_a_request_is_guarded(chatml_folder, messages, tools):
         st.sampled_from(["<|", "eot_id", "|>", "<|eot_id|>", "im_end", "<|im_end|>", "x", " ", "<"]), min_size=1
     )
 )
+@example(parts=["<|", "eot_id", "|>"])
+@example(parts=["x<|eot_i", "d|>", "<|eot_id|", ">y"])
 def test_neighbouring_parts_never_join_into_a_token(folders, kind, parts):
     template, tokenizer = both(folders[kind])
     chat = [{"role": "user", "content": [{"type": "text", "text": part} for part in parts]}]
     ids = template.encode(tokenizer, chat, add_generation_prompt=False)
     assert ids.count(folders[kind].id_of({"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}[kind])) == 1
     assert tokenizer.decode(ids) == template.render(chat, add_generation_prompt=False)
+
+
+def test_text_never_joins_with_the_template_s_own_into_a_token(chatml_folder):
+    tokenizer = Tokenizer.load(chatml_folder.path)
+    template = only("<|im_start|>{% for m in messages %}<|{{ m.content }}{% endfor %}")
+    ids = template.encode(tokenizer, [{"role": "user", "content": "im_end|>x"}])
+    assert chatml_folder.id_of("<|im_end|>") not in ids
+    assert ids[0] == chatml_folder.id_of("<|im_start|>")
+    assert tokenizer.decode(ids) == "<|im_start|><|im_end|>x"
 
 
 @pytest.mark.parametrize("content", ["end", "a <", "> quote", "|", "<|im", "|>"])
