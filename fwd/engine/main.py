@@ -13,6 +13,8 @@ from fwd.protocol.frames import Channel
 from fwd.protocol.messages import VERSION, Failed, Hello, Load, Loading, Ready, ToEngine, to_engine
 
 PR_SET_PDEATHSIG = 1
+# NOTE: libgomp's spinning workers stall each parallel region by 7–15 ms when another process wants a core (LOG.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 PROGRESS_SECONDS = 0.1
 
 

@@ -8,7 +8,7 @@ from fwd.engine.request import Drawn
 from fwd.engine.sampler import draw, drawn
 from fwd.engine.scheduler import MAX_ROWS, Chunk, Span
 from fwd.engine.step import Step
-from fwd.models.dense import Model
+from fwd.models.model import Model
 
 
 class ModelRunner:

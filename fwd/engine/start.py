@@ -26,7 +26,9 @@ def start(
     """Load the model and build the loop; raises `ModelError` or `ConfigError`. `started` is a monotonic time."""
     threads = load.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    model = load_model(Path(load.model), device=load.device, dtype=load.dtype, progress=progress)
+    model = load_model(
+        Path(load.model), device=load.device, dtype=load.dtype, context=load.context or None, progress=progress
+    )
     spec = model.spec
     if load.kv_dtype not in {"auto", _name(model.dtype)}:
         raise ConfigError(f"kv-dtype: this build keeps the KV cache in the model's {_name(model.dtype)} only")
