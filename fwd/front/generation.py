@@ -22,17 +22,24 @@ class Generation:
 
     `finish_reason` is known at the end: stop, length or cancelled. `tokens` counts the output tokens that belong to the
     answer: those after a matched stop string do not, so the count does not depend on when the engine heard of it. A
-    token of `stop_ids` is counted and not shown. Whoever reads cancels a stream that a stop string ended early.
+    token of `stop_ids` is counted and not shown. Whoever reads ends a stream that a stop string ended early with
+    `Service.finish`. With `continues` the text goes on in the prompt's own text (see `Detokenizer`).
     """
 
     def __init__(
-        self, stream: Stream, tokenizer: Tokenizer, stops: Sequence[str] = (), *, include_stop: bool = False
+        self,
+        stream: Stream,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        continues: bool = False,
     ) -> None:
         self.stream = stream
         self.tokens = stream.given
         self.finish_reason: str | None = None
         self.stop: str | None = None
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, continues=continues)
         self._stops = StopMatcher(list(stops), include=include_stop)
         self._stopping = bool(stops)
         self._hidden = frozenset() if include_stop else frozenset(stream.submit.limits.stop_ids)

@@ -106,9 +106,9 @@ class Keeper:
         self._empty.clear()
         self._release()
 
-    def cancel(self, stream: Stream, error: FwdError | None = None) -> None:
-        """End a stream for its reader now, with `error` or as cancelled; the engine is told and stops within a step."""
-        stream.end(error or Finished(id=stream.id, reason="cancelled"))
+    def cancel(self, stream: Stream, result: Finished | FwdError | None = None) -> None:
+        """End a stream for its reader now, by default as cancelled; the engine is told and stops within a step."""
+        stream.end(result or Finished(id=stream.id, reason="cancelled"))
         if self.process and self._running.get(stream.id):
             self.process.send(Cancel(id=stream.id))
         self._forget(stream)
@@ -118,6 +118,11 @@ class Keeper:
         """Return when no stream is open."""
         if self._streams:
             await self._empty.wait()
+
+    @property
+    def progress_age(self) -> float:
+        """Seconds since the engine made progress or had nothing to do, in steps of the ping interval."""
+        return self._silent
 
     def is_running(self, stream: Stream) -> bool:
         """The engine has the stream now."""

@@ -202,7 +202,7 @@ class Session:
                 self._link.send(Text(id=stream.id, text=piece.text, tokens=piece.end - piece.start))
         except FwdError:
             assert stream.error
-        service.cancel(stream)
+        service.finish(stream)
         self._end(stream, generation.finish_reason)
 
     def _end(self, stream: Stream, reason: str | None = None) -> None:

@@ -70,5 +70,5 @@ class Prompts:
             tools=chat.tools,
             add_generation_prompt=chat.add_generation_prompt,
             continue_final=chat.continue_final,
-            **chat.kwargs,
+            options=chat.kwargs,
         )

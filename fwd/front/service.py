@@ -24,7 +24,7 @@ from fwd.front.prompts import Prompts
 from fwd.front.streams import Stream
 from fwd.front.supervisor import Supervisor
 from fwd.protocol.ids import unpack_ids
-from fwd.protocol.messages import EngineInfo, RequestInfo, Requests, Status, Submit
+from fwd.protocol.messages import EngineInfo, Finished, RequestInfo, Requests, Status, Submit
 
 log = structlog.get_logger("fwd.request")
 
@@ -104,6 +104,10 @@ class Service:
     def cancel(self, stream: Stream) -> None:
         """End an open stream; an ended one is left as it is."""
         self.supervisor.cancel(stream)
+
+    def finish(self, stream: Stream) -> None:
+        """End an open stream whose text is complete, by a stop string that the engine knows nothing of."""
+        self.supervisor.cancel(stream, Finished(id=stream.id, reason="stop"))
 
     def expire(self, stream: Stream) -> None:
         """End an open stream because its deadline passed."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from fwd.errors import BadRequestError, FwdError
 from fwd.front.keeper import Keeper
 from fwd.front.streams import Stream
-from fwd.protocol.messages import Load
+from fwd.protocol.messages import Finished, Load
 
 
 class Supervisor:
@@ -50,10 +50,10 @@ class Supervisor:
         stream.on_end.append(self._ended)
         self.active.submit(stream)
 
-    def cancel(self, stream: Stream, error: FwdError | None = None) -> None:
-        """End an open stream; an ended one is left as it is."""
+    def cancel(self, stream: Stream, result: Finished | FwdError | None = None) -> None:
+        """End an open stream, by default as cancelled; an ended one is left as it is."""
         if owner := self._owner.get(stream.id):
-            owner.cancel(stream, error)
+            owner.cancel(stream, result)
 
     def is_running(self, stream: Stream) -> bool:
         """An engine has the stream now."""
