@@ -4,9 +4,12 @@ from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
 from fwd.front.streams import Stream
+from fwd.protocol.messages import Reason
 from fwd.text.detokenize import Detokenizer
 from fwd.text.stops import StopMatcher
 from fwd.text.tokenizer import Tokenizer
+
+BATCH = 512
 
 
 class Piece(NamedTuple):
@@ -37,7 +40,7 @@ class Generation:
     ) -> None:
         self.stream = stream
         self.tokens = stream.given
-        self.finish_reason: str | None = None
+        self.finish_reason: Reason | None = None
         self.stop: str | None = None
         self._detokenizer = Detokenizer(tokenizer, continues=continues)
         self._stops = StopMatcher(list(stops), include=include_stop)
@@ -56,8 +59,8 @@ class Generation:
     def _read(self) -> str:
         stream = self.stream
         if self.tokens < len(stream.emitted):
-            text = self._take(stream.emitted[self.tokens :].tolist())
-            if self.finish_reason or self.tokens < len(stream.emitted) or not stream.done:
+            text = self._take(stream.emitted[self.tokens : self.tokens + BATCH].tolist())
+            if self.finish_reason or self.tokens < len(stream.emitted) or not stream.finished:
                 return text
             return text + self._finish()
         if stream.done:

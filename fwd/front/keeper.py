@@ -1,6 +1,7 @@
 """Keeps one engine alive for one model: start, heartbeat, death, restart, and who is to blame."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -38,9 +39,9 @@ class Keeper:
     """One model's engine. Streams given to it finish whatever happens to the process, or fail with their own error.
 
     A stream is suspect after `SUSPECT_AFTER` deaths without a new token in between. While there are suspects exactly
-    one of them runs, alone; if the engine dies then, that one is failed as `poisoned`. `on_change` is called on every
-    change of `state`. `ping_interval`, `hang_timeout` and `load_timeout` are seconds; a hang is counted in unanswered
-    pings, so a suspended machine is no hang.
+    one of them runs, alone, until it brings a token; if the engine dies before, that one is failed as `poisoned`.
+    `restarts` counts deaths by kind. `on_change` is called on every change of `state`. `ping_interval`, `hang_timeout`
+    and `load_timeout` are seconds; a hang is counted in unanswered pings, so a suspended machine is no hang.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Keeper:
         self._attempts = 0
         self._beats = 0
         self._silent = 0.0
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self._empty = asyncio.Event()
 
     def adopt(self, process: EngineProcess) -> None:
@@ -82,20 +83,16 @@ class Keeper:
 
     async def run(self) -> None:
         """Keep an engine alive until `stop`, or until it cannot be started at all."""
-        while not self._stopping and self.state != "failed":
-            process = self.process or EngineProcess(self._command)
-            self.process = process
-            self._begin_life()
-            exited = process.attach(self.load, self._on_message)
-            cause = await self._watch(process, exited)
-            self.process = None
-            self._end_life(cause)
-            if not self._stopping and self.state != "failed":
-                await asyncio.sleep(self._backoff())
+        while not self._over:
+            await self._live()
+            if not self._over:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), self._backoff())
 
     async def stop(self) -> None:
         """Stop the process; open streams stay open, their owner ends them."""
-        self._stopping = True
+        self._stopping.set()
+        self._accepting = False
         self._set("stopping", "the daemon is stopping")
         if self.process:
             await self.process.stop()
@@ -109,9 +106,9 @@ class Keeper:
     def cancel(self, stream: Stream, result: Finished | FwdError | None = None) -> None:
         """End a stream for its reader now, by default as cancelled; the engine is told and stops within a step."""
         stream.end(result or Finished(id=stream.id, reason="cancelled"))
-        if self.process and self._running.get(stream.id):
-            self.process.send(Cancel(id=stream.id))
         self._forget(stream)
+        if self.process and stream.id in self._running:
+            self.process.send(Cancel(id=stream.id))
         self._release()
 
     async def drained(self) -> None:
@@ -128,7 +125,25 @@ class Keeper:
         """The engine has the stream now."""
         return stream.id in self._running
 
+    @property
+    def _over(self) -> bool:
+        return self._stopping.is_set() or self.state == "failed"
+
+    async def _live(self) -> None:
+        """One engine process, from its start to its death."""
+        try:
+            process = self.process or EngineProcess(self._command)
+        except OSError as error:
+            self._end_life(f"no process: {error}")
+            return
+        self.process = process
+        self._begin_life()
+        cause = await self._watch(process, process.attach(self.load, self._on_message))
+        self.process = None
+        self._end_life(cause)
+
     def _begin_life(self) -> None:
+        self.error = None
         self._silent = 0.0
         self._accepting = False
         self._running.clear()
@@ -139,7 +154,7 @@ class Keeper:
     async def _watch(self, process: EngineProcess, exited: asyncio.Future[str]) -> str:
         while not exited.done():
             await asyncio.wait([exited], timeout=self._ping_interval)
-            if exited.done() or self._stopping:
+            if exited.done() or self._stopping.is_set():
                 continue
             self._silent += self._ping_interval
             phase = "ready" if self._accepting else "loading"
@@ -189,14 +204,16 @@ class Keeper:
         stream.append(tokens)
         self._attempts = 0
         if suspect:
-            self._release()
+            self._acquit(stream)
 
     def _on_end(self, number: int, result: Finished | FwdError) -> None:
-        stream = self._running.get(number)
+        stream = self._running.pop(number, None)
         if stream is None:
             return
-        stream.end(result)
-        self._forget(stream)
+        parked = isinstance(result, Finished) and result.reason == "cancelled" and not stream.done
+        if not parked:
+            stream.end(result)
+            self._forget(stream)
         self._attempts = 0
         self._release()
 
@@ -210,7 +227,6 @@ class Keeper:
         if self.info and info.weights_hash != self.info.weights_hash:
             self._refuse_resume()
         self.info = info
-        self.error = None
         self.pong = Pong(seq=0, pages_free=info.pages, pages_total=info.pages)
         self._accepting = True
         self._silent = 0.0
@@ -219,7 +235,7 @@ class Keeper:
 
     def _release(self) -> None:
         """Give the engine what it may run: one suspect alone, or else everything."""
-        if not self._accepting or len(self._running) == len(self._streams):
+        if not self._accepting:
             return
         if suspects := self._suspects():
             if not self._running:
@@ -228,6 +244,14 @@ class Keeper:
         for stream in self._streams.values():
             if stream.id not in self._running:
                 self._send(stream)
+
+    def _acquit(self, stream: Stream) -> None:
+        """A suspect brought a token: it waits while the other suspects are tried, or else everything runs again."""
+        assert self.process
+        if self._suspects():
+            self.process.send(Cancel(id=stream.id))
+        else:
+            self._release()
 
     def _refuse_resume(self) -> None:
         for stream in [stream for stream in self._streams.values() if stream.emitted]:
@@ -244,28 +268,35 @@ class Keeper:
 
     def _forget(self, stream: Stream) -> None:
         self._streams.pop(stream.id, None)
-        self._running.pop(stream.id, None)
         if not self._streams:
             self._empty.set()
 
     def _end_life(self, cause: str) -> None:
-        if self._stopping:
+        if self._stopping.is_set():
             return
-        self.restarts[cause] = self.restarts.get(cause, 0) + 1
+        kind = cause.partition(":")[0]
+        self.restarts[kind] = self.restarts.get(kind, 0) + 1
         log.warning(
             "engine_died", cause=cause, open_streams=len(self._streams), error=self.error and self.error.message
         )
-        self._blame()
         self._accepting = False
-        if self.info is None and (self.error or self._attempts + 1 >= FIRST_STARTS):
-            self.error = self.error or EngineError(f"the engine did not start: {cause}")
-            self._set("failed", self.error.message)
+        self._attempts += 1
+        self._blame()
+        if self.info is None and (self.error or self._attempts >= FIRST_STARTS):
+            self._give_up(self.error or EngineError(f"the engine did not start: {cause}"))
             return
         reason = self.error.message if self.error else f"the engine died ({cause}) and is starting again"
         self._set("restarting", reason)
 
+    def _give_up(self, error: FwdError) -> None:
+        self.error = error
+        self._set("failed", error.message)
+        for stream in list(self._streams.values()):
+            self._forget(stream)
+            stream.end(error)
+
     def _blame(self) -> None:
-        running = list(self._running.values())
+        running = [stream for stream in self._running.values() if not stream.done]
         self._running.clear()
         for stream in running:
             alone = stream.stalls >= SUSPECT_AFTER
@@ -279,8 +310,7 @@ class Keeper:
                 )
 
     def _backoff(self) -> float:
-        self._attempts += 1
-        return min(MAX_BACKOFF, 0.05 * 2.0 ** (self._attempts - 1)) if self._attempts > 1 else 0.0
+        return min(MAX_BACKOFF, 0.05 * 2.0 ** min(self._attempts - 1, 16)) if self._attempts > 1 else 0.0
 
     def _set(self, state: State, reason: str) -> None:
         if (state, reason) != (self.state, self.reason):

@@ -5,12 +5,13 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Coroutine
+from typing import TypeVar
 
 import msgspec
 import structlog
 
 from fwd import __version__
-from fwd.errors import BadFrameError, BadRequestError, ForbiddenError, FwdError
+from fwd.errors import BadFrameError, ForbiddenError, FwdError, OverloadedError
 from fwd.front.generation import Generation
 from fwd.front.service import Service
 from fwd.front.streams import Stream
@@ -22,9 +23,11 @@ from fwd.protocol.messages import (
     Cancel,
     Done,
     Failed,
+    Finished,
     Hello,
     Prompt,
     PromptLogprobs,
+    Reason,
     RequestsQuery,
     StatusQuery,
     Stop,
@@ -38,11 +41,12 @@ from fwd.protocol.messages import (
 log = structlog.get_logger("fwd.local")
 MAX_OPEN = 64
 BATCH = 512
+R = TypeVar("R", Submit, Prompt)
 
 
 def peer_uid(sock: socket.socket) -> int:
     """The user id of the process at the other end (SO_PEERCRED, unix(7))."""
-    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    _, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII")))
     return int(uid)
 
 
@@ -124,11 +128,9 @@ class Session:
     def _serve(self, message: ToDaemon) -> None:
         match message:
             case Submit():
-                self._admit()
-                self._spawn(message.id, self._relay(message))
+                self._spawn(message.id, self._relay, message)
             case Prompt():
-                self._admit()
-                self._spawn(message.id, self._write(message))
+                self._spawn(message.id, self._write, message)
             case Cancel():
                 self._cancel(message.id)
             case StatusQuery():
@@ -145,27 +147,23 @@ class Session:
         if self._uid not in {0, os.geteuid()}:
             raise ForbiddenError(f"user {self._uid} may not administer this daemon: run as root or its own user")
 
-    def _admit(self) -> None:
-        if len(self._tasks) >= MAX_OPEN:
-            raise BadRequestError(f"{MAX_OPEN} requests are open on this connection, which is the limit")
-
     def _cancel(self, number: int) -> None:
-        stream = self._streams.get(number)
-        if stream is None:
-            self._authorise()
-            stream = self._service.get(number)
-        if stream:
+        if stream := self._service.get(number):
+            if number not in self._streams:
+                self._authorise()
             self._service.cancel(stream)
         self._link.send(Done())
 
-    def _spawn(self, tag: int, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.get_running_loop().create_task(self._guarded(tag, work))
+    def _spawn(self, tag: int, work: Callable[[R], Coroutine[None, None, None]], request: R) -> None:
+        if len(self._tasks) >= MAX_OPEN:
+            raise OverloadedError(f"{MAX_OPEN} requests are open on this connection, which is the limit", retry_after=1)
+        task = asyncio.get_running_loop().create_task(self._guarded(tag, work, request))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _guarded(self, tag: int, work: Coroutine[None, None, None]) -> None:
+    async def _guarded(self, tag: int, work: Callable[[R], Coroutine[None, None, None]], request: R) -> None:
         try:
-            await work
+            await work(request)
         except FwdError as error:
             self._fail(error, tag=tag)
 
@@ -205,13 +203,14 @@ class Session:
         service.finish(stream)
         self._end(stream, generation.finish_reason)
 
-    def _end(self, stream: Stream, reason: str | None = None) -> None:
+    def _end(self, stream: Stream, reason: Reason | None = None) -> None:
+        """Send how it ended; an answer whose text is complete (`reason`) ended well whatever came after."""
         self._streams.pop(stream.id, None)
-        if stream.error:
+        if stream.error and not reason:
             self._fail(stream.error, number=stream.id)
-        elif stream.finished:
-            finished = stream.finished
-            self._link.send(msgspec.structs.replace(finished, reason=reason) if reason else finished)
+        else:
+            finished = stream.finished or Finished(id=stream.id, reason="stop")
+            self._link.send(msgspec.structs.replace(finished, reason=reason or finished.reason))
 
 
 def _submit(prompt: Prompt, ids: list[int], stop_ids: tuple[int, ...]) -> Submit:

@@ -33,13 +33,13 @@ class EngineProcess:
                 start_new_session=True,
             )
         self.pid = self._child.pid
+        self._cause = ""
         self._link: Connection[FromEngine] | None = None
 
     def attach(self, load: Load, on_message: Callable[[FromEngine], None]) -> asyncio.Future[str]:
         """Begin to talk; the future gives the cause of death once the process is reaped."""
         loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[str] = loop.create_future()
-        self._cause = ""
         pidfd = os.pidfd_open(self.pid)
         loop.add_reader(pidfd, self._reap, pidfd)
         self._link = Connection(self._sock, from_engine, on_message, self._closed)
@@ -71,7 +71,7 @@ class EngineProcess:
     def _closed(self, error: Exception | None) -> None:
         if isinstance(error, BadFrameError):
             self.kill(f"protocol: {error}")
-        else:
+        elif self._child.returncode is None:
             asyncio.get_running_loop().call_later(GRACE, self.kill, "closed its link")
 
     def _reap(self, pidfd: int) -> None:

@@ -63,6 +63,8 @@ class Stream:
             return
         if tokens.start != len(self.emitted):
             raise JournalError(f"request {self.id}: token {tokens.start} came where {len(self.emitted)} was due")
+        if self.submit.sampling.logprobs >= 0 and len(tokens.logprobs) != len(tokens.ids):
+            raise JournalError(f"request {self.id}: {len(tokens.ids)} tokens, {len(tokens.logprobs)} log-probabilities")
         if self.first_token is None:
             self.first_token = time.monotonic()
         self.emitted.extend(tokens.ids)

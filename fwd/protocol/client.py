@@ -7,7 +7,6 @@ with fwd.Client() as client:
 
 import asyncio
 import contextlib
-import re
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -15,44 +14,35 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import msgspec
-
 from fwd import __version__
 from fwd.config import default_socket
-from fwd.errors import BadFrameError, BadRequestError, EngineError, FwdError, NotRunningError, from_wire
+from fwd.errors import BadFrameError, EngineError, FwdError, NotRunningError, from_wire
 from fwd.protocol.frames import Channel, Connection
-from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import (
     Accepted,
     Cancel,
     Done,
-    Draft,
     Failed,
     Finished,
     FromDaemon,
     Hello,
-    Limits,
     Message,
-    Prompt,
     PromptLogprobs,
     RequestInfo,
     Requests,
     RequestsQuery,
-    Sampling,
     Status,
     StatusQuery,
     Stop,
-    Submit,
     Text,
     Tokens,
     from_daemon,
 )
+from fwd.protocol.requests import prompt_message, submit_message
 
 Event = Accepted | Tokens | PromptLogprobs | Text | Finished
 ADMIN = 0
 T = TypeVar("T")
-K = TypeVar("K", bound=Message)
-_PARTS: dict[str, type[Message]] = {"sampling": Sampling, "limits": Limits, "draft": Draft}
 
 
 def connect(uds: str | Path | None = None) -> socket.socket:
@@ -63,54 +53,9 @@ def connect(uds: str | Path | None = None) -> socket.socket:
         sock.connect(path)
     except OSError as error:
         sock.close()
-        raise NotRunningError(f"no daemon listens on {path} ({error.strerror}): start one with `fwd serve`") from error
+        reason = error.strerror or error
+        raise NotRunningError(f"no daemon listens on {path} ({reason}): start one with `fwd serve`") from error
     return sock
-
-
-def prompt_message(tag: int, prompt: str | Sequence[dict[str, Any]], options: dict[str, Any]) -> Prompt:
-    """The `Prompt` for a text, or for a chat given as messages.
-
-    `options` are fields of `Sampling`, `Limits`, `Draft` and `Prompt` by name, and for a chat `tools` and `kwargs`.
-    Raises `BadRequestError` for an option that does not exist or is out of range.
-    """
-    if isinstance(prompt, str):
-        return _build(Prompt, options, id=tag, body=memoryview(prompt.encode()))
-    chat = {"messages": prompt, **{key: options.pop(key) for key in ("tools", "kwargs") if key in options}}
-    return _build(Prompt, options, id=tag, kind="chat", body=memoryview(msgspec.json.encode(chat)))
-
-
-def submit_message(tag: int, prompt: Sequence[int], options: dict[str, Any]) -> Submit:
-    """The `Submit` for raw ids; `options` as in `prompt_message`, and fields of `Submit`."""
-    if "emitted" in options:
-        options = {**options, "emitted": pack_ids(options["emitted"])}
-    return _build(Submit, options, id=tag, prompt=pack_ids(prompt))
-
-
-def _build(kind: type[K], options: dict[str, Any], **own: Any) -> K:
-    fields = dict(options)
-    for name, part in _PARTS.items():
-        if inner := {field: fields.pop(field) for field in part.__struct_fields__ if field in fields}:
-            fields[name] = _checked(part, inner)
-    return _checked(kind, {**fields, **own})
-
-
-def _checked(kind: type[K], fields: dict[str, Any]) -> K:
-    """A struct whose bounds have been checked as the daemon will."""
-    if unknown := sorted(set(fields) - set(kind.__struct_fields__)):
-        raise BadRequestError(f"unknown option {unknown[0]!r}", param=unknown[0])
-    try:
-        return msgspec.convert(msgspec.to_builtins(kind(**fields), builtin_types=(memoryview,)), kind)
-    except (TypeError, ValueError) as error:
-        raise BadRequestError(_named(kind, str(error))) from error
-
-
-def _named(kind: type[Message], text: str) -> str:
-    """An error of a positional struct with the name of the field instead of its index."""
-    place = re.search(r" - at `\$\[(\d+)\].*`", text)
-    if place is None:
-        return text
-    tagged = kind.__struct_config__.tag is not None
-    return f"{kind.__struct_fields__[int(place[1]) - tagged]}: {text[: place.start()]}"
 
 
 class _Inboxes:
@@ -175,8 +120,12 @@ class Client:
         self._channel = Channel(connect(uds), from_daemon)
         self._inboxes = _Inboxes()
         self._open = True
-        self._channel.send(Hello(build=__version__))
-        _answer(self._take(ADMIN), Hello)
+        try:
+            self._channel.send(Hello(build=__version__))
+            _answer(self._take(ADMIN), Hello)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -271,8 +220,12 @@ class AsyncClient:
 
     async def __aenter__(self) -> Self:
         self._link = Connection(connect(self._uds), from_daemon, self._on_message, self._on_close)
-        self._link.send(Hello(build=__version__))
-        _answer(await self._take(ADMIN), Hello)
+        try:
+            self._link.send(Hello(build=__version__))
+            _answer(await self._take(ADMIN), Hello)
+        except BaseException:
+            self.close()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:

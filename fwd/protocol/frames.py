@@ -27,6 +27,7 @@ CHUNK = 64 << 10
 MAX_FDS = 16
 MAX_MEMFD = 1 << 30
 HIGH_WATER = 1 << 20
+MAX_BUFFERED = 64 << 20
 LINGER = 5.0
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _LENGTH = struct.Struct("<I")
@@ -76,7 +77,8 @@ def _mapped(fd: int) -> memoryview:
     size = os.fstat(fd).st_size
     if not sealed or not 0 < size <= MAX_MEMFD:
         raise BadFrameError("an attached buffer is not a sealed memfd of a permitted size")
-    return memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ))
+    # Linux before 6.7 refuses a shared mapping of a write-sealed memfd, even a read-only one.
+    return memoryview(mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
 
 
 def close_all(fds: Iterable[int]) -> None:
@@ -160,7 +162,7 @@ class Assembler(Generic[M]):
 
 
 def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
-    """One `recvmsg`: a fresh buffer and its descriptors (close-on-exec); raises `BadFrameError` if some were cut off."""
+    """One `recvmsg`: a fresh buffer, its descriptors (close-on-exec); raises `BadFrameError` if some were cut off."""
     data, ancillary, flags, _ = sock.recvmsg(CHUNK, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
     fds = array.array("i")
     for level, kind, payload in ancillary:
@@ -182,7 +184,8 @@ class Connection(Generic[M]):
     """A frame socket on the running asyncio loop.
 
     `on_message` is called for each message in order; `on_close` once, with None after a clean end of file or with the
-    error. A bad frame is answered by `Failed(code="bad_frame")` and ends this connection only.
+    error. A bad frame is answered by `Failed(code="bad_frame")` and ends this connection only, as does a peer that lets
+    `MAX_BUFFERED` bytes wait for it. A peer that takes no more is still read to its end: its last words count.
     """
 
     def __init__(
@@ -202,21 +205,24 @@ class Connection(Generic[M]):
         self._buffered = 0
         self._drained: asyncio.Future[None] | None = None
         self._closing = False
+        self._deaf = False
         self._error: Exception | None = None
         self.closed = False
         self._loop.add_reader(sock, self._readable)
 
     def send(self, message: Message) -> None:
         """Send now what the socket takes and the rest when it can; after `close` nothing is sent."""
-        if self.closed or self._closing:
+        if self.closed or self._closing or self._deaf:
             return
         data, fds = pack(message)
         self._out.append((memoryview(data), fds))
         self._buffered += len(data)
         if len(self._out) == 1:
             self._writable()
-            if self._out and not self.closed:
+            if self._out:
                 self._loop.add_writer(self.sock, self._writable)
+        elif self._buffered > MAX_BUFFERED:
+            self.close(TimeoutError("the peer does not read what it asked for"))
 
     async def drain(self) -> None:
         """Wait until less than `HIGH_WATER` bytes are buffered: the pace of a slow reader."""
@@ -234,10 +240,7 @@ class Connection(Generic[M]):
         self._loop.remove_writer(self.sock)
         self.sock.close()
         self._assembler.close()
-        for _, fds in self._out:
-            close_all(fds)
-        self._out.clear()
-        self._wake()
+        self._drop_output()
         self._on_close(error)
 
     def finish(self, error: Exception | None = None) -> None:
@@ -293,13 +296,20 @@ class Connection(Generic[M]):
                 self._out.popleft()
         except (BlockingIOError, InterruptedError):
             return
-        except OSError as error:
-            self.close(error)
-            return
+        except OSError:
+            self._deaf = True
+            self._drop_output()
         self._loop.remove_writer(self.sock)
         self._wake()
         if self._closing:
             self.close(self._error)
+
+    def _drop_output(self) -> None:
+        for _, fds in self._out:
+            close_all(fds)
+        self._out.clear()
+        self._buffered = 0
+        self._wake()
 
     def _wake(self) -> None:
         if self._drained is not None and not self._drained.done():

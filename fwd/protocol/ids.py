@@ -18,4 +18,4 @@ def unpack_ids(view: memoryview) -> Sequence[int]:
     """The ids in `view`, without a copy; raises `BadFrameError` if it is not whole int32s."""
     if view.nbytes % 4:
         raise BadFrameError(f"{view.nbytes} bytes are no whole number of int32 token ids")
-    return view.cast("i")  # type: ignore[return-value]  # a memoryview of format "i" is a sequence of int
+    return view.cast("i")

@@ -22,7 +22,8 @@ EMPTY = memoryview(b"")
 Id = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Milliseconds = Annotated[float, Meta(ge=0)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Milliseconds = Annotated[float, Meta(ge=0, le=2**53)]
 Priority = Literal["interactive", "background"]
 Drafter = Literal["auto", "off", "suffix", "model", "mtp", "eagle", "dflash"]
 Reason = Literal["stop", "length", "cancelled", "deadline"]
@@ -118,7 +119,7 @@ class Submit(Bulk, tag=3, frozen=True):
     emitted: memoryview = EMPTY
     sampling: Sampling = Sampling()
     limits: Limits = Limits()
-    seed: int | None = None
+    seed: Seed | None = None
     choice: Annotated[int, Meta(ge=0, le=127)] = 0
     priority: Priority = "interactive"
     adapter: Annotated[str, Meta(max_length=256)] = ""
@@ -191,7 +192,7 @@ class Tokens(Message, tag=18, frozen=True):
 
     id: Id
     start: Count
-    ids: list[int]
+    ids: list[TokenId]
     logprobs: list[float] = []
     top: list[TopLogprobs] = []
 
@@ -263,7 +264,7 @@ class Prompt(Bulk, tag=32, frozen=True):
     body: memoryview = EMPTY
     sampling: Sampling = Sampling()
     limits: Limits = Limits()
-    seed: int | None = None
+    seed: Seed | None = None
     stops: Annotated[tuple[str, ...], Meta(max_length=16)] = ()
     ignore_eos: bool = False
     priority: Priority = "interactive"
@@ -287,7 +288,7 @@ class Accepted(Message, tag=48, frozen=True):
 
     tag: Id
     id: Id
-    seed: int
+    seed: Seed
     prompt_tokens: Count
 
 
