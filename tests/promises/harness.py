@@ -26,7 +26,7 @@ def run(work):
 async def serving(folder: Path, **load):
     """A `Service` with an engine that loaded `folder`."""
     ready = asyncio.Event()
-    timing = {key: load.pop(key) for key in ("ping_interval", "hang_timeout") if key in load}
+    timing = {key: load.pop(key) for key in ("ping_interval", "hang_timeout", "command") if key in load}
 
     def make(message):
         return Keeper(message, on_change=ready.set, **timing)

@@ -1,0 +1,70 @@
+"""Promise 2 against the faults that are not a clean death."""
+
+import signal
+import sys
+from pathlib import Path
+
+import checkpoints
+import poisoned_engine
+import pytest
+from harness import ended, kill, record, run, serving
+
+from fwd.protocol.ids import pack_ids
+from fwd.protocol.messages import Limits, Sampling, Submit
+
+TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("qwen3")
+    checkpoints.make("qwen3", path)
+    return path
+
+
+def request(number, *more):
+    return Submit(
+        prompt=pack_ids([number, number + 1, *more]),
+        sampling=Sampling(temperature=0.8, logprobs=0),
+        limits=Limits(max_tokens=TOKENS),
+        seed=number,
+    )
+
+
+async def undisturbed(folder, numbers):
+    async with serving(folder) as service:
+        streams = [service.open(request(number)) for number in numbers]
+        await ended(*streams)
+        return [record(stream) for stream in streams]
+
+
+def test_a_stopped_engine_is_noticed_and_replaced(folder):
+    async def work():
+        async with serving(folder, ping_interval=0.1, hang_timeout=2.0) as service:
+            streams = [service.open(request(number)) for number in range(6)]
+            await streams[0].wait(5)
+            kill(service, signal.SIGSTOP)
+            await ended(*streams)
+            return [record(stream) for stream in streams], service.supervisor.active.restarts
+
+    records, restarts = run(work())
+
+    assert restarts["hung"] >= 1
+    assert records == run(undisturbed(folder, range(6)))
+
+
+def test_a_request_that_kills_the_engine_fails_alone(folder):
+    command = (sys.executable, str(Path(poisoned_engine.__file__)))
+
+    async def work():
+        async with serving(folder, command=command) as service:
+            streams = [service.open(request(number)) for number in range(3)]
+            poison = service.open(request(3, poisoned_engine.POISON))
+            streams += [service.open(request(number)) for number in range(4, 7)]
+            await ended(poison, *streams)
+            return poison.error, [record(stream) for stream in streams]
+
+    error, records = run(work())
+
+    assert error.code == "poisoned"
+    assert records == run(undisturbed(folder, [0, 1, 2, 4, 5, 6]))
