@@ -1,0 +1,25 @@
+"""What all tests share: a runner for coroutines."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def run() -> Callable[[Coroutine[Any, Any, None]], None]:
+    """Run a coroutine on a loop of its own; nothing may be left undone for a minute, no error unheard."""
+
+    def runner(work: Coroutine[Any, Any, None]) -> None:
+        unheard: list[dict[str, Any]] = []
+
+        async def timed() -> None:
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+            async with asyncio.timeout(60):
+                await work
+
+        asyncio.run(timed())
+        assert not unheard
+
+    return runner
