@@ -1,0 +1,1 @@
+"""The HTTP side: one middleware as its border, one room per dialect."""

@@ -1,0 +1,66 @@
+"""The routes, and what the runner of the application must be given."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from aiohttp import web
+
+from fwd.api import health, models, requests
+from fwd.api.access import Access
+from fwd.api.context import CREATED, METRICS, RUNNING, SERVICE
+from fwd.api.exposition import CONTENT_TYPE
+from fwd.api.metrics import Metrics
+from fwd.api.middleware import border, name_response
+from fwd.api.openai import chat, completions
+from fwd.api.running import Running
+from fwd.front.service import Service
+
+RUNNER: dict[str, Any] = {
+    "handler_cancellation": True,
+    "access_log": None,
+    "keepalive_timeout": 75.0,
+    "max_line_size": 8190,
+    "max_field_size": 8190,
+}
+
+
+def build(service: Service) -> web.Application:
+    """The application over one service; raises `ConfigError` for a keys file that cannot be read."""
+    app = web.Application(middlewares=[border(Access.of(service.config))], client_max_size=service.config.max_body)
+    app[SERVICE] = service
+    app[METRICS] = Metrics(service)
+    app[RUNNING] = Running()
+    app[CREATED] = int(time.time())
+    app.on_response_prepare.append(name_response)
+    app.cleanup_ctx.append(_watched)
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", chat.post),
+            web.post("/v1/completions", completions.post),
+            web.get("/v1/models", models.get_models),
+            web.get("/v1/models/{model:.+}", models.get_model),
+            web.post("/tokenize", models.post_tokenize),
+            web.post("/detokenize", models.post_detokenize),
+            web.get("/live", health.get_live),
+            web.get("/ready", health.get_ready),
+            web.get("/health", health.get_health),
+            web.get("/metrics", _get_metrics),
+            web.delete("/v1/requests/{id}", requests.delete_request),
+        ]
+    )
+    return app
+
+
+async def _get_metrics(request: web.Request) -> web.Response:
+    return web.Response(body=request.app[METRICS].text().encode(), headers={"Content-Type": CONTENT_TYPE})
+
+
+async def _watched(app: web.Application) -> AsyncIterator[None]:
+    watch = asyncio.get_running_loop().create_task(app[METRICS].watch_loop())
+    yield
+    watch.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await watch

@@ -1,0 +1,39 @@
+"""Request bodies: JSON into typed structs whose bounds are part of the type."""
+
+import re
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+
+from fwd.errors import BadRequestError, UnsupportedMediaError
+
+T = TypeVar("T")
+_PLACE = re.compile(r" - at (?:`key` in )?`\$\.?(.*)`$")
+
+
+async def read_body(request: web.Request, decoder: msgspec.json.Decoder[T]) -> T:
+    """The body as the decoder's type.
+
+    Raises `UnsupportedMediaError` unless it is sent as JSON, and `BadRequestError` whose `param` is the JSON path.
+    """
+    if request.content_type != "application/json":
+        raise UnsupportedMediaError("the body must be JSON: send it with `Content-Type: application/json`")
+    body = await request.read()
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error)) from error
+    except msgspec.DecodeError as error:
+        raise BadRequestError(f"the body is not valid JSON: {error}", param="body") from error
+    except UnicodeDecodeError as error:
+        raise BadRequestError(f"the body is not UTF-8: {error}", param="body") from error
+    except RecursionError as error:
+        raise BadRequestError("the body is nested too deeply", param="body") from error
+
+
+def _invalid(text: str) -> BadRequestError:
+    place = _PLACE.search(text)
+    path = re.sub(r"\[(.*?)\]", r".\1", place[1]).lstrip(".") if place else "body"
+    problem = text[: place.start()] if place else text
+    return BadRequestError(f"{path}: {problem[:1].lower()}{problem[1:]}".replace("`", ""), param=path)

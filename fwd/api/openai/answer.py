@@ -1,0 +1,137 @@
+"""The streams behind one response: opened together, read as generations, cancelled together."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from aiohttp import web
+from msgspec.structs import replace
+
+from fwd.api.context import REQUEST_ID, RUNNING, SERVICE
+from fwd.api.openai.parameters import Parameters
+from fwd.errors import BadRequestError
+from fwd.front.generation import Generation
+from fwd.front.service import Service
+from fwd.front.streams import Stream
+from fwd.protocol.ids import pack_ids
+from fwd.protocol.messages import Submit
+
+MASK = 2**64 - 1
+SEED_BITS = 53  # what JavaScript can send back
+
+
+class Wanted:
+    """What to open: `n` choices of each prompt. Log-probabilities −1 are off; `max_tokens` None is all the context.
+
+    `continues` says that the answer goes on in the prompt's own text.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int | None,
+        logprobs: int = -1,
+        prompt_logprobs: int = -1,
+        continues: bool = False,
+    ) -> None:
+        self.parameters = parameters
+        self.prompts = prompts
+        self.max_tokens = max_tokens
+        self.logprobs = logprobs
+        self.prompt_logprobs = prompt_logprobs
+        self.continues = continues
+
+
+class Answer:
+    """One response. Choice i of prompt p is generation p·n + i; all share one seed, as if each prompt were alone."""
+
+    def __init__(self, service: Service, wanted: Wanted, number: str) -> None:
+        self.service = service
+        self.info = service.info()
+        self.wanted = wanted
+        self.id = number
+        self.created = int(time.time())
+        self.n = wanted.parameters.choices
+        seed = wanted.parameters.seed
+        self.seed = secrets.randbits(SEED_BITS) if seed is None else seed
+        self.generations: list[Generation] = []
+
+    @property
+    def streams(self) -> list[Stream]:
+        """The stream of each generation."""
+        return [generation.stream for generation in self.generations]
+
+    def prompt(self, index: int) -> Sequence[int]:
+        """The prompt of a generation, in ids."""
+        return self.wanted.prompts[index // self.n]
+
+    def open(self) -> None:
+        """Admit all choices or none; raises what `Service.open` raises."""
+        parameters, prompts = self.wanted.parameters, self.service.prompts
+        submit = Submit(
+            sampling=parameters.sampling(self.wanted.logprobs),
+            limits=parameters.limits(prompts, self.wanted.max_tokens),
+            seed=self.seed & MASK,
+            priority=parameters.extension.priority,
+            prompt_logprobs=self.wanted.prompt_logprobs,
+            draft=parameters.draft,
+        )
+        try:
+            for ids in self.wanted.prompts:
+                self._open_choices(submit, pack_ids(ids))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Cancel what is still open."""
+        for stream in self.streams:
+            self.service.cancel(stream)
+
+    def expire(self) -> None:
+        """End what is still open: the deadline passed."""
+        for stream in self.streams:
+            self.service.expire(stream)
+
+    def _open_choices(self, submit: Submit, prompt: memoryview) -> None:
+        parameters = self.wanted.parameters
+        for choice in range(self.n):
+            stream = self.service.open(replace(submit, prompt=prompt, choice=choice))
+            self.generations.append(
+                Generation(
+                    stream,
+                    self.service.prompts.tokenizer,
+                    parameters.stops,
+                    include_stop=bool(parameters.include_stop_str_in_output),
+                    continues=self.wanted.continues,
+                )
+            )
+
+
+def check_total(service: Service, parameters: Parameters, prompts: int) -> None:
+    """Raise `BadRequestError` for more choices than the daemon ever admits."""
+    total, most = parameters.choices * prompts, service.config.max_queue
+    if total > most:
+        raise BadRequestError(f"{total} choices in one request: at most {most} are possible", param="n")
+
+
+@contextmanager
+def answering(request: web.Request, wanted: Wanted, prefix: str, deadline: float | None) -> Iterator[Answer]:
+    """Open an answer; whatever happens to the handler, nothing of it runs on afterwards.
+
+    `deadline` is a time of the event loop.
+    """
+    answer = Answer(request.app[SERVICE], wanted, f"{prefix}-{request[REQUEST_ID]}")
+    answer.open()
+    timer = None if deadline is None else asyncio.get_running_loop().call_at(deadline, answer.expire)
+    try:
+        with request.app[RUNNING].entry(answer.id, answer.streams):
+            yield answer
+    finally:
+        if timer:
+            timer.cancel()
+        answer.close()

@@ -1,0 +1,91 @@
+"""What an answer says about itself: usage, the `fwd` block with timings and receipt, the fingerprint."""
+
+from collections import Counter
+from hashlib import sha256
+from typing import Any
+
+from fwd.api.openai.answer import Answer
+from fwd.protocol.messages import Timing
+
+
+def usage(answer: Answer) -> dict[str, Any]:
+    """Token counts so far: a prompt counts once however many choices it has."""
+    prompt = sum(map(len, answer.wanted.prompts))
+    completion = sum(generation.tokens for generation in answer.generations)
+    cached = sum(timing.cached_tokens for timing in timings(answer)[:: answer.n])
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def timings(answer: Answer) -> list[Timing]:
+    """The engine's account of each choice; empty where a stop string ended it before the engine did."""
+    return [stream.finished.timing if stream.finished else Timing() for stream in answer.streams]
+
+
+def report(answer: Answer) -> dict[str, Any]:
+    """The response extension `fwd` of a finished answer. Engine times are sums over the choices, in milliseconds."""
+    spent = timings(answer)
+    joules = [timing.joules for timing in spent if timing.joules is not None]
+    return {
+        "timings": _times(answer, spent),
+        "tokens_per_second": _rate(answer),
+        "drafted": dict(sum((Counter(timing.drafted) for timing in spent), Counter())),
+        "accepted": dict(sum((Counter(timing.accepted) for timing in spent), Counter())),
+        "cached_tokens": sum(timing.cached_tokens for timing in spent),
+        "cache_miss": next((timing.cache_miss for timing in spent if timing.cache_miss), None),
+        "energy_joules": sum(joules) if joules else None,
+        "resumes": sum(stream.resumes for stream in answer.streams),
+        "receipt": {**constants(answer), "seed": answer.seed},
+    }
+
+
+def constants(answer: Answer) -> dict[str, Any]:
+    """The part of a receipt that is the same for all answers: what the tokens depend on besides the request."""
+    info, prompts = answer.info, answer.service.prompts
+    return {
+        "build": info.build,
+        "weights_hash": info.weights_hash,
+        "template_hash": prompts.template.hash,
+        "tokenizer_hash": prompts.tokenizer.hash,
+        "kernel_set": info.kernel_set,
+        "dtype": info.dtype,
+        "device": info.device,
+        "chunk_size": info.chunk,
+    }
+
+
+def fingerprint(answer: Answer) -> str:
+    """OpenAI's `system_fingerprint`: a short hash of the receipt's constants."""
+    return "fp_" + sha256(repr(constants(answer)).encode()).hexdigest()[:12]
+
+
+def _times(answer: Answer, spent: list[Timing]) -> dict[str, float | None]:
+    streams = answer.streams
+    begin = min(stream.created for stream in streams)
+    first = min((stream.first_token for stream in streams if stream.first_token), default=None)
+    end = max(stream.ended or begin for stream in streams)
+    return {
+        "queue_ms": _ms(sum(timing.queue_ms for timing in spent) / 1000),
+        "prefill_ms": _ms(sum(timing.prefill_ms for timing in spent) / 1000),
+        "decode_ms": _ms(sum(timing.decode_ms for timing in spent) / 1000),
+        "ttft_ms": None if first is None else _ms(first - begin),
+        "total_ms": _ms(end - begin),
+    }
+
+
+def _rate(answer: Answer) -> float | None:
+    """Tokens per second after the first one, over all choices together."""
+    streams = [stream for stream in answer.streams if stream.first_token and stream.ended]
+    after = sum(len(stream.emitted) - 1 for stream in streams)
+    if not after:
+        return None
+    spent = max(stream.ended or 0 for stream in streams) - min(stream.first_token or 0 for stream in streams)
+    return round(after / max(spent, 1e-6), 2)
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)
