@@ -1,0 +1,86 @@
+"""`fwd status`, `ps`, `cancel` and `stop`: one look at the daemon, and the two things that end something."""
+
+import click
+
+from fwd.cli.common import client, emit, progress
+from fwd.cli.options import json_option, uds_option
+from fwd.errors import EngineError, NotReadyError
+from fwd.protocol.messages import EngineInfo, Status
+
+CODES = {"ready": 0, "failed": EngineError.exit_code}
+
+
+@click.command()
+@uds_option
+@json_option
+def status(uds: str | None, as_json: bool) -> int:
+    """Show the daemon in one look. Ends with code 0 when it is ready, 4 when not, 6 when its engine failed."""
+    with client(uds) as daemon:
+        found = daemon.status()
+    if as_json:
+        emit(found)
+    else:
+        for key, value in _rows(found):
+            click.echo(f"{key:<9} {value}")
+    return CODES.get(found.state, NotReadyError.exit_code)
+
+
+def _rows(found: Status) -> list[tuple[str, str]]:
+    state = found.state if found.state == "ready" else f"{found.state}: {progress(found)}"
+    rows = [
+        ("state", state),
+        ("model", f"{found.name} ({found.model})"),
+        ("listening", ", ".join(found.listening)),
+        ("daemon", f"fwd {found.version}, pid {found.pid}, up {found.uptime_s:.0f} s, {found.restarts} restarts"),
+        ("requests", f"{found.running} running, {found.waiting} waiting, {found.tokens_out} tokens so far"),
+        ("pages", f"{found.pages_free} of {found.pages_total} free"),
+    ]
+    return [*rows, *_engine_rows(found.engine)] if found.engine else rows
+
+
+def _engine_rows(engine: EngineInfo) -> list[tuple[str, str]]:
+    size = f"{engine.parameters / 1e6:.1f} M parameters, {engine.weight_bytes / 1e6:.1f} MB, context {engine.context}"
+    return [
+        ("engine", f"{engine.device} ({engine.kernel_set}), {engine.dtype}, {engine.threads} threads, pid {engine.pid}"),
+        ("weights", f"{engine.architecture}, {size}, {engine.weights_hash}"),
+    ]
+
+
+@click.command()
+@uds_option
+@json_option
+def ps(uds: str | None, as_json: bool) -> None:
+    """List the open requests, oldest first."""
+    with client(uds) as daemon:
+        found = daemon.requests()
+    if as_json:
+        emit({"requests": found})
+        return
+    click.echo(f"{'ID':>6}  {'STATE':<8} {'PROMPT':>7} {'OUTPUT':>7} {'AGE':>8}  PRIORITY")
+    for row in found:
+        tokens = f"{row.prompt_tokens:>7} {row.output_tokens:>7}"
+        click.echo(f"{row.id:>6}  {row.state:<8} {tokens} {row.age_s:>7.1f}s  {row.priority}")
+
+
+@click.command()
+@click.argument("number", metavar="ID", type=click.IntRange(1, 2**63 - 1))
+@uds_option
+@json_option
+def cancel(number: int, uds: str | None, as_json: bool) -> None:
+    """End the request with that ID, as `fwd ps` lists it."""
+    with client(uds) as daemon:
+        daemon.cancel(number)
+    if as_json:
+        emit({"cancelled": number})
+
+
+@click.command()
+@uds_option
+@json_option
+def stop(uds: str | None, as_json: bool) -> None:
+    """Stop the daemon; open answers may finish first. Returns when it is gone."""
+    with client(uds) as daemon:
+        pid = daemon.status().pid
+        daemon.stop()
+    if as_json:
+        emit({"stopped": pid})

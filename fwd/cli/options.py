@@ -1,0 +1,14 @@
+"""The options of every verb."""
+
+import click
+
+
+def _remember(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+    ctx.meta["json"] = value
+    return value
+
+
+uds_option = click.option("--uds", metavar="PATH", help="The daemon's socket.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, callback=_remember, help="Print one JSON document on stdout."
+)
