@@ -82,7 +82,10 @@ def load(flags: Mapping[str, Any], file: str | None = None, env: Mapping[str, st
     ):
         values |= layer
         _checked(values, origin)
-    return _checked(values, "configuration")
+    config = _checked(values, "configuration")
+    if config.draft_model:
+        raise ConfigError("draft_model: this build has no drafters: leave it out")
+    return config
 
 
 def _toml(file: str) -> dict[str, Any]:

@@ -5,15 +5,16 @@ Connections queue in the kernel meanwhile, so they are accepted before aiohttp i
 
 from fwd.config import Config
 from fwd.daemon.sockets import listen
-from fwd.front.process import EngineProcess
 
 
 def serve(config: Config) -> int:
     """Run until told to stop; the exit code. Raises `FwdError` when it cannot start."""
     listeners = listen(config)
     try:
+        from fwd.front.process import EngineProcess  # noqa: PLC0415  # asyncio, after the sockets
+
         process = EngineProcess()
-        from fwd.daemon.run import run  # noqa: PLC0415  # after the sockets: this is what takes the time
+        from fwd.daemon.run import run  # noqa: PLC0415  # aiohttp, beside the engine's own start
 
         return run(config, listeners, process)
     finally:
