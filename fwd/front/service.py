@@ -122,9 +122,10 @@ class Service:
         """The daemon in one look."""
         keeper = self.supervisor.active
         pong = keeper.pong
+        state, reason = self._state()
         return Status(
-            state=keeper.state,
-            reason=keeper.reason,
+            state=state,
+            reason=reason,
             name=self.config.served_name,
             version=__version__,
             pid=os.getpid(),
@@ -142,6 +143,14 @@ class Service:
             requests=len(self._streams),
             tokens_out=self.tokens_out,
         )
+
+    def _state(self) -> tuple[str, str]:
+        keeper = self.supervisor.active
+        if self.draining:
+            return "stopping", "the daemon is stopping"
+        if keeper.state == "ready" and self._prompts is None:
+            return "loading", "the tokenizer is loading"
+        return keeper.state, keeper.reason
 
     def _describe(self, stream: Stream, now: float) -> RequestInfo:
         return RequestInfo(
