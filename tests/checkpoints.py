@@ -1,4 +1,4 @@
-"""Tiny random checkpoints made by transformers' own classes, with a byte-level tokenizer and a chat template beside them."""
+"""Tiny random checkpoints made by transformers' own classes, with a byte-level tokenizer and a chat template."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ KINDS = {
 
 
 def make(kind: str, folder: Path, seed: int = 0) -> None:
-    """Write a random model of `kind` (a key of KINDS) with its tokenizer into `folder`; every parameter is random, norms and biases too."""
+    """Write a random model of `kind` (a key of KINDS) and its tokenizer; norms and biases are random too."""
     model = build(kind, seed)
     model.save_pretrained(folder)
     make_tokenizer(folder)

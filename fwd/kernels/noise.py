@@ -1,6 +1,6 @@
 """Counter-based noise for sampling: a function of (seed, position, token) and of nothing else. No torch here.
 
-Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); splitmix64 of Steele et al. (OOPSLA 2014).
+Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). splitmix64: Steele et al. (2014).
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ _MASK64 = (1 << 64) - 1
 
 
 def choice_seed(seed: int, choice: int) -> int:
-    """Return the 64-bit seed of choice `choice` of a request: `seed` itself for 0, else splitmix64(seed + choice·golden ratio)."""
+    """Return the 64-bit seed of choice n of a request: `seed` for 0, else splitmix64 of seed + n·golden ratio."""
     if choice == 0:
         return seed & _MASK64
     mixed = (seed + choice * 0x9E3779B97F4A7C15) & _MASK64
@@ -26,7 +26,7 @@ def choice_seed(seed: int, choice: int) -> int:
 
 
 def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
-    """Return the four 32-bit words of Philox4x32-10, held in uint64, for counters of any one shape and one key of two 32-bit words."""
+    """Return the four 32-bit words (held in uint64) of Philox4x32-10 for counters of one shape and a two-word key."""
     x0, x1, x2, x3 = counter
     k0, k1 = key
     for _ in range(10):

@@ -1,7 +1,7 @@
 """The operations of a decoder step, named once, at the grain of one fused launch each; models call nothing else.
 
-Numbers: activations travel between ops in the model's dtype; norms, softmax and sums run in float32; logits are float32.
-Row-invariance: a row's bits depend neither on how many rows stand beside it, nor on its index, nor on its neighbours' values.
+Activations travel between ops in the model's dtype; norms, softmax and sums run in float32; logits are float32.
+Row-invariance: a row's bits depend neither on the number of rows beside it, nor on its index, nor on its neighbours.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from fwd.kernels.qtensor import QTensor
 class Rows:
     """The rows of one step: which token of which sequence each row computes, and where its KV goes.
 
-    A decode row at position p attends to cells 0…p of its sequence, those written by earlier rows of this step included.
+    A decode row at position p attends to cells 0…p of its sequence, also those that rows of this step write.
     A prefill step is exactly C rows of one sequence at positions iC … iC+C−1 (`chunk` = i).
     """
 
@@ -42,22 +42,25 @@ class Rows:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class KVCache:
-    """Keys and values of every layer in pages; a cell is one token: cell = page · page_size + offset. Contents start undefined."""
+@dataclass(frozen=True, slots=True, eq=False)
+class KV:
+    """Keys and values of one layer; a cell is one token: cell = page · page_size + offset. Contents start undefined."""
 
-    keys: Tensor  # [layers, pages, page_size, kv_heads, head_dim]
+    keys: Tensor  # [cells, kv_heads, head_dim], the model's dtype
     values: Tensor  # the same
+    page_size: int  # tokens
 
-    @property
-    def page_size(self) -> int:
-        """Tokens in a page."""
-        return self.keys.shape[2]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KVCache:
+    """The paged cache of a model: its pages hold the same cells in every layer."""
+
+    layers: tuple[KV, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Norm:
-    """RMSNorm over the last dimension: x·rsqrt(mean(x²)+eps) in float32, rounded, then times `weight` (Zhang & Sennrich 2019)."""
+    """RMSNorm over the last dimension (Zhang & Sennrich 2019): x·rsqrt(mean(x²)+eps) in float32, rounded, × weight."""
 
     weight: Tensor  # [dim], the model's dtype
     eps: float
@@ -106,7 +109,7 @@ class Top:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sampled:
-    """What `sample` and `score` give per row. Log-probabilities are of the raw logits: before penalties and temperature."""
+    """What `sample` and `score` give per row; log-probabilities are of the raw logits, before penalties and so on."""
 
     ids: Tensor  # int64 [rows]; of a row that is not finite: 0
     logprobs: Tensor  # float32 [rows], of `ids`
@@ -115,7 +118,7 @@ class Sampled:
 
 
 class Ops(Protocol):
-    """One execution of the operations. Decode rows come in multiples of `row_block` (see `Rows.padded`); `hidden` may be overwritten."""
+    """One execution of the operations. Rows come in multiples of `row_block` (see `Rows.padded`)."""
 
     name: str  # in the receipt
     row_block: int
@@ -124,28 +127,31 @@ class Ops(Protocol):
         """Return hidden [rows, hidden]: row `ids[i]` (int64 [rows]) of weight [vocab, hidden]."""
         ...
 
-    def qkv(self, hidden: Tensor, layer: QKV, rope: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:
-        """Norm, project, add bias, norm heads, rotate q and k, write k and v of rows with a slot; return q [rows, heads, head_dim].
+    def qkv(self, hidden: Tensor, layer: QKV, rope: Tensor, rows: Rows, kv: KV) -> Tensor:
+        """Norm, project, add bias, norm heads, rotate q and k, write k and v of rows with a slot into `kv`.
 
-        `rope` is float32 [positions, 2, head_dim/2] (cos, sin), half pairing: i with i + head_dim/2 (Su et al. 2021, as in GPT-NeoX).
-        `keys` and `values` [pages, page_size, kv_heads, head_dim] are this layer's part of the cache.
+        Returns q [rows, heads, head_dim]. `rope` is float32 [positions, 2, head_dim/2] (cos, sin), half pairing:
+        i with i + head_dim/2 (RoFormer, Su et al. 2021, as GPT-NeoX pairs).
         """
         ...
 
-    def decode_attention(self, q: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:
-        """Return softmax(q·kᵀ/√head_dim)·v over cells 0…p of each row's sequence: [rows, heads·head_dim]; 0 for padding rows."""
+    def decode_attention(self, q: Tensor, rows: Rows, kv: KV) -> Tensor:
+        """Return softmax(q·kᵀ/√head_dim)·v over cells 0…p of each row's sequence: [rows, heads·head_dim].
+
+        Padding rows give 0.
+        """
         ...
 
-    def prefill_attention(self, q: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:
-        """Return the same for the C rows of chunk i; cells after the last position that has a slot are never read."""
+    def prefill_attention(self, q: Tensor, rows: Rows, kv: KV) -> Tensor:
+        """Return the same for the C rows of a chunk; cells after the last position that has a slot are never read."""
         ...
 
     def linear(self, x: Tensor, weight: QTensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return residual + x·Wᵀ (+ bias): x [rows, in], weight [out, in], residual [rows, out] (may be overwritten)."""
+        """Return residual + x·Wᵀ (+ bias): x [rows, in], weight [out, in]; residual [rows, out] may be overwritten."""
         ...
 
     def gate_up(self, hidden: Tensor, norm: Norm, weight: QTensor) -> Tensor:
-        """Return silu(gate)·up of the normed hidden: [rows, intermediate]; weight [2·intermediate, hidden], gate rows first."""
+        """Return silu(gate)·up of the normed hidden [rows, intermediate]; weight [2·intermediate, hidden]: gate, up."""
         ...
 
     def head(self, hidden: Tensor, norm: Norm, weight: QTensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The ops in plain torch: the definition that other executions are tested against. Row-invariant on the CPU with a fixed thread count.
+"""The ops in plain torch: the definition that others are tested against. Row-invariant on a CPU, thread count fixed.
 
-What torch 2.13 keeps and what it does not was measured (LOG.md): matrix products are row-invariant in multiples of 8 rows and from
-12 outputs on; silu is when each call holds whole rows; attention is computed per row (decode) or on fixed shapes (prefill).
+What torch 2.13 keeps was measured: matrix products are row-invariant in multiples of 4 rows and from 16 outputs on,
+elementwise functions when a call holds whole rows. Attention runs row by row (decode) or on fixed shapes (prefill).
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
 
 from fwd.kernels import sampling
-from fwd.kernels.ops import QKV, Draw, Norm, Rows, Sampled, Top
+from fwd.kernels.ops import KV, QKV, Draw, Norm, Rows, Sampled, Top
 from fwd.kernels.qtensor import QTensor
 
 _SPLIT = 32768  # torch divides an elementwise call of this many elements among threads, in the middle of a row
@@ -27,7 +27,7 @@ class _Step:
     rows: Rows
     cos: Tensor  # float32 [rows, 1, head_dim]
     sin: Tensor  # the same, first half negated
-    live: Tensor  # int64: rows that write KV
+    live: slice | Tensor  # rows that write KV
     slots: Tensor  # int64: the cells they write
     cells: list[slice | Tensor]  # decode: per row the cells it attends to (none: padding); prefill: one entry
     mask: Tensor | None  # prefill: float32 [C, (i+1)·C], 0 or −inf
@@ -37,7 +37,7 @@ class Reference:
     """Executes `fwd.kernels.ops.Ops` on the CPU. One instance serves one thread: it remembers the step it is in."""
 
     name = "reference"
-    row_block = 8
+    row_block = 4
 
     def __init__(self) -> None:
         self._step: _Step | None = None
@@ -45,32 +45,31 @@ class Reference:
     def embed(self, ids: Tensor, weight: QTensor) -> Tensor:  # noqa: D102
         return F.embedding(ids, weight.data)
 
-    def qkv(self, hidden: Tensor, layer: QKV, rope: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:  # noqa: D102
-        step = self._enter(rows, rope, keys.shape[1])
+    def qkv(self, hidden: Tensor, layer: QKV, rope: Tensor, rows: Rows, kv: KV) -> Tensor:  # noqa: D102
+        step = self._enter(rows, rope, kv.page_size)
         fused = _project(_normed(hidden, layer.norm), layer.weight.data, layer.bias)
-        q, k, v = _split_heads(fused, layer)  # [rows, heads, head_dim]
-        q, k = _rotate(_head_norm(q, layer.q_norm), step), _rotate(_head_norm(k, layer.k_norm), step)
-        keys.flatten(0, 1).index_copy_(0, step.slots, k.index_select(0, step.live))
-        values.flatten(0, 1).index_copy_(0, step.slots, v.index_select(0, step.live))
-        return q
+        heads = fused.view(len(fused), -1, layer.head_dim)  # [rows, heads + 2·kv_heads, head_dim]
+        turned = _rotate(_head_norms(heads[:, : -layer.kv_heads], layer), step)
+        kv.keys.index_copy_(0, step.slots, turned[step.live, -layer.kv_heads :])
+        kv.values.index_copy_(0, step.slots, heads[step.live, -layer.kv_heads :])
+        return turned[:, : -layer.kv_heads]
 
-    def decode_attention(self, q: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:  # noqa: D102
+    def decode_attention(self, q: Tensor, rows: Rows, kv: KV) -> Tensor:  # noqa: D102
         step = self._current(rows)
-        k, v = keys.flatten(0, 1), values.flatten(0, 1)  # [cells, kv_heads, head_dim]
         out = torch.zeros_like(q)
         for row, cells in enumerate(step.cells):
             if not (isinstance(cells, slice) and cells.stop == 0):
-                grouped = q[row].view(1, k.shape[1], -1, k.shape[2])
-                out[row] = _attend(grouped, k[cells], v[cells], None).view(q.shape[1:])
+                grouped = q[row].view(1, kv.keys.shape[1], -1, q.shape[2])  # [1, kv_heads, group, head_dim]
+                out[row] = _attend(grouped, kv.keys[cells], kv.values[cells], None).view(q.shape[1:])
         return out.flatten(1)
 
-    def prefill_attention(self, q: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:  # noqa: D102
+    def prefill_attention(self, q: Tensor, rows: Rows, kv: KV) -> Tensor:  # noqa: D102
         step = self._current(rows)
         assert step.mask is not None, "decode rows"
-        count, kv_heads, dim = len(q), keys.shape[2], keys.shape[3]
-        grouped = q.view(count, kv_heads, -1, dim).permute(1, 2, 0, 3)  # [kv_heads, group, C, head_dim]
+        count, kv_heads, dim = len(q), kv.keys.shape[1], q.shape[2]
+        grouped = q.reshape(count, kv_heads, -1, dim).permute(1, 2, 0, 3)  # [kv_heads, group, C, head_dim]
         group = grouped.shape[1]
-        k, v = (_dense(cache.flatten(0, 1), step.cells[0], step.mask.shape[1]) for cache in (keys, values))
+        k, v = (_dense(cache, step.cells[0], step.mask.shape[1]) for cache in (kv.keys, kv.values))
         mask = step.mask.to(q.dtype).repeat(group, 1)
         out = _attend(grouped.reshape(1, kv_heads, group * count, dim), k, v, mask)
         return out.view(kv_heads, group, count, dim).permute(2, 0, 1, 3).reshape(count, -1)
@@ -89,7 +88,9 @@ class Reference:
         normed = _normed(hidden, norm).float()
         if weight.format == "fp32":
             return _project(normed, weight.data, None)
-        return torch.cat([_project(normed, part.float(), None) for part in weight.data.split(_HEAD_BLOCK)], dim=1)
+        return torch.cat(
+            [_project(normed, part.float(), None) for part in torch.split(weight.data, _HEAD_BLOCK)], dim=1
+        )
 
     def sample(self, logits: Tensor, draws: Sequence[Draw]) -> Sampled:  # noqa: D102
         array = logits.numpy()
@@ -115,18 +116,23 @@ class Reference:
 
 def _plan(rows: Rows, rope: Tensor, page_size: int) -> _Step:
     slots = rows.slots.tolist()
+    live = _live(slots)
     angles = rope.index_select(0, rows.positions.clamp(max=len(rope) - 1))  # [rows, 2, head_dim/2]
     cos, sin = angles[:, 0].unsqueeze(1), angles[:, 1].unsqueeze(1)
-    live = torch.tensor([row for row, slot in enumerate(slots) if slot >= 0])
     return _Step(
         rows,
         torch.cat((cos, cos), dim=-1),
         torch.cat((-sin, sin), dim=-1),
         live,
-        rows.slots.index_select(0, live),
+        rows.slots[live],
         _decode_cells(rows, slots, page_size) if rows.chunk < 0 else [_prefill_cells(rows, slots, page_size)],
         None if rows.chunk < 0 else _causal(len(slots), rows.chunk),
     )
+
+
+def _live(slots: list[int]) -> slice | Tensor:
+    live = [row for row, slot in enumerate(slots) if slot >= 0]
+    return slice(len(live)) if live == list(range(len(live))) else torch.tensor(live)
 
 
 def _decode_cells(rows: Rows, slots: list[int], page_size: int) -> list[slice | Tensor]:
@@ -166,19 +172,16 @@ def _normed(x: Tensor, norm: Norm) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), None, norm.eps).mul_(norm.weight)
 
 
-def _head_norm(x: Tensor, norm: Norm | None) -> Tensor:
-    return x if norm is None else _normed(x, norm)
+def _head_norms(heads: Tensor, layer: QKV) -> Tensor:
+    if layer.q_norm is None or layer.k_norm is None:
+        return heads
+    q, k = heads[:, : -layer.kv_heads], heads[:, -layer.kv_heads :]
+    return torch.cat((_normed(q, layer.q_norm), _normed(k, layer.k_norm)), dim=1)
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check_rows(x)
     return F.linear(x, weight, bias)
-
-
-def _split_heads(fused: Tensor, layer: QKV) -> tuple[Tensor, Tensor, Tensor]:
-    heads = fused.view(len(fused), -1, layer.head_dim)
-    q, k, v = heads.tensor_split((-2 * layer.kv_heads, -layer.kv_heads), dim=1)
-    return q, k, v
 
 
 def _rotate(x: Tensor, step: _Step) -> Tensor:
@@ -188,7 +191,7 @@ def _rotate(x: Tensor, step: _Step) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q [1, kv_heads, queries, head_dim]; k, v [cells, kv_heads, head_dim]."""
+    """Softmax attention of q [1, kv_heads, queries, head_dim] over k, v [cells, kv_heads, head_dim]."""
     return F.scaled_dot_product_attention(q, k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0), mask)
 
 

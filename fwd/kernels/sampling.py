@@ -1,7 +1,7 @@
 """The sampler's definition, one row at a time, so that a row depends on nothing beside it.
 
-Penalties, bias, mask → temperature → top-k, top-p, min-p → argmax of t + g with Gumbel noise g (Gumbel-max: Maddison et al. 2014).
-Thresholds use integer weights w = floor(exp(t − max)·2³⁰), so their sums are exact in any order. Ties go to the lowest id.
+Penalties, bias, mask → temperature → top-k, top-p, min-p → argmax of t + g with Gumbel noise g (Maddison et al. 2014).
+Thresholds use integer weights w = floor(exp(t − max)·2³⁰): their sums are exact in any order. Ties: the lowest id.
 """
 
 import math
@@ -36,17 +36,16 @@ def sample_row(logits: Logits, draw: Draw) -> int:
 
 
 def adjust(logits: Logits, draw: Draw) -> Logits:
-    """Return logits after penalties (repetition over prompt + output, presence and frequency over output), bias and mask."""
-    if draw.repetition_penalty == 1.0 and not (
-        draw.presence_penalty or draw.frequency_penalty or draw.bias or draw.banned
-    ):
+    """Return logits after penalties (repetition: prompt + output; presence, frequency: output), bias and mask."""
+    counted = bool(draw.presence_penalty or draw.frequency_penalty)
+    if draw.repetition_penalty == 1.0 and not (counted or draw.bias or draw.banned):
         return logits
     out = logits.copy()
     if draw.repetition_penalty != 1.0:
         seen = np.union1d(_ids(draw.prompt), _ids(draw.output))
         penalty = np.float32(draw.repetition_penalty)
         out[seen] = np.where(out[seen] > 0, out[seen] / penalty, out[seen] * penalty)
-    if draw.presence_penalty or draw.frequency_penalty:
+    if counted:
         ids, counts = np.unique(_ids(draw.output), return_counts=True)
         out[ids] -= np.float32(draw.frequency_penalty) * counts.astype(np.float32) + np.float32(draw.presence_penalty)
     for token, bias in draw.bias.items():
@@ -75,7 +74,7 @@ def most_likely(values: Logits, count: int) -> Ids:
 
 
 def _nucleus(values: Logits, weights: Ids, top_p: float) -> NDArray[np.bool_]:
-    """Mark tokens, in the order (value descending, id ascending), until the mass before them reaches top_p of the total."""
+    """Mark tokens in the order (value descending, id ascending) until the mass before them is top_p of the total."""
     order = np.argsort(-values, kind="stable")
     before = np.cumsum(weights[order]) - weights[order]
     inside = before < top_p * float(weights.sum())

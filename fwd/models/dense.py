@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
 
-from fwd.kernels.ops import QKV, KVCache, Norm, Ops, Rows
+from fwd.kernels.ops import KV, QKV, KVCache, Norm, Ops, Rows
 from fwd.kernels.qtensor import QTensor
 from fwd.models.formats import Checkpoint
 from fwd.models.rope import rope_table
@@ -55,8 +55,9 @@ class Dense:
     def new_cache(self, pages: int, page_size: int) -> KVCache:
         """Return an empty cache of `pages` pages."""
         (layout,) = self.spec.cache
-        shape = (layout.layers, pages, page_size, layout.kv_heads, layout.head_dim)
-        return KVCache(torch.empty(shape, dtype=self.dtype), torch.empty(shape, dtype=self.dtype))
+        shape = (2, layout.layers, pages * page_size, layout.kv_heads, layout.head_dim)
+        keys, values = torch.empty(shape, dtype=self.dtype)
+        return KVCache(tuple(KV(*pair, page_size) for pair in zip(keys, values, strict=True)))
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, rows: Rows, cache: KVCache) -> Tensor:
@@ -64,9 +65,9 @@ class Dense:
         ops, count, rows = self.ops, len(ids), rows.padded(self.ops.row_block)
         attend = ops.decode_attention if rows.chunk < 0 else ops.prefill_attention
         hidden = ops.embed(F.pad(ids, (0, len(rows.positions) - count)), self.embedding)  # [rows, hidden]
-        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            q = ops.qkv(hidden, layer.qkv, self.rope, rows, keys, values)  # [rows, heads, head_dim]
-            mixed = attend(q, rows, keys, values)  # [rows, heads·head_dim]
+        for layer, kv in zip(self.layers, cache.layers, strict=True):
+            q = ops.qkv(hidden, layer.qkv, self.rope, rows, kv)  # [rows, heads, head_dim]
+            mixed = attend(q, rows, kv)  # [rows, heads·head_dim]
             hidden = ops.linear(mixed, layer.output, hidden, layer.output_bias)
             active = ops.gate_up(hidden, layer.norm, layer.gate_up)  # [rows, intermediate]
             hidden = ops.linear(active, layer.down, hidden)

@@ -1,6 +1,6 @@
-"""Checkpoint files: safetensors by mmap behind our own header check, sharded or not; never pickle, never code from the folder.
+"""Checkpoint files: safetensors by mmap behind our own header check, sharded or not; never pickle, never code.
 
-Layout of a file: 8 bytes little-endian header length n, n bytes of JSON {name: {dtype, shape, data_offsets: [begin, end]}}, then the data.
+A file: 8 bytes little-endian header length n; n bytes of JSON {name: {dtype, shape, data_offsets: [begin, end]}}; data.
 """
 
 import hashlib
@@ -101,7 +101,7 @@ class Checkpoint:
         self._progress(self._total, self._total)
 
     def digest(self) -> str:
-        """Return BLAKE2b-256 over config.json and the BLAKE2b-256 of every shard in the order of their names, in hexadecimal."""
+        """Return BLAKE2b-256 of config.json and of the shards' own BLAKE2b-256, in the order of their names, as hex."""
         whole = hashlib.blake2b((self.folder / "config.json").read_bytes(), digest_size=32)
         for digest in self._digests:
             whole.update(digest.result())
@@ -172,8 +172,8 @@ def _entry(path: Path, name: str, value: object, start: int, size: int) -> Entry
     match value:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if dtype in _ITEMSIZE:
             if all(type(dim) is int and dim >= 0 for dim in shape) and len(shape) <= 8:
-                break_even = math.prod(shape) * _ITEMSIZE[dtype]
-                if 0 <= begin <= end <= size - start and end - begin == break_even:
+                expected = math.prod(shape) * _ITEMSIZE[dtype]
+                if 0 <= begin <= end <= size - start and end - begin == expected:
                     return Entry(dtype, tuple(shape), start + begin, start + end)
     raise ModelError(f"{path}: tensor {name[:80]} has a header that does not fit the file: {str(value)[:120]}")
 

@@ -23,7 +23,7 @@ def load(
     context: int | None = None,
     progress: Progress = lambda _done, _total: None,
 ) -> Model:
-    """Load a Hugging Face folder for up to `context` positions (default: the model's own); `progress` gets bytes done and in total.
+    """Load a Hugging Face folder for up to `context` positions; `progress` gets bytes done and in total.
 
     Raises ModelError for anything wrong with the folder, ConfigError for a device that this build has no kernels for.
     """

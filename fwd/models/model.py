@@ -22,7 +22,7 @@ class Model(Protocol):
         ...
 
     def forward(self, ids: Tensor, rows: Rows, cache: KVCache) -> Tensor:
-        """Run the layers over the rows of a step, write their KV, and return hidden [rows, hidden] before the last norm."""
+        """Run the layers over the rows of a step, write their KV; return hidden [rows, hidden] before the last norm."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from fwd.models.spec import RopeSpec
 def rope_table(rope: RopeSpec, head_dim: int, positions: int) -> Tensor:
     """Return cos and sin: float32 [positions, 2, head_dim/2].
 
-    Angles are float32 products, as checkpoints were trained; their cosine is taken in float64, so that no entry depends on the table's length.
+    Angles are float32 products, as checkpoints were trained; their cosine is taken in float64, so that no entry
+    depends on the table's length.
     """
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies(rope, head_dim).float()).double()
     return torch.stack((angles.cos(), angles.sin()), dim=1).mul_(rope.attention_factor).float()

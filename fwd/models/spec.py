@@ -1,6 +1,6 @@
 """config.json → ModelSpec: every number the forward pass and the planner need, checked. No torch here.
 
-Fields that would change the mathematics in a way that is not supported are refused by name; harmless unknown ones are ignored.
+Fields that would change the mathematics in an unsupported way are refused by name; unknown harmless ones are ignored.
 """
 
 import json
@@ -48,7 +48,7 @@ CacheLayout = PagedLayout
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary embedding: `kind` names the scaling rule, whose parameters are the fields it uses (see `fwd.models.rope`)."""
+    """Rotary embedding: `kind` names the scaling rule, which uses some of the fields (see `fwd.models.rope`)."""
 
     kind: Literal["default", "linear", "llama3", "yarn"]
     theta: float
@@ -108,7 +108,7 @@ class ModelSpec:
         return sum(layout.values_per_token for layout in self.cache) * ITEMSIZE[self.dtype]
 
     def step_bytes(self, rows: int, context: int) -> int:
-        """Bytes a decode step of `rows` sequences must read at `context` tokens each: layers, head, embedding rows and KV."""
+        """Bytes a decode step of `rows` sequences at `context` tokens each must read: layers, head, embeddings, KV."""
         read_once = self.layers * self.layer_parameters() + self.hidden + self.vocab * self.hidden
         return (read_once + rows * self.hidden) * ITEMSIZE[self.dtype] + rows * context * self.kv_bytes_per_token()
 
@@ -252,7 +252,7 @@ def _integer(table: dict[str, Any], key: str, low: int, high: int, default: int 
 
 
 def _number(table: dict[str, Any], key: str, low: float, high: float, default: float | None = None) -> float:
-    value = default if table.get(key) is None else table[key]
+    value: Any = default if table.get(key) is None else table[key]
     if type(value) not in {int, float} or not low <= value <= high:
         raise ModelError(f"config.json: {key} must be a number from {low:g} to {high:g}, found {str(value)[:40]}")
     return float(value)
