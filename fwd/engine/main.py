@@ -1,6 +1,7 @@
 """The engine process: `python -m fwd.engine.main FD`, where FD is its end of the front's socketpair."""
 
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -46,6 +47,7 @@ def _serve(channel: Channel[ToEngine]) -> None:
     from fwd.engine.start import start  # noqa: PLC0415  # torch: seconds, and the link is up before
 
     loop, info = start(load, channel, _Progress(channel), started)
+    gc.freeze()
     channel.send(Ready(info=info))
     loop.run()
 

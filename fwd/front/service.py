@@ -180,6 +180,9 @@ class Service:
 
 
 def _bounded(submit: Submit, info: EngineInfo) -> Submit:
+    for field in ("adapter", "grammar"):
+        if getattr(submit, field):
+            raise BadRequestError(f"{field}: this build has none, leave it out", param=field)
     prompt = unpack_ids(submit.prompt)
     _check_ids(prompt, info, "prompt")
     _check_ids(unpack_ids(submit.emitted), info, "emitted")
