@@ -8,7 +8,7 @@ from aiohttp import web
 from fwd.api import app
 from fwd.config import Config
 from fwd.daemon.sockets import Listeners
-from fwd.errors import EngineError, FwdError, ModelError
+from fwd.errors import EngineError, FwdError, ModelError, NotReadyError
 from fwd.front.keeper import Keeper
 from fwd.front.local import LocalServer
 from fwd.front.process import EngineProcess
@@ -102,7 +102,7 @@ class Daemon:
             await site.stop()
         await self._finish_streams(service)
         for stream in list(service.streams):
-            service.cancel(stream)
+            service.supervisor.cancel(stream, NotReadyError("the daemon was stopped before the answer was finished"))
         local.close()
         await runner.cleanup()
         await service.supervisor.stop()

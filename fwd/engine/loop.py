@@ -112,7 +112,7 @@ class Loop:
         request.clock.started = request.clock.started or time.monotonic()
         drawn, scores = self._runner.prefill(chunk)
         start = request.computed + 1
-        self._space.commit(request, min((chunk.index + 1) * self._chunk, request.prompt))
+        self._space.commit(request, min((chunk.number + 1) * self._chunk, request.prompt))
         if scores:
             self._score(request, start, scores)
         if request.phase == "decode":

@@ -30,7 +30,7 @@ class ModelRunner:
         request = chunk.request
         ids, rows = self._prefill.prefill(chunk, self._chunk)
         hidden = self._model.forward(ids, rows, self._cache)
-        start = chunk.index * self._chunk
+        start = chunk.number * self._chunk
         end = min(start + self._chunk, request.prompt)
         scores = self._scores(chunk, hidden, start, end) if request.submit.prompt_logprobs >= 0 else []
         if end < request.prompt or request.output or request.length == request.limit:

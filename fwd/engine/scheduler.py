@@ -12,10 +12,10 @@ MAX_ROWS = 16
 
 
 class Chunk(NamedTuple):
-    """Prefill chunk `index` of the request's prompt."""
+    """Prefill chunk `number` of the request's prompt."""
 
     request: Request
-    index: int
+    number: int
 
 
 class Span(NamedTuple):

@@ -13,6 +13,7 @@ from fwd.engine.pages import PagedSpace
 from fwd.engine.runner import ModelRunner
 from fwd.errors import ConfigError
 from fwd.models.load import load as load_model
+from fwd.models.spec import ModelSpec, read_spec
 from fwd.protocol.frames import Channel
 from fwd.protocol.messages import EngineInfo, Load, ToEngine
 
@@ -24,17 +25,14 @@ def start(
     load: Load, channel: Channel[ToEngine], progress: Callable[[int, int], None], started: float
 ) -> tuple[Loop, EngineInfo]:
     """Load the model and build the loop; raises `ModelError` or `ConfigError`. `started` is a monotonic time."""
+    folder = Path(load.model)
+    context = _context(load, read_spec(folder))
     threads = load.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    model = load_model(
-        Path(load.model), device=load.device, dtype=load.dtype, context=load.context or None, progress=progress
-    )
+    model = load_model(folder, device=load.device, dtype=load.dtype, context=context, progress=progress)
     spec = model.spec
-    if load.kv_dtype not in {"auto", _name(model.dtype)}:
-        raise ConfigError(f"kv-dtype: this build keeps the KV cache in the model's {_name(model.dtype)} only")
-    context = load.context or spec.max_context
-    if context > spec.max_context:
-        raise ConfigError(f"context: {context} is more than the model's {spec.max_context}")
+    if load.kv_dtype not in {"auto", spec.dtype}:
+        raise ConfigError(f"kv-dtype: this build keeps the KV cache in the model's {spec.dtype} only")
     pages = _pages(load, context, spec.kv_bytes_per_token())
     runner = ModelRunner(model, pages=pages, page_size=PAGE_SIZE, max_seqs=load.max_seqs, chunk=CHUNK)
     loop = Loop(channel, runner, PagedSpace(pages, PAGE_SIZE), max_seqs=load.max_seqs, chunk=CHUNK)
@@ -46,7 +44,7 @@ def start(
         vocab_size=spec.vocab,
         context=context,
         device="cpu",
-        dtype=_name(model.dtype),
+        dtype=spec.dtype,
         kernel_set=model.ops.name,
         build=f"fwd {__version__}, torch {torch.__version__}",
         chunk=CHUNK,
@@ -61,11 +59,13 @@ def start(
     return loop, info
 
 
+def _context(load: Load, spec: ModelSpec) -> int:
+    if load.context > spec.max_context:
+        raise ConfigError(f"context: {load.context} is more than the {spec.max_context} tokens of the model")
+    return load.context or spec.max_context
+
+
 def _pages(load: Load, context: int, bytes_per_token: int) -> int:
     """Pages of the KV pool: one whole context at least, else what `kv_bytes` and the sequences can use."""
     tokens = max(context, min(load.max_seqs * context, load.kv_bytes // bytes_per_token))
     return -(-tokens // PAGE_SIZE)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -55,14 +55,14 @@ class Step:
         return self.ids[:size], self._rows(size, -1)
 
     def prefill(self, chunk: Chunk, size: int) -> tuple[torch.Tensor, Rows]:
-        """Fill in chunk `chunk.index` of `size` rows; rows past the prompt are padding."""
-        request, start = chunk.request, chunk.index * size
+        """Fill in chunk `chunk.number` of `size` rows; rows past the prompt are padding."""
+        request, start = chunk.request, chunk.number * size
         end = min(start + size, request.prompt)
         self._fill(0, 0, Span(request, start, end), end)
         self._lengths[0] = start
         self._slots[end - start :] = -1
         self._positions[end - start :] = 0
-        return self.ids, self._rows(size, chunk.index)
+        return self.ids, self._rows(size, chunk.number)
 
     def _fill(self, row: int, line: int, span: Span, end: int) -> None:
         request, count = span.request, end - span.start
@@ -79,7 +79,8 @@ class Step:
         if self._lines[line] != key:
             self._tables[line, : len(request.pages)] = request.pages
             self._lines[line] = key
-        return self._tables[line]
+        table: Array = self._tables[line]
+        return table
 
     def _rows(self, size: int, chunk: int) -> Rows:
         return Rows(

@@ -35,7 +35,7 @@ class MockRunner:
 
     def prefill(self, chunk):
         self.before()
-        request, start = chunk.request, chunk.index * self.chunk
+        request, start = chunk.request, chunk.number * self.chunk
         assert request.computed == start, "prefill goes chunk by chunk from where the KV ends"
         end = min(start + self.chunk, request.prompt)
         self._write(request, start, end)
