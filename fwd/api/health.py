@@ -6,8 +6,7 @@ from aiohttp import web
 
 from fwd.api.context import SERVICE
 from fwd.api.replies import reply
-from fwd.errors import NotReadyError
-from fwd.front.service import Service
+from fwd.protocol.messages import Status
 
 RETRY_SECONDS = 1
 
@@ -19,19 +18,16 @@ async def get_live(_request: web.Request) -> web.Response:
 
 async def get_ready(request: web.Request) -> web.Response:
     """Requests are served now; if not, why."""
-    state, reason = condition(request.app[SERVICE])
-    return _answer({"ready": state == "ready", "state": state, "reason": reason})
+    status = request.app[SERVICE].status()
+    return _answer(_condition(status))
 
 
 async def get_health(request: web.Request) -> web.Response:
     """State, progress and queue in one look."""
     service = request.app[SERVICE]
     keeper, status = service.supervisor.active, service.status()
-    state, reason = condition(service)
     body = {
-        "ready": state == "ready",
-        "state": state,
-        "reason": reason,
+        **_condition(status),
         "model": status.name,
         "version": status.version,
         "uptime_s": round(status.uptime_s, 3),
@@ -49,17 +45,8 @@ async def get_health(request: web.Request) -> web.Response:
     return _answer(body)
 
 
-def condition(service: Service) -> tuple[str, str]:
-    """State and reason of the whole daemon: that of the engine, unless the front itself is not ready or stopping."""
-    keeper = service.supervisor.active
-    if keeper.state != "ready":
-        return keeper.state, keeper.reason
-    try:
-        service.info()
-        _ = service.prompts
-    except NotReadyError as error:
-        return "stopping" if service.draining else "loading", error.message
-    return "ready", ""
+def _condition(status: Status) -> dict[str, Any]:
+    return {"ready": status.state == "ready", "state": status.state, "reason": status.reason}
 
 
 def _answer(body: dict[str, Any]) -> web.Response:

@@ -92,10 +92,7 @@ class Metrics:
 
     def _engine(self) -> Iterator[Metric]:
         keeper = self._service.supervisor.active
-        causes: Counter[str] = Counter()
-        for cause, count in keeper.restarts.items():
-            causes[cause.partition(":")[0]] += count
-        restarts = [("", {"cause": cause}, count) for cause, count in causes.items()]
+        restarts = [("", {"cause": cause}, count) for cause, count in keeper.restarts.items()]
         yield Metric("fwd_engine_restarts_total", "counter", "Engine deaths by cause.", restarts)
         yield _value("fwd_stream_resumes_total", "counter", "Streams resumed after a death.", keeper.resumes)
         yield _value("fwd_engine_steps_total", "counter", "Steps of this engine process.", keeper.pong.steps)

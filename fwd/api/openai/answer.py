@@ -18,7 +18,6 @@ from fwd.front.streams import Stream
 from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import Submit
 
-MASK = 2**64 - 1
 SEED_BITS = 53  # what JavaScript can send back
 
 
@@ -75,7 +74,7 @@ class Answer:
         submit = Submit(
             sampling=parameters.sampling(self.wanted.logprobs),
             limits=parameters.limits(prompts, self.wanted.max_tokens),
-            seed=self.seed & MASK,
+            seed=self.seed,
             priority=parameters.extension.priority,
             prompt_logprobs=self.wanted.prompt_logprobs,
             draft=parameters.draft,
