@@ -49,6 +49,9 @@ class Verbs(click.Group):
         try:
             code = super().main(*args, **options)
             sys.stdout.flush()
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            code = error.exit_code
         except click.ClickException as error:
             code = _complain(error.format_message(), error.exit_code)
         except (click.Abort, KeyboardInterrupt):

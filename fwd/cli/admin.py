@@ -4,7 +4,7 @@ import click
 
 from fwd.cli.common import client, emit, progress
 from fwd.cli.options import json_option, uds_option
-from fwd.errors import EngineError, NotReadyError
+from fwd.errors import EngineError, NotFoundError, NotReadyError
 from fwd.protocol.messages import EngineInfo, Status
 
 CODES = {"ready": 0, "failed": EngineError.exit_code}
@@ -41,7 +41,10 @@ def _rows(found: Status) -> list[tuple[str, str]]:
 def _engine_rows(engine: EngineInfo) -> list[tuple[str, str]]:
     size = f"{engine.parameters / 1e6:.1f} M parameters, {engine.weight_bytes / 1e6:.1f} MB, context {engine.context}"
     return [
-        ("engine", f"{engine.device} ({engine.kernel_set}), {engine.dtype}, {engine.threads} threads, pid {engine.pid}"),
+        (
+            "engine",
+            f"{engine.device} ({engine.kernel_set}), {engine.dtype}, {engine.threads} threads, pid {engine.pid}",
+        ),
         ("weights", f"{engine.architecture}, {size}, {engine.weights_hash}"),
     ]
 
@@ -69,6 +72,8 @@ def ps(uds: str | None, as_json: bool) -> None:
 def cancel(number: int, uds: str | None, as_json: bool) -> None:
     """End the request with that ID, as `fwd ps` lists it."""
     with client(uds) as daemon:
+        if number not in {row.id for row in daemon.requests()}:
+            raise NotFoundError(f"no open request has the id {number}: `fwd ps` lists them")
         daemon.cancel(number)
     if as_json:
         emit({"cancelled": number})

@@ -16,7 +16,7 @@ POLL = 0.05
 
 
 def client(uds: str | None) -> Client:
-    """A connection to the daemon where `--uds`, the environment and the configuration say; `NotRunningError` if none."""
+    """A connection to the daemon where `--uds`, environment or configuration say; `NotRunningError` if none."""
     return Client(load({"uds": uds}).socket_path)
 
 

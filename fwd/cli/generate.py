@@ -35,6 +35,6 @@ def _stdin() -> str:
     if sys.stdin.isatty():
         raise click.UsageError("no prompt: give one, or pipe it in")
     try:
-        return click.get_binary_stream("stdin").read().decode()
+        return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise click.UsageError(f"stdin is not UTF-8: {error}") from error

@@ -72,4 +72,3 @@ def private_daemon(*flags: str, uds: str | None = None) -> Iterator[Private]:
             yield daemon
         finally:
             daemon.stop()
-
