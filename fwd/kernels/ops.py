@@ -123,6 +123,14 @@ class Ops(Protocol):
     name: str  # in the receipt
     row_block: int
 
+    def pack(self, weight: QTensor) -> QTensor:
+        """Return the weight in the order that `qkv`, `linear` and `gate_up` stream it here; done once, at load."""
+        ...
+
+    def pack_head(self, weight: QTensor) -> QTensor:
+        """Return the weight as `head` streams it; done once, at load."""
+        ...
+
     def embed(self, ids: Tensor, weight: QTensor) -> Tensor:
         """Return hidden [rows, hidden]: row `ids[i]` (int64 [rows]) of weight [vocab, hidden]."""
         ...

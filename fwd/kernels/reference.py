@@ -5,7 +5,7 @@ elementwise functions when a call holds whole rows. Attention runs row by row (d
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
@@ -17,7 +17,6 @@ from fwd.kernels.qtensor import QTensor
 
 _SPLIT = 32768  # torch divides an elementwise call of this many elements among threads, in the middle of a row
 _DECODE_ROWS = 16  # above, rows come from a prefill chunk, whose shapes are fixed
-_HEAD_BLOCK = 8192  # rows of the head that are widened to float32 at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +40,16 @@ class Reference:
 
     def __init__(self) -> None:
         self._step: _Step | None = None
+
+    def pack(self, weight: QTensor) -> QTensor:
+        """Return a float32 matrix column by column, which is faster for few rows; others as they are."""
+        if weight.format != "fp32":
+            return weight
+        return replace(weight, data=weight.data.t().contiguous().t())
+
+    def pack_head(self, weight: QTensor) -> QTensor:
+        """Return the head in float32: torch rounds the product of narrower matrices to their own dtype."""
+        return QTensor.plain(weight.dequantize())
 
     def embed(self, ids: Tensor, weight: QTensor) -> Tensor:  # noqa: D102
         return F.embedding(ids, weight.data)
@@ -85,12 +94,7 @@ class Reference:
         return _by_whole_rows(gate).mul_(up)
 
     def head(self, hidden: Tensor, norm: Norm, weight: QTensor) -> Tensor:  # noqa: D102
-        normed = _normed(hidden, norm).float()
-        if weight.format == "fp32":
-            return _project(normed, weight.data, None)
-        return torch.cat(
-            [_project(normed, part.float(), None) for part in torch.split(weight.data, _HEAD_BLOCK)], dim=1
-        )
+        return _project(_normed(hidden, norm).float(), weight.data, None)
 
     def sample(self, logits: Tensor, draws: Sequence[Draw]) -> Sampled:  # noqa: D102
         array = logits.numpy()

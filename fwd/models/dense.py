@@ -43,11 +43,12 @@ class Dense:
 
     def __init__(self, spec: ModelSpec, ops: Ops, dtype: torch.dtype, checkpoint: Checkpoint, context: int) -> None:
         self.spec, self.ops, self.dtype = spec, ops, dtype
-        weights = _Weights(spec, checkpoint, dtype)
+        weights = _Weights(spec, ops, checkpoint, dtype)
         self.embedding = weights.matrix((EMBEDDING,), (spec.vocab,), spec.hidden)
         self.layers = [weights.layer(LAYER.format(index)) for index in range(spec.layers)]
         self.last_norm = weights.norm(LAST_NORM, spec.hidden)
-        self.head = self.embedding if spec.tied else weights.matrix((HEAD,), (spec.vocab,), spec.hidden)
+        head = self.embedding if spec.tied else weights.matrix((HEAD,), (spec.vocab,), spec.hidden)
+        self.head = ops.pack_head(head)
         self.rope = rope_table(spec.rope, spec.head_dim, context)
         checkpoint.finish(lambda name: name.endswith("rotary_emb.inv_freq") or (spec.tied and name == HEAD))
         self.weights_hash = checkpoint.digest()
@@ -85,6 +86,7 @@ class _Weights:
     """Takes the tensors of a checkpoint, fused as the ops want them."""
 
     spec: ModelSpec
+    ops: Ops
     checkpoint: Checkpoint
     dtype: torch.dtype
 
@@ -92,11 +94,11 @@ class _Weights:
         spec = self.spec
         return Layer(
             qkv=self.qkv(prefix),
-            output=self.matrix((prefix + OUTPUT,), (spec.hidden,), spec.heads * spec.head_dim),
+            output=self.packed((prefix + OUTPUT,), (spec.hidden,), spec.heads * spec.head_dim),
             output_bias=self.vector((prefix + OUTPUT_BIAS,), (spec.hidden,)) if spec.output_bias else None,
             norm=self.norm(prefix + MLP_NORM, spec.hidden),
-            gate_up=self.matrix(_under(prefix, GATE_UP), (spec.intermediate,) * 2, spec.hidden),
-            down=self.matrix((prefix + DOWN,), (spec.hidden,), spec.intermediate),
+            gate_up=self.packed(_under(prefix, GATE_UP), (spec.intermediate,) * 2, spec.hidden),
+            down=self.packed((prefix + DOWN,), (spec.hidden,), spec.intermediate),
         )
 
     def qkv(self, prefix: str) -> QKV:
@@ -104,7 +106,7 @@ class _Weights:
         widths = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.kv_heads * spec.head_dim)
         return QKV(
             norm=self.norm(prefix + INPUT_NORM, spec.hidden),
-            weight=self.matrix(_under(prefix, QKV_WEIGHT), widths, spec.hidden),
+            weight=self.packed(_under(prefix, QKV_WEIGHT), widths, spec.hidden),
             bias=self.vector(_under(prefix, QKV_BIAS), widths) if spec.qkv_bias else None,
             q_norm=self.norm(prefix + Q_NORM, spec.head_dim) if spec.qk_norm else None,
             k_norm=self.norm(prefix + K_NORM, spec.head_dim) if spec.qk_norm else None,
@@ -117,6 +119,9 @@ class _Weights:
 
     def vector(self, names: tuple[str, ...], widths: tuple[int, ...]) -> Tensor:
         return self.checkpoint.take(names, [(width,) for width in widths], self.dtype)
+
+    def packed(self, names: tuple[str, ...], outputs: tuple[int, ...], inputs: int) -> QTensor:
+        return self.ops.pack(self.matrix(names, outputs, inputs))
 
     def matrix(self, names: tuple[str, ...], outputs: tuple[int, ...], inputs: int) -> QTensor:
         return QTensor.plain(self.checkpoint.take(names, [(width, inputs) for width in outputs], self.dtype))
