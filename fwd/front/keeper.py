@@ -39,7 +39,8 @@ class Keeper:
     """One model's engine. Streams given to it finish whatever happens to the process, or fail with their own error.
 
     A stream is suspect after `SUSPECT_AFTER` deaths without a new token in between. While there are suspects exactly
-    one of them runs, alone, until it brings a token; if the engine dies before, that one is failed as `poisoned`.
+    one of them runs, until it brings a token; one whose engine died before, and was given nothing else in its life, is
+    failed as `poisoned`.
     `restarts` counts deaths by kind. `on_change` is called on every change of `state`. `ping_interval`, `hang_timeout`
     and `load_timeout` are seconds; a hang is counted in unanswered pings, so a suspended machine is no hang.
     """
@@ -72,6 +73,7 @@ class Keeper:
         self._running: dict[int, Stream] = {}
         self._accepting = False
         self._attempts = 0
+        self._given = 0
         self._beats = 0
         self._silent = 0.0
         self._stopping = asyncio.Event()
@@ -146,6 +148,7 @@ class Keeper:
         self.error = None
         self._silent = 0.0
         self._accepting = False
+        self._given = 0
         self._running.clear()
         self.progress = Loading(done=0, total=0)
         if self.info is None:
@@ -263,6 +266,7 @@ class Keeper:
 
     def _send(self, stream: Stream) -> None:
         assert self.process
+        self._given += 1
         self._running[stream.id] = stream
         self.process.send(stream.resubmit())
 
@@ -299,7 +303,7 @@ class Keeper:
         running = [stream for stream in self._running.values() if not stream.done]
         self._running.clear()
         for stream in running:
-            alone = stream.stalls >= SUSPECT_AFTER
+            alone = stream.stalls >= SUSPECT_AFTER and self._given == 1
             stream.stalls += 1
             stream.resumes += 1
             self.resumes += 1

@@ -25,13 +25,17 @@ class EngineProcess:
 
     def __init__(self, command: Sequence[str] = COMMAND) -> None:
         self._sock, theirs = socket.socketpair()
-        with theirs:
-            self._child = subprocess.Popen(  # noqa: S603  # our own module, or a test's fake
-                [*command, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        try:
+            with theirs:
+                self._child = subprocess.Popen(  # noqa: S603  # our own module, or a test's fake
+                    [*command, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+        except OSError:
+            self._sock.close()
+            raise
         self.pid = self._child.pid
         self._cause = ""
         self._link: Connection[FromEngine] | None = None
@@ -53,9 +57,11 @@ class EngineProcess:
             self._link.send(message)
 
     def kill(self, cause: str) -> None:
-        """SIGKILL, also for a stopped process; `cause` is what the future of `attach` will say."""
+        """SIGKILL, and hear nothing more of it; `cause` is what the future of `attach` will say."""
         self._cause = self._cause or cause
         self._child.kill()
+        if self._link:
+            self._link.close()
 
     async def stop(self) -> None:
         """Close the link and wait; after `GRACE` seconds kill."""
