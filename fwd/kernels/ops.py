@@ -48,7 +48,7 @@ class KV:
 
     keys: Tensor  # [cells, kv_heads, head_dim], the model's dtype
     values: Tensor  # the same
-    page_size: int  # tokens
+    page_size: int  # tokens, a multiple of 4: every page then starts at 16 bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -68,7 +68,8 @@ class Reference:
         out = torch.zeros_like(q)
         for row, cells in enumerate(step.cells):
             if not (isinstance(cells, slice) and cells.stop == 0):
-                grouped = q[row].view(1, kv.keys.shape[1], -1, q.shape[2])  # [1, kv_heads, group, head_dim]
+                own = q[row].clone()  # float32 attention has other bits where q is not aligned to 16 bytes
+                grouped = own.view(1, kv.keys.shape[1], -1, q.shape[2])  # [1, kv_heads, group, head_dim]
                 out[row] = _attend(grouped, kv.keys[cells], kv.values[cells], None).view(q.shape[1:])
         return out.flatten(1)
 

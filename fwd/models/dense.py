@@ -55,6 +55,7 @@ class Dense:
 
     def new_cache(self, pages: int, page_size: int) -> KVCache:
         """Return an empty cache of `pages` pages."""
+        assert page_size % 4 == 0, page_size
         (layout,) = self.spec.cache
         shape = (2, layout.layers, pages * page_size, layout.kv_heads, layout.head_dim)
         keys, values = torch.empty(shape, dtype=self.dtype)
