@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Self
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -15,6 +14,7 @@ from fwd.config import Config
 from fwd.errors import ConfigError, ForbiddenError, UnauthorizedError
 
 PUBLIC = frozenset({"/live", "/ready"})
+_HOST = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(?::\d+)?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -32,8 +32,8 @@ class Access:
     @classmethod
     def of(cls, config: Config) -> Self:
         """Read the keys file, if one is set; raises `ConfigError` naming the line at fault."""
-        bound = [urlsplit(f"//{address}").hostname for address in config.http if not address.startswith("unix:")]
-        return cls(read_keys(Path(config.keys)) if config.keys else None, [*config.hosts, *filter(None, bound)])
+        bound = filter(None, map(_host_name, config.http))
+        return cls(read_keys(Path(config.keys)) if config.keys else None, [*config.hosts, *bound])
 
     def check(self, request: web.Request) -> None:
         """Raise `ForbiddenError` or `UnauthorizedError` if the request may not pass."""
@@ -77,7 +77,5 @@ def _presented(request: web.Request) -> str:
 
 
 def _host_name(header: str) -> str:
-    try:
-        return (urlsplit(f"//{header}").hostname or "").rstrip(".")
-    except ValueError:
-        return ""
+    match = _HOST.fullmatch(header)
+    return match[1].strip("[]").rstrip(".").lower() if match else ""

@@ -16,9 +16,11 @@ from fwd.api.metrics import Metrics
 from fwd.api.middleware import border, name_response
 from fwd.api.openai import chat, completions
 from fwd.api.running import Running
+from fwd.api.server_log import ServerLog
 from fwd.front.service import Service
 
 RUNNER: dict[str, Any] = {
+    "logger": ServerLog(),
     "handler_cancellation": True,
     "access_log": None,
     "keepalive_timeout": 75.0,

@@ -34,6 +34,6 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[T]) -> T
 
 def _invalid(text: str) -> BadRequestError:
     place = _PLACE.search(text)
-    path = re.sub(r"\[(.*?)\]", r".\1", place[1]).lstrip(".") if place else "body"
+    path = re.sub(r"\[(\d+)\]", r".\1", place[1].replace("[...]", "")) if place else "body"
     problem = text[: place.start()] if place else text
     return BadRequestError(f"{path}: {problem[:1].lower()}{problem[1:]}".replace("`", ""), param=path)

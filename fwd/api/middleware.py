@@ -25,8 +25,13 @@ def border(access: Access) -> Middleware:
         try:
             access.check(request)
             return await handler(request)
-        except (FwdError, web.HTTPException, web.RequestPayloadError) as error:
-            return error_reply(_translated(error, request))
+        except FwdError as error:
+            return error_reply(error)
+        except (web.HTTPException, web.RequestPayloadError) as error:
+            response = error_reply(_translated(error, request))
+            if isinstance(error, web.HTTPMethodNotAllowed):
+                response.headers["Allow"] = error.headers["Allow"]
+            return response
         except Exception:
             if request.transport is None:
                 raise
@@ -37,8 +42,9 @@ def border(access: Access) -> Middleware:
 
 
 async def name_response(request: web.Request, response: web.StreamResponse) -> None:
-    """Signal before headers are sent: every response names its request."""
+    """Signal before headers are sent: every response names its request, and no versions."""
     response.headers["X-Request-Id"] = request[REQUEST_ID]
+    response.headers["Server"] = "fwd"
 
 
 def _request_id(request: web.Request) -> str:
@@ -46,10 +52,8 @@ def _request_id(request: web.Request) -> str:
     return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
 
 
-def _translated(error: FwdError | web.HTTPException | web.RequestPayloadError, request: web.Request) -> FwdError:
+def _translated(error: web.HTTPException | web.RequestPayloadError, request: web.Request) -> FwdError:
     match error:
-        case FwdError():
-            return error
         case web.HTTPRequestEntityTooLarge():
             return BodyTooLargeError(f"the body is larger than {request.client_max_size} bytes, which is the limit")
         case web.HTTPMethodNotAllowed():

@@ -369,10 +369,10 @@ def test_null_and_off_mean_the_default(folder, run):
     async def scenario():
         async with serving(folder, script("a")) as server:
             submits = recorded(server)
-            nothing = dict.fromkeys(("temperature", "top_p", "top_k", "logit_bias", "stop", "n", "fwd", "tools", "model"))
+            nothing = dict.fromkeys(("temperature", "top_p", "top_k", "logit_bias", "stop", "n", "fwd", "tools"))
             ignored = {"user": "me", "metadata": {"a": "b"}, "store": True, "priority": 3, "service_tier": "auto"}
             empty = {"functions": [], "modalities": ["text"], "response_format": {"type": "text"}, "suffix": "x"}
-            for options in ({}, nothing, ignored, empty, {"top_k": -1}, {"top_k": 0}, {"stop": []}):
+            for options in ({}, nothing, ignored, empty, {"top_k": -1}, {"top_k": 0}, {"stop": []}, {"model": None}):
                 status, body, _ = await server.post(URL, request(**options))
                 assert status == 200, body
             assert len({repr((submit.sampling, submit.limits, submit.draft)) for submit in submits}) == 1

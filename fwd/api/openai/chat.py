@@ -65,7 +65,7 @@ class ChatBody(Parameters, kw_only=True):
     def check(self) -> None:
         """Raise `BadRequestError` for what cannot be honoured."""
         refuse(self, _REFUSED)
-        if self.tool_choice not in {None, "none", "auto"}:
+        if self.tool_choice not in (None, "none", "auto"):
             raise BadRequestError("tool_choice: only none and auto are supported", param="tool_choice")
         if self.top_logprobs and not self.logprobs:
             raise BadRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
