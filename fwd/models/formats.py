@@ -170,12 +170,14 @@ def _read_header(path: Path, prefix: bytes, read: Callable[[int], bytes], size: 
 
 def _entry(path: Path, name: str, value: object, start: int, size: int) -> Entry:
     match value:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if dtype in _ITEMSIZE:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
+            dtype in _ITEMSIZE and name.isprintable()
+        ):
             if all(type(dim) is int and dim >= 0 for dim in shape) and len(shape) <= 8:
                 expected = math.prod(shape) * _ITEMSIZE[dtype]
                 if 0 <= begin <= end <= size - start and end - begin == expected:
                     return Entry(dtype, tuple(shape), start + begin, start + end)
-    raise ModelError(f"{path}: tensor {name[:80]} has a header that does not fit the file: {str(value)[:120]}")
+    raise ModelError(f"{path}: tensor {name[:80]!r} has a header that does not fit the file: {repr(value)[:120]}")
 
 
 def _json_object(path: Path, raw: bytes) -> dict[str, Any]:

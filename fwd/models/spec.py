@@ -180,14 +180,14 @@ def _family(config: dict[str, Any]) -> tuple[str, _Family]:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else names
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ModelError(f"unknown architecture {name!r}: this build knows {', '.join(sorted(FAMILIES))}")
+        raise ModelError(f"unknown architecture {repr(name)[:80]}: this build knows {', '.join(sorted(FAMILIES))}")
     return name, FAMILIES[name]
 
 
 def _refuse_unsupported(config: dict[str, Any]) -> None:
     for key, neutral in _NEUTRAL.items():
         if config.get(key, neutral[0]) not in neutral:
-            raise ModelError(f"config.json: {key} = {str(config[key])[:80]} is not supported")
+            raise ModelError(f"config.json: {key} = {repr(config[key])[:80]} is not supported")
     kinds = config.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise ModelError("config.json: layer_types other than full_attention are not supported")
@@ -198,7 +198,7 @@ def _rope(config: dict[str, Any], context: int) -> RopeSpec:
     if not isinstance(table, dict):
         raise ModelError(f"config.json: rope parameters must be an object, found {type(table).__name__}")
     if table.get("partial_rotary_factor", 1) != 1:
-        raise ModelError(f"config.json: partial_rotary_factor = {table['partial_rotary_factor']} is not supported")
+        raise ModelError(f"config.json: partial_rotary_factor = {table['partial_rotary_factor']!r} is not supported")
     theta = _number({"rope_theta": config.get("rope_theta", 10000.0), **table}, "rope_theta", 2.0, 1e15)
     kind = table.get("rope_type", table.get("type", "default"))
     factor = 1.0 if kind == "default" else _number(table, "factor", 1.0, 1e6)
@@ -213,7 +213,9 @@ def _rope(config: dict[str, Any], context: int) -> RopeSpec:
             return RopeSpec("llama3", theta, factor, original, low, high)
         case "yarn":
             return _yarn(table, theta, factor, original)
-    raise ModelError(f"config.json: rope type {kind!r} is not supported: known are default, linear, llama3, yarn")
+    raise ModelError(
+        f"config.json: rope type {repr(kind)[:80]} is not supported: known are default, linear, llama3, yarn"
+    )
 
 
 def _yarn(table: dict[str, Any], theta: float, factor: float, original: int) -> RopeSpec:
@@ -241,25 +243,27 @@ def _dtype(config: dict[str, Any]) -> Dtype:
         case "float32" | "float16" | "bfloat16" as name:
             return name
         case other:
-            raise ModelError(f"config.json: dtype {other!r} is not supported: known are float32, float16, bfloat16")
+            raise ModelError(
+                f"config.json: dtype {repr(other)[:80]} is not supported: known are float32, float16, bfloat16"
+            )
 
 
 def _integer(table: dict[str, Any], key: str, low: int, high: int, default: int | None = None) -> int:
     value = default if table.get(key) is None else table[key]
     if type(value) is not int or not low <= value <= high:
-        raise ModelError(f"config.json: {key} must be an integer from {low} to {high}, found {str(value)[:40]}")
+        raise ModelError(f"config.json: {key} must be an integer from {low} to {high}, found {repr(value)[:40]}")
     return value
 
 
 def _number(table: dict[str, Any], key: str, low: float, high: float, default: float | None = None) -> float:
     value: Any = default if table.get(key) is None else table[key]
     if type(value) not in {int, float} or not low <= value <= high:
-        raise ModelError(f"config.json: {key} must be a number from {low:g} to {high:g}, found {str(value)[:40]}")
+        raise ModelError(f"config.json: {key} must be a number from {low:g} to {high:g}, found {repr(value)[:40]}")
     return float(value)
 
 
 def _flag(table: dict[str, Any], key: str) -> bool:
     value = table.get(key, False)
     if not isinstance(value, bool):
-        raise ModelError(f"config.json: {key} must be true or false, found {str(value)[:40]}")
+        raise ModelError(f"config.json: {key} must be true or false, found {repr(value)[:40]}")
     return value

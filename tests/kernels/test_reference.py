@@ -16,7 +16,7 @@ from fwd.kernels.select import select
 
 DTYPES = (torch.float32, torch.bfloat16)
 PAGE = 4
-# hidden, heads, kv_heads, head_dim, intermediate, qk-norm and bias: ordinary, odd in every dimension, wide, at torch's split
+# hidden, heads, kv_heads, head_dim, intermediate, extras: ordinary, odd in every dimension, wide, over torch's split
 SHAPES = [
     (64, 4, 2, 16, 96, False),
     (67, 3, 1, 10, 37, True),
@@ -213,7 +213,7 @@ def test_attention_is_softmax_attention():
 
 def test_unpadded_rows_are_a_programming_error():
     block = Block(SHAPES[0], torch.float32, seed=17)
-    with pytest.raises(AssertionError, match="Rows.padded"):
+    with pytest.raises(AssertionError, match=r"Rows\.padded"):
         block.ops.head(block.random(3, 64), block.last_norm, block.head)
 
 

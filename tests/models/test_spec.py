@@ -1,0 +1,200 @@
+"""config.json: old and new fields read alike, what changes the mathematics refused by name, hostile values bounded."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from fwd.errors import ModelError
+from fwd.models.rope import frequencies, rope_table
+from fwd.models.spec import FAMILIES, ModelSpec, PagedLayout, RopeSpec, parse_spec, read_spec
+
+BASE = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 260,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+    "torch_dtype": "bfloat16",
+}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
+
+
+def test_a_plain_config():
+    spec = parse_spec(BASE)
+    assert (spec.head_dim, spec.qkv_width, spec.max_context, spec.dtype) == (16, 128, 512, "bfloat16")
+    assert spec.rope == RopeSpec("default", 10000.0)
+    assert spec.cache == (PagedLayout("full", 2, 2, 16),)
+    assert not any((spec.tied, spec.qkv_bias, spec.output_bias, spec.qk_norm))
+
+
+def test_old_and_new_rope_fields_are_read_alike():
+    old = parse_spec({**BASE, "rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}})
+    mixed = parse_spec({**BASE, "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}})
+    new = parse_spec({**BASE, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}})
+    assert old == mixed == new
+    assert new.rope == RopeSpec("llama3", 5e5, 8.0, 128, 1.0, 4.0)
+
+
+def test_dtype_is_read_under_both_names():
+    new = {key: value for key, value in BASE.items() if key != "torch_dtype"} | {"dtype": "float16"}
+    assert parse_spec(new).dtype == "float16"
+
+
+def test_families_differ_in_bias_norm_and_head_dim():
+    specs = {name: parse_spec({**BASE, "architectures": [name]}) for name in FAMILIES}
+    flags = {name: (spec.qkv_bias, spec.output_bias, spec.qk_norm, spec.head_dim) for name, spec in specs.items()}
+    assert flags == {
+        "LlamaForCausalLM": (False, False, False, 16),
+        "Qwen2ForCausalLM": (True, False, False, 16),
+        "Qwen3ForCausalLM": (False, False, True, 128),
+    }
+    biased = parse_spec({**BASE, "attention_bias": True})
+    assert (biased.qkv_bias, biased.output_bias) == (True, True)
+
+
+def test_yarn_extends_the_context():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    assert parse_spec({**BASE, "rope_parameters": yarn}).max_context == 2048
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 2.5},
+        {"rope_type": "llama3", **LLAMA3},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64, "truncate": False},
+        {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 128, "mscale": 1.0, "beta_fast": 16},
+        {
+            "rope_type": "yarn",
+            "factor": 40.0,
+            "original_max_position_embeddings": 128,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.0,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "attention_factor": 1.5},
+    ],
+    ids=str,
+)
+def test_rope_frequencies_are_those_of_transformers(parameters):
+    full = {**parameters, "rope_theta": 10000.0}
+    rope = parse_spec({**BASE, "rope_parameters": full}).rope
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=512, rope_parameters=dict(full))
+    if parameters["rope_type"] == "default":
+        expected, factor = 10000.0 ** -(torch.arange(0, 16, 2) / 16), 1.0
+    else:
+        expected, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, "cpu")
+    torch.testing.assert_close(frequencies(rope, 16).float(), expected.float(), rtol=1e-5, atol=0)
+    assert rope.attention_factor == pytest.approx(factor)
+
+
+def test_an_entry_of_the_rope_table_does_not_depend_on_its_length():
+    rope = RopeSpec("default", 10000.0)
+    long = rope_table(rope, 18, 4099)
+    for positions in (1, 7, 1000):
+        assert torch.equal(rope_table(rope, 18, positions), long[:positions])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"),
+        ({"architectures": None}, "unknown architecture None"),
+        ({"architectures": ["LlamaForCausalLM"] * 2}, "unknown architecture"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"pretraining_tp": 2}, "pretraining_tp"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": 7}, "layer_types"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
+        ({"rope_scaling": {"type": "llama3", **LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),
+        ({"rope_scaling": [1]}, "rope parameters"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_theta": "10000"}, "rope_theta"),
+        ({"torch_dtype": "float8"}, "dtype 'float8'"),
+        ({"hidden_size": -64}, "hidden_size"),
+        ({"hidden_size": 2**80}, "hidden_size"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"hidden_size": 64.0}, "hidden_size"),
+        ({"hidden_size": True}, "hidden_size"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+    ],
+    ids=str,
+)
+def test_what_is_not_supported_is_refused_by_name(change, named):
+    with pytest.raises(ModelError) as refused:
+        parse_spec({**BASE, **change})
+    assert named in refused.value.message
+    assert "\n" not in refused.value.message
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    st.sampled_from([*BASE, "rope_parameters", "rope_scaling", "rope_theta", "head_dim", "layer_types"]), json_values
+)
+def test_any_value_gives_a_spec_or_a_model_error(key, value):
+    try:
+        spec = parse_spec({**BASE, key: value})
+    except ModelError as error:
+        spec = error
+    assert isinstance(spec, ModelSpec) or len(spec.message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"[]", "JSON object"),
+        (b"{", "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"[" * 100_000, "cannot be read"),
+    ],
+    ids=["list", "cut", "binary", "deep"],
+)
+def test_a_config_that_is_no_json_object_is_refused(tmp_path, content, named):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelError, match=named):
+        read_spec(tmp_path)
+
+
+def test_a_folder_without_config_is_no_model_folder(tmp_path):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        read_spec(tmp_path)
+
+
+def test_an_oversized_config_is_not_parsed(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(BASE) + " " * (1 << 20))
+    with pytest.raises(ModelError, match="cannot be read"):
+        read_spec(tmp_path)
+
+
+def test_the_spec_needs_no_torch():
+    code = "import sys, fwd.models.spec, fwd.kernels.noise; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
