@@ -80,7 +80,7 @@ class Server:
     service: Service
     url: str
     session: aiohttp.ClientSession
-    unix: str = ""
+    runner: web.AppRunner
 
     @property
     def keeper(self) -> Keeper:
@@ -100,6 +100,10 @@ class Server:
         async with self.session.post(self.url + path, json={**body, "stream": True}, **options) as response:
             assert response.status == 200, await response.text()
             return events(await response.read())
+
+    def unsent(self) -> list[int]:
+        """Bytes that wait in the server for each client to read."""
+        return [link.transport.get_write_buffer_size() for link in self.runner.server.connections if link.transport]
 
     async def idle(self) -> None:
         """Nothing is open, and the engine has confirmed the end of everything it was given."""
@@ -154,7 +158,7 @@ async def serving(folder: Path, engine: fakes.Script, *, ready: bool = True, uni
     port = runner.addresses[0][1]
     try:
         async with aiohttp.ClientSession() as session:
-            server = Server(service, f"http://127.0.0.1:{port}", session, unix)
+            server = Server(service, f"http://127.0.0.1:{port}", session, runner)
             if ready:
                 await server.ready()
             yield server

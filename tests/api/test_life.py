@@ -1,0 +1,368 @@
+"""Answers over time: clients that go, engines that die, deadlines, pings, states."""
+
+import asyncio
+import json
+import signal
+from contextlib import asynccontextmanager
+
+import fakes
+import pytest
+from apiserver import NAME, events, ids, script, serving, text, until
+
+CHAT = "/v1/chat/completions"
+COMPLETE = "/v1/completions"
+PROMPT = ids("hi")
+NEVER = 3600.0
+PINGED = {"ping_interval": 0.002, "hang_timeout": 30.0}
+
+
+def request(**options):
+    return {"model": NAME, "prompt": "hi", "max_tokens": 200, "seed": 7, **options}
+
+
+def oracle(count):
+    return text(fakes.expected(PROMPT, 7, 0, count, script()))
+
+
+def still(**options):
+    """An engine that takes requests and never makes a step: everything stays in prefill."""
+    return script(pace="ping", **options)
+
+
+@asynccontextmanager
+async def sent(server, body, path=COMPLETE):
+    """A request on a socket of its own, which can be cut off."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2]))
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    writer.write(head.encode() + b"\r\n\r\n" + data)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+async def opened(server, count=1):
+    await until(lambda: len(list(server.service.streams)) == count)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_client_that_leaves_in_prefill(folder, run, stream, reset):
+    async def scenario():
+        async with serving(folder, still(), ping_interval=NEVER) as server:
+            async with sent(server, request(stream=stream, n=2)) as (_, writer):
+                await opened(server, 2)
+                assert all(server.keeper.is_running(open_stream) for open_stream in server.service.streams)
+                if reset:
+                    writer.transport.abort()
+            await server.idle()
+
+    run(scenario())
+
+
+def test_a_client_that_leaves_while_the_model_is_away(folder, run, tmp_path):
+    async def scenario():
+        fault = fakes.Fault("exit")
+        engine = script(faults=(None, fault), lives=str(tmp_path / "lives"), hold=str(tmp_path / "hold"))
+        (tmp_path / "hold").touch()
+        async with serving(folder, engine) as server:
+            (tmp_path / "hold").unlink()
+            server.keeper.process.kill("test")
+            await until(lambda: server.keeper.state == "restarting")
+            async with sent(server, request(stream=True)):
+                await opened(server)
+                (stream,) = server.service.streams
+                assert not server.keeper.is_running(stream)
+            await server.idle()
+            assert stream.finished.reason == "cancelled"
+
+    run(scenario())
+
+
+def test_a_client_that_leaves_in_the_middle(folder, run):
+    async def scenario():
+        async with serving(folder, script(pace="ping"), **PINGED) as server:
+            async with sent(server, request(stream=True)) as (reader, _):
+                await reader.readuntil(b'"text":"' + oracle(1).encode())
+            await server.idle()
+            assert (await server.post(COMPLETE, request(max_tokens=2)))[0] == 200
+
+    run(scenario())
+
+
+def test_a_client_that_reads_nothing_keeps_nobody_waiting(folder, run):
+    async def scenario():
+        async with serving(folder, script("x", context=1 << 20, per_frame=(100,))) as server:
+            async with sent(server, request(stream=True, max_tokens=20_000, logprobs=5)) as (reader, _):
+                reader._transport.pause_reading()
+                await opened(server)
+                (slow,) = server.service.streams
+                await until(lambda: slow.done)
+                assert (await server.post(COMPLETE, request(max_tokens=50)))[0] == 200
+                await until(lambda: any(server.unsent()))
+                assert sum(server.unsent()) < 1 << 20
+                reader._transport.resume_reading()
+                raw = b"".join([await reader.readuntil(b"}}") for _ in range(3)])
+                assert raw.startswith(b"HTTP/1.1 200 OK")
+            await server.idle()
+
+    run(scenario())
+
+
+def test_a_request_is_cancelled_by_its_id(folder, run):
+    async def scenario():
+        async with serving(folder, script(pace="ping"), **PINGED) as server:
+            headers = {"X-Request-Id": "mine"}
+            asked = asyncio.create_task(server.post(COMPLETE, request(), headers=headers))
+            await until(lambda: any(len(stream.emitted) for stream in server.service.streams))
+            url = f"{server.url}/v1/requests/cmpl-mine"
+            async with server.session.delete(url) as response:
+                assert await response.json() == {"id": "cmpl-mine", "object": "request", "cancelled": True}
+            status, body, _ = await asked
+            assert status == 200
+            assert body["choices"][0]["finish_reason"] == "cancelled"
+            made = body["usage"]["completion_tokens"]
+            assert 0 < made < 200
+            assert body["choices"][0]["text"] == oracle(made)
+            async with server.session.delete(url) as response:
+                assert response.status == 404
+            await server.idle()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_deadline(folder, run, stream):
+    async def scenario():
+        async with serving(folder, still(), ping_interval=NEVER) as server:
+            headers = {"X-Fwd-Deadline-Ms": "5"}
+            if stream:
+                (last,) = [e for e in await server.stream(COMPLETE, request(), headers=headers) if "error" in e]
+                assert last["error"]["code"] == "deadline_exceeded"
+            else:
+                status, body, found = await server.post(COMPLETE, request(), headers=headers)
+                assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
+                assert found["x-should-retry"] == "false"
+            await server.idle()
+
+    run(scenario())
+
+
+def test_a_deadline_that_is_kept(folder, run):
+    async def scenario():
+        async with serving(folder, script()) as server:
+            status, body, _ = await server.post(COMPLETE, request(), headers={"X-Fwd-Deadline-Ms": "86400000"})
+            assert (status, body["choices"][0]["text"]) == (200, oracle(200))
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("after", [0, 1, 57])
+def test_an_engine_that_is_killed_is_not_noticed(folder, run, tmp_path, stream, after):
+    async def scenario():
+        faults = tuple(fakes.Fault("kill", after=after) for _ in range(2))
+        async with serving(folder, script(faults=faults, lives=str(tmp_path / "lives"))) as server:
+            if stream:
+                *chunks, done = await server.stream(COMPLETE, request(n=2, stop=["@"]))
+                assert done == "[DONE]"
+                answers = [
+                    "".join(c["text"] for chunk in chunks for c in chunk["choices"] if c["index"] == index)
+                    for index in range(2)
+                ]
+                about = chunks[-1]["fwd"]
+            else:
+                _, body, _ = await server.post(COMPLETE, request(n=2, stop=["@"]))
+                answers, about = [choice["text"] for choice in body["choices"]], body["fwd"]
+            wanted = [text(fakes.expected(PROMPT, 7, choice, 200, script())) for choice in range(2)]
+            assert answers == wanted
+            assert about["resumes"] == sum(server.keeper.restarts.values()) * 2 == 4
+
+    run(scenario())
+
+
+def test_an_error_in_the_middle_is_an_event_and_no_done(folder, run):
+    async def scenario():
+        async with (
+            serving(folder, script(pace="ping"), **PINGED) as server,
+            server.session.post(server.url + COMPLETE, json=request(stream=True, n=2)) as response,
+        ):
+            begun = await response.content.readuntil(b"\n\n")
+            for open_stream in list(server.service.streams)[1:]:
+                server.service.expire(open_stream)
+            *chunks, last = events(begun + await response.read())
+            assert last == {
+                "error": {
+                    "message": "the deadline of the request passed before it was finished",
+                    "type": "server_error",
+                    "param": None,
+                    "code": "deadline_exceeded",
+                }
+            }
+            assert all(choice["finish_reason"] is None for chunk in chunks for choice in chunk["choices"])
+            await server.idle()
+
+    run(scenario())
+
+
+def test_a_request_that_kills_the_engine_gets_its_own_error(folder, run):
+    async def scenario():
+        async with serving(folder, script(poison=(20,))) as server:
+            poisoned = asyncio.create_task(server.post(COMPLETE, request(prompt=[20])))
+            status, body, _ = await server.post(COMPLETE, request())
+            assert (status, body["choices"][0]["text"]) == (200, oracle(200))
+            status, body, headers = await poisoned
+            assert (status, body["error"]["code"]) == (500, "poisoned")
+            assert headers["x-should-retry"] == "false"
+            *_, last = await server.stream(COMPLETE, request(prompt=[20]))
+            assert last["error"]["code"] == "poisoned"
+
+    run(scenario())
+
+
+def test_a_bug_in_a_stream_is_an_event_too(folder, run, monkeypatch):
+    async def scenario():
+        async with serving(folder, script()) as server:
+            monkeypatch.setattr("fwd.api.openai.completions.CompletionDialect.closing", lambda *_: 1 / 0)
+            *_, last = await server.stream(COMPLETE, request(max_tokens=3))
+            assert last == {
+                "error": {"message": "internal error", "type": "server_error", "param": None, "code": "internal_error"}
+            }
+
+    run(scenario())
+
+
+def test_pings_while_there_is_nothing_to_say(folder, run):
+    async def scenario():
+        async with (
+            serving(folder, still(), ping_interval=NEVER, keep_alive=0.002) as server,
+            server.session.post(server.url + COMPLETE, json=request(stream=True)) as response,
+        ):
+            assert response.status == 200
+            assert [await response.content.readuntil(b"\n\n") for _ in range(3)] == [b": ping\n\n"] * 3
+            for open_stream in list(server.service.streams):
+                server.service.cancel(open_stream)
+            found = [event for event in events(await response.read()) if event != ": ping"]
+            assert found[0]["choices"][0]["finish_reason"] == "cancelled"
+            assert found[1] == "[DONE]"
+
+    run(scenario())
+
+
+def test_a_full_queue_says_when_to_come_back(folder, run):
+    async def scenario():
+        async with serving(folder, still(), ping_interval=NEVER, max_queue=3) as server:
+            async with sent(server, request(n=2)):
+                await opened(server, 2)
+                status, body, headers = await server.post(COMPLETE, request(n=2))
+                assert (status, body["error"]["code"], headers["Retry-After"]) == (429, "queue_full", "1")
+                assert len(list(server.service.streams)) == 2
+            await server.idle()
+
+    run(scenario())
+
+
+def test_while_the_model_loads(folder, run, tmp_path):
+    async def scenario():
+        hold = tmp_path / "hold"
+        async with serving(folder, script(hold=str(hold)), ready=False) as server:
+            await until(lambda: server.keeper.state == "loading")
+            assert (await server.get("/live"))[0] == 200
+            for path in ("/ready", "/health"):
+                status, body, headers = await server.get(path)
+                assert (status, body["ready"], body["state"], headers["Retry-After"]) == (503, False, "loading", "1")
+                assert body["reason"]
+            for path, asked in ((CHAT, {"messages": []}), (COMPLETE, request()), ("/tokenize", {"prompt": "x"})):
+                status, body, headers = await server.post(path, asked)
+                assert (status, body["error"]["code"], headers["Retry-After"]) == (503, "not_ready", "1")
+                assert "loading" in body["error"]["message"]
+            assert (await server.get("/v1/models"))[0] == 503
+            assert (await server.post(COMPLETE, request(model="gpt-9")))[0] == 404
+            hold.touch()
+            await server.ready()
+            assert (await server.get("/ready"))[:2] == (200, {"ready": True, "state": "ready", "reason": ""})
+
+    run(scenario())
+
+
+def test_an_engine_that_cannot_be_started(folder, run, tmp_path):
+    async def scenario():
+        engine = script(always=fakes.Fault("bad_model"), lives=str(tmp_path / "lives"))
+        async with serving(folder, engine, ready=False) as server:
+            await until(lambda: server.keeper.state == "failed")
+            status, body, headers = await server.get("/ready")
+            assert (status, body["state"]) == (503, "failed")
+            assert "lm_head" in body["reason"]
+            assert "Retry-After" not in headers
+            status, body, headers = await server.post(COMPLETE, request())
+            assert (status, body["error"]["code"], headers["x-should-retry"]) == (500, "engine_failed", "false")
+
+    run(scenario())
+
+
+def test_while_the_engine_restarts_requests_wait(folder, run, tmp_path):
+    async def scenario():
+        hold = tmp_path / "hold"
+        hold.touch()
+        async with serving(folder, script(hold=str(hold))) as server:
+            hold.unlink()
+            server.keeper.process.kill("test")
+            await until(lambda: server.keeper.state == "restarting")
+            status, body, _ = await server.get("/ready")
+            assert (status, body["state"]) == (503, "restarting")
+            asked = asyncio.create_task(server.post(COMPLETE, request()))
+            await opened(server)
+            hold.touch()
+            assert (await asked)[1]["choices"][0]["text"] == oracle(200)
+            status, body, _ = await server.get("/health")
+            assert (status, body["restarts"]) == (200, {"test": 1})
+
+    run(scenario())
+
+
+def test_while_the_daemon_stops(folder, run):
+    async def scenario():
+        async with serving(folder, script(pace="ping"), **PINGED) as server:
+            asked = asyncio.create_task(server.post(COMPLETE, request(max_tokens=30)))
+            await opened(server)
+            server.service.draining = True
+            assert (await server.get("/ready"))[1]["state"] == "stopping"
+            status, body, headers = await server.post(COMPLETE, request())
+            assert (status, body["error"]["code"], headers["Retry-After"]) == (503, "not_ready", "5")
+            status, body, _ = await asked
+            assert (status, body["choices"][0]["text"]) == (200, oracle(30))
+
+    run(scenario())
+
+
+def test_health_tells_progress(folder, run):
+    async def scenario():
+        async with serving(folder, script(pace="ping"), **PINGED) as server:
+            asked = asyncio.create_task(server.post(COMPLETE, request(max_tokens=50)))
+            await until(lambda: server.keeper.pong.steps > 3 and server.keeper.pong.running)
+            status, body, _ = await server.get("/health")
+            assert (status, body["ready"], body["model"]) == (200, True, NAME)
+            assert body["engine"]["steps"] > 3
+            assert body["engine"]["progress_age_s"] < 30
+            assert (body["queue"]["running"], body["queue"]["limit"]) == (1, 256)
+            assert body["load"] == {"done_bytes": 1, "total_bytes": 2}
+            await asked
+
+    run(scenario())
+
+
+def test_sigkill_from_outside(folder, run):
+    async def scenario():
+        async with serving(folder, script(pace="ping"), **PINGED) as server:
+            chat = {"messages": [{"role": "user", "content": "x"}], "seed": 1, "max_tokens": 60}
+            asked = asyncio.create_task(server.stream(CHAT, chat))
+            await until(lambda: any(len(stream.emitted) > 5 for stream in server.service.streams))
+            server.keeper.process.kill(signal.SIGKILL.name)
+            *chunks, done = await asked
+            prompt = ids("<|user|>x\n<|assistant|>")
+            found = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+            assert found == text(fakes.expected(prompt, 1, 0, 60, script()))
+            assert done == "[DONE]"
+
+    run(scenario())
