@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from fakes import Script, answer, command
@@ -25,7 +26,7 @@ MODEL = Load(model="fake")
 
 
 class Watched(Keeper):
-    """A keeper whose states can be waited for; `states` are those it went through, with their reasons."""
+    """A keeper that does not back off and can be waited for; `states` are those it went through, with their reasons."""
 
     def __init__(self, script: Script, load: Load = MODEL, **settings: Any) -> None:
         self.states: list[tuple[str, str]] = []
@@ -36,6 +37,9 @@ class Watched(Keeper):
     def _note(self) -> None:
         self.states.append((self.state, self.reason))
         self._changed.set()
+
+    def _backoff(self) -> float:
+        return 0.0
 
     def _on_pong(self, pong: Pong) -> None:
         super()._on_pong(pong)
@@ -90,7 +94,7 @@ class Letters:
     eos_ids = (0,)
     vocab_size = 256
     strips_space = False
-    table = text_table = {token: bytes([token]) for token in range(256)}
+    table = text_table = MappingProxyType({token: bytes([token]) for token in range(256)})
 
     async def encode_async(self, text: str) -> list[int]:
         return list(text.encode())
@@ -118,6 +122,8 @@ class Daemon:
         self.service = Service(config, Supervisor(lambda _: self.keeper, MODEL))
         self.service.prompts = Prompts(Letters(), Transcript())  # type: ignore[arg-type]  # as far as they are used
         self.service.stop = self.stopped.set
+        self._ended = asyncio.Event()
+        self.service.observers.append(lambda _: self._ended.set())
 
     async def run(self, ready: threading.Event) -> None:
         with socket.socket(socket.AF_UNIX) as listener:
@@ -148,7 +154,8 @@ class Daemon:
     async def idle(self) -> None:
         """Return when no request is open."""
         while self.service.requests().requests:
-            await asyncio.sleep(0.002)
+            self._ended.clear()
+            await self._ended.wait()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """One engine kept alive: whatever happens to the process, every stream is what the oracle says."""
 
-import asyncio
 import os
 import random
 import select
@@ -16,7 +15,7 @@ from rig import Watched, assert_answered, keeping, stream
 
 from fwd.errors import DeadlineError, EngineError, ModelError, PoisonedError
 from fwd.front import process as process_module
-from fwd.front.keeper import FIRST_STARTS, MAX_BACKOFF
+from fwd.front.keeper import FIRST_STARTS, MAX_BACKOFF, Keeper
 from fwd.front.process import EngineProcess
 from fwd.front.streams import Stream
 from fwd.protocol.messages import Cancel, Finished, Limits, Load, Sampling, Submit
@@ -44,6 +43,11 @@ def sent(monkeypatch):
     return log
 
 
+def let_go(script):
+    """Let the load end."""
+    Path(script.hold).touch()
+
+
 def submitted(log):
     return [[message.id for message in life if isinstance(message, Submit)] for life in log.values()]
 
@@ -65,7 +69,7 @@ def test_from_start_to_ready(run, tmp_path):
             assert keeper.info is None
             early = stream(1)
             keeper.submit(early)
-            Path(script.hold).touch()
+            let_go(script)
             await keeper.reach("ready")
             await keeper.drained()
             assert_answered(script, early)
@@ -153,8 +157,7 @@ def test_killed_at_random_tokens(run, lives, seed):
         per_frame=tuple(choose.randint(1, 5) for _ in range(7)),
     )
     streams = [
-        stream(n, range(n), choose.randint(1, 120), sampling=Sampling(logprobs=0 if n % 2 else -1))
-        for n in range(1, 9)
+        stream(n, range(n), choose.randint(1, 120), sampling=Sampling(logprobs=0 if n % 2 else -1)) for n in range(1, 9)
     ]
 
     async def main():
@@ -197,7 +200,7 @@ def test_killed_while_it_loads(run, tmp_path):
                 await keeper.reach("loading")
                 os.kill(keeper.process.pid, signal.SIGKILL)
                 await keeper.reach("restarting")
-            Path(script.hold).touch()
+            let_go(script)
             await keeper.drained()
             assert one.resumes == 0
 
@@ -301,7 +304,7 @@ def test_the_back_off_grows_is_bounded_and_ends_with_progress(run, lives):
             waits = []
             for attempts in (1, 2, 3, 4, 8, 20, 5000):
                 keeper._attempts = attempts
-                waits.append(keeper._backoff())
+                waits.append(Keeper._backoff(keeper))
             assert waits[0] == 0.0
             assert waits == sorted(waits)
             assert waits[-1] == MAX_BACKOFF
@@ -439,7 +442,7 @@ def test_cancel_while_the_engine_is_away(run, tmp_path, sent):
             keeper.submit(one)
             keeper.submit(two)
             keeper.cancel(one, DeadlineError("too late"))
-            Path(script.hold).touch()
+            let_go(script)
             await keeper.drained()
 
     run(main())

@@ -1,0 +1,306 @@
+"""`fwd.sock`: clients cannot harm each other or the daemon, and only its own user administers it."""
+
+import socket
+
+import pytest
+from census import open_descriptors
+from fakes import Script, answer, expected
+from rig import LETTERS, serving
+
+from fwd.config import Config
+from fwd.front import local
+from fwd.protocol.frames import Channel
+from fwd.protocol.ids import pack_ids
+from fwd.protocol.messages import (
+    Accepted,
+    Cancel,
+    Done,
+    Failed,
+    Finished,
+    Hello,
+    Limits,
+    Ping,
+    Prompt,
+    PromptLogprobs,
+    Requests,
+    RequestsQuery,
+    Sampling,
+    Status,
+    StatusQuery,
+    Stop,
+    Submit,
+    Text,
+    Tokens,
+    from_daemon,
+)
+
+PACED = Script(vocab=127, low=32, pace="ping")
+BAD = {
+    "garbage": b"\x05\0\0\0\xff\xc1\xc1\xc1\xc1",
+    "too long": b"\xff\xff\xff\xff",
+    "unknown tag": b"\x02\0\0\0\x91\x7f",
+    "a message for engines": b"\x03\0\0\0\x92\x05\1",
+    "wrong type": b"\x03\0\0\0\x92\x04\xa0",
+}
+
+
+@pytest.fixture
+def uds(tmp_path):
+    return tmp_path / "fwd.sock"
+
+
+def dial(daemon, *, greet=True):
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(daemon.uds))
+    channel = Channel(sock, from_daemon)
+    assert isinstance(channel.receive(30), Hello)
+    if greet:
+        channel.send(Hello())
+    return channel
+
+
+def until(channel, *kinds):
+    """The messages up to the first of one of `kinds`, that one included."""
+    messages = []
+    while not messages or not isinstance(messages[-1], kinds):
+        message = channel.receive(30)
+        assert message is not None
+        messages.append(message)
+    return messages
+
+
+def submit(tag, prompt=(40, 41), max_tokens=20, **fields):
+    return Submit(id=tag, prompt=pack_ids(prompt), seed=tag, limits=Limits(max_tokens=max_tokens), **fields)
+
+
+def ids_of(messages):
+    return [token for message in messages if isinstance(message, Tokens) for token in message.ids]
+
+
+def test_raw_ids_are_relayed(uds):
+    with serving(uds) as daemon:
+        channel = dial(daemon)
+        request = submit(5, range(30, 90), 700, sampling=Sampling(logprobs=1), prompt_logprobs=2)
+        channel.send(request)
+        accepted, *events, finished = until(channel, Finished)
+        channel.close()
+    assert accepted == Accepted(tag=5, id=1, seed=5, prompt_tokens=60)
+    assert ids_of(events) == answer(LETTERS, request)[0]
+    assert [score for event in events if isinstance(event, PromptLogprobs) for score in event.top]
+    assert {event.id for event in events} == {finished.id} == {1}
+    assert all(len(event.logprobs) == len(event.top) == len(event.ids) for event in events if isinstance(event, Tokens))
+
+
+def test_text(uds):
+    with serving(uds) as daemon:
+        channel = dial(daemon)
+        channel.send(Prompt(id=1, body=memoryview(b"abc"), seed=3, limits=Limits(max_tokens=9)))
+        accepted, *texts, finished = until(channel, Finished)
+        channel.close()
+    assert accepted.prompt_tokens == 3
+    assert "".join(text.text for text in texts) == bytes(expected(b"abc", 3, 0, 9, LETTERS)).decode()
+    assert sum(text.tokens for text in texts) == 9
+    assert finished.reason == "length"
+
+
+def test_an_answer_ends_at_a_stop_string(uds):
+    script = Script(text=tuple(b"one two three "), vocab=127)
+    with serving(uds, script) as daemon:
+        channel = dial(daemon)
+        channel.send(Prompt(id=1, body=memoryview(b"x"), stops=("o th", "zzz")))
+        _, *texts, finished = until(channel, Finished)
+        daemon.wait(daemon.idle())
+        assert daemon.call(lambda: daemon.service.tokens_out) < 4000
+        channel.close()
+    assert "".join(text.text for text in texts) == "one tw"
+    assert sum(text.tokens for text in texts) == len("one two th")
+    assert finished.reason == "stop"
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_frame_ends_its_own_connection_only(uds, name):
+    with serving(uds, PACED) as daemon:
+        rude, polite = dial(daemon), dial(daemon)
+        polite.send(request := submit(1))
+        rude.send(submit(2, max_tokens=4000))
+        until(rude, Accepted)
+        rude.sock.sendall(BAD[name])
+        refusal = until(rude, Failed)[-1]
+        with pytest.raises((EOFError, ConnectionResetError)):
+            until(rude, Finished)
+        events = until(polite, Finished)
+        assert daemon.wait(daemon.idle()) is None
+        rude.close()
+        polite.close()
+    assert refusal.code == "bad_frame"
+    assert ids_of(events) == answer(PACED, request)[0]
+
+
+def test_a_foreign_version_and_a_missing_hello_are_refused(uds):
+    with serving(uds) as daemon:
+        for first in (Hello(version=2), StatusQuery(), submit(1)):
+            channel = dial(daemon, greet=False)
+            channel.send(first)
+            assert until(channel, Failed)[-1].code == "bad_frame"
+            with pytest.raises((EOFError, ConnectionResetError)):
+                channel.receive(30)
+            channel.close()
+
+
+def test_a_request_behind_which_the_connection_breaks_at_once(uds):
+    with serving(uds) as daemon:
+        channel = dial(daemon)
+        channel.send(submit(1, max_tokens=4000), Hello(version=2))
+        assert until(channel, Failed)[-1].code == "bad_frame"
+        channel.close()
+        daemon.wait(daemon.idle())
+
+
+def test_messages_that_are_refused_leave_the_connection_open(uds):
+    refused = {"context_length_exceeded": submit(1, max_tokens=4096), "invalid_value": submit(2, [500])}
+    with serving(uds) as daemon:
+        channel = dial(daemon)
+        for code, message in refused.items():
+            channel.send(message)
+            failed = until(channel, Failed)[-1]
+            assert (failed.code, failed.tag) == (code, message.id)
+        channel.send(Prompt(id=3, body=memoryview(b"\xff")), Prompt(id=4, kind="chat", body=memoryview(b"[]")))
+        assert [until(channel, Failed)[-1].param for _ in range(2)] == ["body", "body"]
+        channel.send(StatusQuery())
+        assert isinstance(channel.receive(30), Status)
+        channel.close()
+
+
+def test_closing_the_connection_cancels_its_requests(uds):
+    with serving(uds, PACED) as daemon:
+        leaving, staying = dial(daemon), dial(daemon)
+        staying.send(request := submit(1))
+        leaving.send(submit(2, max_tokens=4000), Prompt(id=3, body=memoryview(b"x"), limits=Limits(max_tokens=4000)))
+        until(leaving, Tokens, Text)
+        leaving.close()
+        assert ids_of(until(staying, Finished)) == answer(PACED, request)[0]
+        daemon.wait(daemon.idle())
+        staying.close()
+
+
+def test_cancel(uds):
+    with serving(uds, PACED) as daemon:
+        channel, other = dial(daemon), dial(daemon)
+        for canceller in (channel, other):
+            channel.send(submit(1, max_tokens=4000))
+            number = until(channel, Accepted)[-1].id
+            canceller.send(Cancel(id=number))
+            assert until(canceller, Done)
+            if canceller is other:
+                assert until(channel, Finished)[-1].reason == "cancelled"
+            else:
+                daemon.wait(daemon.idle())
+        other.send(Cancel(id=12345))
+        assert until(other, Done) == [Done()]
+        channel.close()
+        other.close()
+
+
+def test_only_its_own_user_administers_the_daemon(uds, monkeypatch):
+    with serving(uds, PACED) as daemon:
+        owner = dial(daemon)
+        owner.send(submit(1, max_tokens=4000))
+        number = until(owner, Accepted)[-1].id
+        monkeypatch.setattr(local, "peer_uid", lambda _: 54321)
+        stranger = dial(daemon)
+        for forbidden in (Stop(), RequestsQuery(), Cancel(id=number)):
+            stranger.send(forbidden)
+            assert until(stranger, Failed)[-1].code == "forbidden"
+        stranger.send(StatusQuery(), Cancel(id=999))
+        assert [type(stranger.receive(30)) for _ in range(2)] == [Status, Done]
+        stranger.send(submit(7, max_tokens=4000))
+        own = until(stranger, Accepted)[-1].id
+        stranger.send(Cancel(id=own))
+        until(stranger, Done)
+        owner.send(RequestsQuery())
+        assert [request.id for request in until(owner, Requests)[-1].requests] == [number]
+        owner.close()
+        stranger.close()
+
+
+def test_the_peer_is_who_the_kernel_says():
+    left, right = socket.socketpair()
+    with left, right:
+        assert local.peer_uid(left) == local.os.getuid()
+
+
+def test_open_requests_of_a_connection_are_bounded(uds, monkeypatch):
+    monkeypatch.setattr(local, "MAX_OPEN", 3)
+    with serving(uds, PACED) as daemon:
+        channel = dial(daemon)
+        channel.send(*(submit(tag, max_tokens=4000) for tag in range(1, 5)))
+        failed = until(channel, Failed)[-1]
+        assert (failed.code, failed.tag) == ("queue_full", 4)
+        channel.close()
+
+
+def test_open_requests_of_the_daemon_are_bounded(uds):
+    with serving(uds, PACED, Config(model="fake", max_queue=2)) as daemon:
+        channel = dial(daemon)
+        channel.send(*(submit(tag, max_tokens=4000) for tag in range(1, 4)))
+        failed = until(channel, Failed)[-1]
+        assert (failed.code, failed.tag) == ("queue_full", 3)
+        channel.close()
+
+
+def test_a_long_prompt_comes_as_a_memfd(uds):
+    script = Script(vocab=127, low=32, context=1 << 20)
+    before = open_descriptors()
+    with serving(uds, script) as daemon:
+        channel = dial(daemon)
+        channel.send(request := submit(1, [50] * 500_000, 5))
+        accepted, *events = until(channel, Finished)
+        channel.close()
+        daemon.wait(daemon.idle())
+    assert accepted.prompt_tokens == 500_000
+    assert ids_of(events) == answer(script, request)[0]
+    del request, daemon
+    assert open_descriptors() == before
+
+
+def test_a_slow_reader_slows_nobody_and_loses_nothing(uds):
+    script = Script(vocab=127, low=32, context=200_000, per_frame=(64,))
+    with serving(uds, script) as daemon:
+        slow, quick = dial(daemon), dial(daemon)
+        slow.send(long := submit(1, max_tokens=150_000, sampling=Sampling(logprobs=5)))
+        quick.send(short := submit(2, max_tokens=5_000))
+        assert ids_of(until(quick, Finished)) == answer(script, short)[0]
+        daemon.wait(daemon.idle())
+        assert daemon.call(lambda: daemon.service.tokens_out) == 155_000
+        assert ids_of(until(slow, Finished)) == answer(script, long)[0]
+        slow.close()
+        quick.close()
+
+
+def test_a_slow_reader_of_text_loses_nothing(uds):
+    script = Script(vocab=127, low=32, context=2_000_000, per_frame=(4096,))
+    with serving(uds, script) as daemon:
+        channel = dial(daemon)
+        channel.send(Prompt(id=1, body=memoryview(b"x"), seed=1, limits=Limits(max_tokens=1_500_000)))
+        daemon.wait(daemon.keeper.until(lambda: daemon.service.tokens_out == 1_500_000))
+        _, *texts, _ = until(channel, Finished)
+        channel.close()
+    assert "".join(text.text for text in texts) == bytes(expected(b"x", 1, 0, 1_500_000, script)).decode()
+
+
+def test_stop(uds):
+    with serving(uds) as daemon:
+        channel = dial(daemon)
+        channel.send(Stop())
+        assert channel.receive(30) == Done()
+        with pytest.raises((EOFError, ConnectionResetError)):
+            channel.receive(30)
+        channel.close()
+
+
+def test_an_engine_message_from_a_client_is_a_bad_frame(uds):
+    with serving(uds) as daemon:
+        channel = dial(daemon)
+        channel.send(Ping(seq=1))
+        assert until(channel, Failed)[-1].code == "bad_frame"
+        channel.close()
