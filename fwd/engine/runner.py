@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from fwd.engine.request import Drawn
-from fwd.engine.sampler import draw, drawn
+from fwd.engine.sampler import drawn
 from fwd.engine.scheduler import MAX_ROWS, Chunk, Span
-from fwd.engine.step import Step
+from fwd.engine.step import Launch, Step
 from fwd.models.model import Model
 
 
@@ -27,38 +27,27 @@ class ModelRunner:
     @torch.inference_mode()
     def prefill(self, chunk: Chunk) -> tuple[Drawn | None, Sequence[Drawn]]:
         """Run one chunk: the first output token if the prompt ends here and no output is known, and prompt scores."""
-        request = chunk.request
-        ids, rows = self._prefill.prefill(chunk, self._chunk)
-        hidden = self._model.forward(ids, rows, self._cache)
-        start = chunk.number * self._chunk
-        end = min(start + self._chunk, request.prompt)
-        scores = self._scores(chunk, hidden, start, end) if request.submit.prompt_logprobs >= 0 else []
-        if end < request.prompt or request.output or request.length == request.limit:
-            return None, scores
-        logits = self._model.logits(hidden[end - start - 1 : end - start])
-        return drawn(self._model.ops.sample(logits, [draw(request)]))[0], scores
+        launch = self._prefill.prefill(chunk, self._chunk)
+        hidden = self._model.forward(launch.ids, launch.rows, self._cache)
+        scores = self._scores(chunk, hidden) if chunk.request.submit.prompt_logprobs >= 0 else []
+        return next(iter(self._draw(launch, hidden)), None), scores
 
     @torch.inference_mode()
     def decode(self, spans: Sequence[Span]) -> Sequence[Drawn]:
         """Run one step: a drawn token for each span that draws, in their order."""
-        ids, rows = self._decode.decode(spans)
-        hidden = self._model.forward(ids, rows, self._cache)
-        draws, last = [], -1
-        picked: list[int] = []
-        for span in spans:
-            last += span.end - span.start
-            if span.draws:
-                picked.append(last)
-                draws.append(draw(span.request))
-        if not draws:
-            return []
-        logits = self._model.logits(hidden[picked])
-        return drawn(self._model.ops.sample(logits, draws))
+        launch = self._decode.decode(spans)
+        return self._draw(launch, self._model.forward(launch.ids, launch.rows, self._cache))
 
-    def _scores(self, chunk: Chunk, hidden: torch.Tensor, start: int, end: int) -> list[Drawn]:
-        """Scores of the prompt tokens that rows [start, end) predict."""
-        targets = chunk.request.ids[start + 1 : min(end + 1, chunk.request.prompt)]
-        top = chunk.request.submit.prompt_logprobs
+    def _draw(self, launch: Launch, hidden: torch.Tensor) -> list[Drawn]:
+        if not launch.draws:
+            return []
+        return drawn(self._model.ops.sample(self._model.logits(hidden[launch.drawing]), launch.draws))
+
+    def _scores(self, chunk: Chunk, hidden: torch.Tensor) -> list[Drawn]:
+        """Scores of the prompt tokens that the rows of the chunk predict."""
+        request, start = chunk.request, chunk.number * self._chunk
+        targets = request.ids[start + 1 : min(start + self._chunk + 1, request.prompt)]
+        top = request.submit.prompt_logprobs
         scores: list[Drawn] = []
         for row in range(0, len(targets), MAX_ROWS):
             wanted = targets[row : row + MAX_ROWS]

@@ -1,14 +1,16 @@
 """The buffers of one launch. They are allocated once, so their addresses never change, and a step only fills them."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fwd.engine.request import Request
+from fwd.engine.sampler import draw
 from fwd.engine.scheduler import MAX_ROWS, Chunk, Span
-from fwd.kernels.ops import Rows
+from fwd.kernels.ops import Draw, Rows
 
 BUCKETS = (1, 2, 4, 8, MAX_ROWS)
 Array = NDArray[np.int64]
@@ -19,11 +21,20 @@ def bucket(rows: int, block: int) -> int:
     return next(size for size in BUCKETS if size >= rows and size % block == 0)
 
 
-class Step:
-    """Rows of a launch: which token each computes, whose it is, and where its KV goes (int64 throughout).
+class Launch(NamedTuple):
+    """One filled step: `ids` int64 [rows] and their `rows`; row `drawing[i]` draws a token as `draws[i]` says."""
 
-    ids, positions, slots, sequences, parents: [capacity]; tables: [sequences, pages]; lengths: [sequences] known tokens
-    whose KV is committed before the step. Rows are not sequences: replayed and drafted tokens give one several rows.
+    ids: torch.Tensor
+    rows: Rows
+    drawing: list[int]
+    draws: list[Draw]
+
+
+class Step:
+    """Rows of a launch: which token each computes, whose it is, where its KV goes, and what is drawn from it.
+
+    ids, positions, slots, sequences, parents: int64 [capacity]; tables: [sequences, pages]; lengths: [sequences], known
+    tokens whose KV is committed before the step. Rows are not sequences: replayed and drafted tokens give one several.
     """
 
     def __init__(self, capacity: int, sequences: int, pages: int, page_size: int, block: int) -> None:
@@ -39,40 +50,43 @@ class Step:
         self._lines: list[tuple[int, int]] = [(-1, 0)] * sequences
         self._parents.fill(-1)
 
-    def decode(self, spans: Sequence[Span]) -> tuple[torch.Tensor, Rows]:
+    def decode(self, spans: Sequence[Span]) -> Launch:
         """Fill in the rows of a decode step, in the order of `spans`; rows up to the bucket are padding."""
-        row = 0
+        row, drawing, draws = 0, [], []
         for line, span in enumerate(spans):
-            count = span.end - span.start
-            self._sequences[row : row + count] = line
-            self._lengths[line] = span.start
-            self._fill(row, line, span, span.end)
-            row += count
+            self._fill(row, line, span)
+            row += span.end - span.start
+            if span.draws:
+                drawing.append(row - 1)
+                draws.append(draw(span.request))
         size = bucket(row, self._block)
+        self._pad(row, size)
+        return Launch(self.ids[:size], self._rows(size, -1), drawing, draws)
+
+    def prefill(self, chunk: Chunk, size: int) -> Launch:
+        """Fill in a chunk of `size` rows; rows past the prompt are padding. The last row of the prompt may draw."""
+        request, start = chunk.request, chunk.number * size
+        end = min(start + size, request.prompt)
+        self._fill(0, 0, Span(request, start, end))
+        self._pad(end - start, size)
+        draws = end == request.length < request.limit
+        return Launch(
+            self.ids, self._rows(size, chunk.number), [end - start - 1] * draws, [draw(request)] if draws else []
+        )
+
+    def _fill(self, row: int, line: int, span: Span) -> None:
+        rows = slice(row, row + span.end - span.start)
+        pages, offsets = np.divmod(np.arange(span.start, span.end), self._page_size)
+        self._ids[rows] = span.request.ids[span.start : span.end]
+        self._positions[rows] = range(span.start, span.end)
+        self._slots[rows] = self._table(line, span.request)[pages] * self._page_size + offsets
+        self._sequences[rows] = line
+        self._lengths[line] = span.start
+
+    def _pad(self, row: int, size: int) -> None:
         self._slots[row:size] = -1
         self._positions[row:size] = 0
         self._sequences[row:size] = 0
-        return self.ids[:size], self._rows(size, -1)
-
-    def prefill(self, chunk: Chunk, size: int) -> tuple[torch.Tensor, Rows]:
-        """Fill in chunk `chunk.number` of `size` rows; rows past the prompt are padding."""
-        request, start = chunk.request, chunk.number * size
-        end = min(start + size, request.prompt)
-        self._fill(0, 0, Span(request, start, end), end)
-        self._lengths[0] = start
-        self._slots[end - start :] = -1
-        self._positions[end - start :] = 0
-        return self.ids, self._rows(size, chunk.number)
-
-    def _fill(self, row: int, line: int, span: Span, end: int) -> None:
-        request, count = span.request, end - span.start
-        table = self._table(line, request)
-        positions = np.arange(span.start, end)
-        self._ids[row : row + count] = request.ids[span.start : end]
-        self._positions[row : row + count] = positions
-        self._slots[row : row + count] = table[positions // self._page_size] * self._page_size + (
-            positions % self._page_size
-        )
 
     def _table(self, line: int, request: Request) -> Array:
         key = (request.id, request.pages_version)
