@@ -15,7 +15,7 @@ from fwd.errors import BadFrameError, ForbiddenError, FwdError, OverloadedError
 from fwd.front.generation import Generation
 from fwd.front.service import Service
 from fwd.front.streams import Stream
-from fwd.protocol.frames import Connection
+from fwd.protocol.connection import Connection
 from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import (
     VERSION,

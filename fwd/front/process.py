@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from fwd import __version__
 from fwd.errors import BadFrameError
-from fwd.protocol.frames import Connection
+from fwd.protocol.connection import Connection
 from fwd.protocol.messages import FromEngine, Hello, Load, Message, from_engine
 
 COMMAND = (sys.executable, "-m", "fwd.engine.main")

@@ -17,7 +17,8 @@ from typing import Any, Self, TypeVar
 from fwd import __version__
 from fwd.config import default_socket
 from fwd.errors import BadFrameError, EngineError, FwdError, NotRunningError, from_wire
-from fwd.protocol.frames import Channel, Connection
+from fwd.protocol.connection import Connection
+from fwd.protocol.frames import Channel
 from fwd.protocol.messages import (
     Accepted,
     Cancel,

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fwd.errors import BadFrameError
-from fwd.protocol import frames
-from fwd.protocol.frames import Assembler, Channel, Connection, pack
+from fwd.protocol import connection, frames
+from fwd.protocol.connection import Connection
+from fwd.protocol.frames import Assembler, Channel, pack
 from fwd.protocol.ids import pack_ids, unpack_ids
 from fwd.protocol.messages import (
     MAX_FRAME,
@@ -352,5 +353,5 @@ def test_a_peer_that_never_reads_is_cut_off_and_closing_frees_its_memfds(run, mo
         theirs.close()
         assert open_descriptors() == before
 
-    monkeypatch.setattr(frames, "MAX_BUFFERED", 4 << 20)
+    monkeypatch.setattr(connection, "MAX_BUFFERED", 4 << 20)
     run(main())
