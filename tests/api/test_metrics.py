@@ -1,0 +1,110 @@
+"""`/metrics`: valid text, and numbers that are true."""
+
+import asyncio
+import re
+
+import fakes
+import pytest
+from apiserver import NAME, script, serving, until
+
+from fwd.api.exposition import Histogram, family
+
+COMPLETE = "/v1/completions"
+LINE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)\{((?:[a-z_]+="[^"]*",?)*)\} (\S+)')
+
+
+def request(**options):
+    return {"prompt": "hi", "max_tokens": 10, "seed": 7, **options}
+
+
+async def scrape(server):
+    """Values by name and labels (without the model's), after a check of the format."""
+    async with server.session.get(server.url + "/metrics") as response:
+        assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        lines = (await response.text()).splitlines()
+    kinds, values = {}, {}
+    for line in lines:
+        if line.startswith("# TYPE "):
+            _, _, name, kind = line.split()
+            assert name not in kinds
+            kinds[name] = kind
+        elif not line.startswith("#"):
+            name, labels, value = LINE.fullmatch(line).groups()
+            assert f'model_name="{NAME}"' in labels
+            assert any(name in {base, f"{base}_bucket", f"{base}_sum", f"{base}_count"} for base in kinds)
+            rest = labels.replace(f'model_name="{NAME}"', "").strip(",")
+            assert (name, rest) not in values
+            values[name, rest] = float(value)
+    return values
+
+
+def test_what_was_served_is_counted(folder, run):
+    async def scenario():
+        async with serving(folder, script("ab stop ")) as server:
+            await server.post(COMPLETE, request(n=2))
+            await server.post(COMPLETE, request(stop="stop", max_tokens=50))
+            found = await scrape(server)
+            for prefix, requests in (("fwd_", "fwd_requests_total"), ("vllm:", "vllm:request_success_total")):
+                assert found[requests, 'finished_reason="length"'] == 2
+                assert found[requests, 'finished_reason="stop"'] == 1
+                assert found[requests, 'finished_reason="abort"'] == 0
+                assert found[f"{prefix}prompt_tokens_total", ""] == 6
+                assert found[f"{prefix}generation_tokens_total", ""] >= 27
+                for name in ("time_to_first_token", "e2e_request_latency"):
+                    assert found[f"{prefix}{name}_seconds_count", ""] == 3
+                    assert found[f"{prefix}{name}_seconds_bucket", 'le="+Inf"'] == 3
+                    assert found[f"{prefix}{name}_seconds_sum", ""] > 0
+            assert found["fwd_ready", ""] == 1
+            assert found["fwd_event_loop_lag_seconds", ""] >= 0
+            assert [labels for name, labels in found if name == "fwd_build_info"] != []
+
+    run(scenario())
+
+
+def test_what_runs_is_shown(folder, run):
+    async def scenario():
+        async with serving(folder, script(pace="ping", pages=8), ping_interval=0.005) as server:
+            asked = asyncio.create_task(server.post(COMPLETE, request(max_tokens=3000)))
+            await until(lambda: server.keeper.pong.running == 1)
+            found = await scrape(server)
+            assert found["fwd_requests_running", ""] == found["vllm:num_requests_running", ""] == 1
+            assert found["vllm:num_requests_waiting", ""] == 0
+            assert found["vllm:kv_cache_usage_perc", ""] == 1 / 8
+            asked.cancel()
+            await server.idle()
+            assert (await scrape(server))["fwd_requests_total", 'finished_reason="abort"'] == 1
+
+    run(scenario())
+
+
+def test_deaths_and_errors_are_counted(folder, run, tmp_path):
+    async def scenario():
+        faults = (fakes.Fault("kill", after=3), fakes.Fault("garbage", after=3))
+        async with serving(folder, script(faults=faults, lives=str(tmp_path / "lives"), poison=(20,))) as server:
+            await server.post(COMPLETE, request())
+            found = await scrape(server)
+            assert found["fwd_engine_restarts_total", 'cause="signal SIGKILL"'] == 1
+            assert found["fwd_engine_restarts_total", 'cause="protocol"'] == 1
+            assert found["fwd_stream_resumes_total", ""] == 2
+            await server.post(COMPLETE, request(prompt=[20]))
+            assert (await scrape(server))["fwd_request_errors_total", 'code="poisoned"'] == 1
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("name", ['q"uote', "back\\slash", "new\nline"])
+def test_labels_are_escaped(name):
+    *_, line = family("x", "gauge", "text", [("", {"label": name}, 1.0)], {})
+    assert "\n" not in line
+    assert line.count('"') - line.count('\\"') == 2
+
+
+def test_a_histogram_is_cumulative():
+    histogram = Histogram()
+    for seconds in (0.0005, 0.001, 0.3, 10_000):
+        histogram.observe(seconds)
+    samples = {(suffix, labels.get("le")): value for suffix, labels, value in histogram.samples()}
+    assert samples["_bucket", "0.001"] == 2
+    assert samples["_bucket", "0.5"] == 3
+    assert samples["_bucket", "600"] == 3
+    assert samples["_bucket", "+Inf"] == samples["_count", None] == 4
