@@ -33,6 +33,7 @@ class Rows:
         """Append padding rows up to a multiple of `block`."""
         if (extra := -len(self.positions) % block) == 0:
             return self
+        assert self.chunk < 0, "a prefill chunk comes whole"
         return replace(
             self,
             positions=F.pad(self.positions, (0, extra)),

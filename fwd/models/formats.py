@@ -7,11 +7,12 @@ import hashlib
 import json
 import math
 import mmap
+import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -45,26 +46,24 @@ class Shard:
         if not path.is_file():
             raise ModelError(f"{path} is missing: the model folder is incomplete")
         self.path = path
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            self.entries = _read_header(path, file.read(8), file.read, size)
-            self.data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                self.entries = _read_header(path, file.read(8), file.read, size)
+                self.data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read: {error.strerror}") from None
 
     def tensor(self, name: str) -> Tensor:
-        """Return a float tensor as a view of the file."""
+        """Return a float tensor as a view of the file (a copy where the file does not align it)."""
         entry = self.entries[name]
         dtype = _FLOATS.get(entry.dtype)
         if dtype is None:
             raise ModelError(f"{self.path}: {name} has dtype {entry.dtype}, expected one of {', '.join(_FLOATS)}")
-        source, offset = (self.data, entry.begin)
         if entry.begin % dtype.itemsize:
-            source, offset = bytearray(self.data[entry.begin : entry.end]), 0  # type: ignore[assignment]
-        flat = torch.frombuffer(source, dtype=dtype, count=math.prod(entry.shape), offset=offset)
+            return torch.frombuffer(bytearray(self.data[entry.begin : entry.end]), dtype=dtype).view(entry.shape)
+        flat = torch.frombuffer(self.data, dtype=dtype, count=math.prod(entry.shape), offset=entry.begin)
         return flat.view(entry.shape)
-
-    def digest(self) -> bytes:
-        """Return BLAKE2b of the whole file."""
-        return hashlib.blake2b(self.data, digest_size=32).digest()
 
 
 class Checkpoint:
@@ -77,8 +76,9 @@ class Checkpoint:
         self._unused = set(self._where)
         self._progress, self._done = progress, 0
         self._total = sum(entry.end - entry.begin for shard in self.shards for entry in shard.entries.values())
-        with ThreadPoolExecutor(1, "weights-hash") as pool:
-            self._digests: list[Future[bytes]] = [pool.submit(shard.digest) for shard in self.shards]
+        self._hash = hashlib.sha256((folder / "config.json").read_bytes())
+        self._hashing = Thread(target=self._hash_shards, name="weights-hash", daemon=True)
+        self._hashing.start()
 
     def take(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Tensor:
         """Return the named tensors, converted and concatenated along the first dimension."""
@@ -101,11 +101,16 @@ class Checkpoint:
         self._progress(self._total, self._total)
 
     def digest(self) -> str:
-        """Return BLAKE2b-256 of config.json and of the shards' own BLAKE2b-256, in the order of their names, as hex."""
-        whole = hashlib.blake2b((self.folder / "config.json").read_bytes(), digest_size=32)
-        for digest in self._digests:
-            whole.update(digest.result())
-        return whole.hexdigest()
+        """Return SHA-256 of config.json followed by the shards' own SHA-256 in the order of their names, as hex.
+
+        Every byte is hashed, beside the copying: 0.9 s per GiB of one core that has SHA instructions.
+        """
+        self._hashing.join()
+        return self._hash.hexdigest()
+
+    def _hash_shards(self) -> None:
+        for shard in self.shards:
+            self._hash.update(hashlib.sha256(shard.data).digest())
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._where:
