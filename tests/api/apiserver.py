@@ -107,7 +107,7 @@ class Server:
 
     async def idle(self) -> None:
         """Nothing is open, and the engine has confirmed the end of everything it was given."""
-        await until(lambda: not list(self.service.streams) and not self.keeper._running)
+        await until(lambda: not list(self.service.streams) and not self.keeper._roster._running)
 
     async def ready(self) -> None:
         await until(lambda: self.keeper.state == "ready")

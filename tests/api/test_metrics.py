@@ -40,9 +40,9 @@ async def scrape(server):
 
 def test_what_was_served_is_counted(folder, run):
     async def scenario():
-        async with serving(folder, script("ab stop ")) as server:
+        async with serving(folder, script("ab stop ", pace="ping"), ping_interval=0.002) as server:
             await server.post(COMPLETE, request(n=2))
-            await server.post(COMPLETE, request(stop="stop", max_tokens=50))
+            await server.post(COMPLETE, request(stop="stop", max_tokens=3000))
             found = await scrape(server)
             for prefix, requests in (("fwd_", "fwd_requests_total"), ("vllm:", "vllm:request_success_total")):
                 assert found[requests, 'finished_reason="length"'] == 2
