@@ -1,4 +1,4 @@
-"""Keeps one engine alive for one model: start, heartbeat, death, restart, and who is to blame."""
+"""Keeps one engine alive for one model: start, heartbeat, death, restart."""
 
 import asyncio
 import contextlib
@@ -7,12 +7,12 @@ from typing import Literal
 
 import structlog
 
-from fwd.errors import EngineError, FwdError, PoisonedError, from_wire
+from fwd.errors import EngineError, FwdError, from_wire
 from fwd.front.process import COMMAND, EngineProcess
+from fwd.front.roster import Roster
 from fwd.front.streams import JournalError, Stream
 from fwd.protocol.messages import (
     VERSION,
-    Cancel,
     EngineInfo,
     Failed,
     Finished,
@@ -32,15 +32,11 @@ log = structlog.get_logger("fwd.engine")
 State = Literal["starting", "loading", "ready", "restarting", "failed", "stopping"]
 FIRST_STARTS = 3
 MAX_BACKOFF = 10.0
-SUSPECT_AFTER = 2
 
 
 class Keeper:
     """One model's engine. Streams given to it finish whatever happens to the process, or fail with their own error.
 
-    A stream is suspect after `SUSPECT_AFTER` deaths without a new token in between. While there are suspects exactly
-    one of them runs, until it brings a token; one whose engine died before, and was given nothing else in its life, is
-    failed as `poisoned`.
     `restarts` counts deaths by kind. `on_change` is called on every change of `state`. `ping_interval`, `hang_timeout`
     and `load_timeout` are seconds; a hang is counted in unanswered pings, so a suspended machine is no hang.
     """
@@ -62,22 +58,18 @@ class Keeper:
         self.progress = Loading(done=0, total=0)
         self.pong = Pong(seq=0)
         self.restarts: dict[str, int] = {}
-        self.resumes = 0
         self.error: FwdError | None = None
         self.process: EngineProcess | None = None
         self._command = command
         self._ping_interval = ping_interval
         self._patience = {"ready": hang_timeout, "loading": load_timeout}
         self._on_change = on_change
-        self._streams: dict[int, Stream] = {}
-        self._running: dict[int, Stream] = {}
+        self._roster = Roster()
         self._accepting = False
         self._attempts = 0
-        self._given = 0
         self._beats = 0
         self._silent = 0.0
         self._stopping = asyncio.Event()
-        self._empty = asyncio.Event()
 
     def adopt(self, process: EngineProcess) -> None:
         """Use a process that was started before there was a loop to talk to it."""
@@ -94,29 +86,26 @@ class Keeper:
     async def stop(self) -> None:
         """Stop the process; open streams stay open, their owner ends them."""
         self._stopping.set()
-        self._accepting = False
         self._set("stopping", "the daemon is stopping")
         if self.process:
             await self.process.stop()
 
     def submit(self, stream: Stream) -> None:
         """Run a stream; while the engine is away it waits."""
-        self._streams[stream.id] = stream
-        self._empty.clear()
-        self._release()
+        self._roster.add(stream)
 
     def cancel(self, stream: Stream, result: Finished | FwdError | None = None) -> None:
         """End a stream for its reader now, by default as cancelled; the engine is told and stops within a step."""
-        stream.end(result or Finished(id=stream.id, reason="cancelled"))
-        self._forget(stream)
-        if self.process and stream.id in self._running:
-            self.process.send(Cancel(id=stream.id))
-        self._release()
+        self._roster.cancel(stream, result or Finished(id=stream.id, reason="cancelled"))
 
     async def drained(self) -> None:
         """Return when no stream is open."""
-        if self._streams:
-            await self._empty.wait()
+        await self._roster.drained()
+
+    @property
+    def resumes(self) -> int:
+        """How many times a stream was taken from a dead engine to go on with the next."""
+        return self._roster.resumes
 
     @property
     def progress_age(self) -> float:
@@ -125,7 +114,7 @@ class Keeper:
 
     def is_running(self, stream: Stream) -> bool:
         """The engine has the stream now."""
-        return stream.id in self._running
+        return self._roster.is_running(stream)
 
     @property
     def _over(self) -> bool:
@@ -147,9 +136,6 @@ class Keeper:
     def _begin_life(self) -> None:
         self.error = None
         self._silent = 0.0
-        self._accepting = False
-        self._given = 0
-        self._running.clear()
         self.progress = Loading(done=0, total=0)
         if self.info is None:
             self._set("loading", "the model is loading")
@@ -178,14 +164,14 @@ class Keeper:
     def _handle(self, message: FromEngine) -> None:  # noqa: C901  # one case a message
         match message:
             case Tokens():
-                self._on_tokens(message)
+                self._progressed(self._roster.append(message))
             case Finished():
-                self._on_end(message.id, message)
+                self._progressed(self._roster.finish(message.id, message))
             case Failed() if message.id:
-                self._on_end(message.id, from_wire(message.code, message.message, message.param))
+                error = from_wire(message.code, message.message, message.param)
+                self._progressed(self._roster.finish(message.id, error))
             case PromptLogprobs():
-                if stream := self._running.get(message.id):
-                    stream.append_prompt(message)
+                self._roster.append_prompt(message)
             case Pong():
                 self._on_pong(message)
             case Loading():
@@ -199,26 +185,9 @@ class Keeper:
             case Failed():
                 self.error = from_wire(message.code, message.message, message.param)
 
-    def _on_tokens(self, tokens: Tokens) -> None:
-        stream = self._running.get(tokens.id)
-        if stream is None:
-            return
-        suspect = stream.stalls >= SUSPECT_AFTER
-        stream.append(tokens)
-        self._attempts = 0
-        if suspect:
-            self._acquit(stream)
-
-    def _on_end(self, number: int, result: Finished | FwdError) -> None:
-        stream = self._running.pop(number, None)
-        if stream is None:
-            return
-        parked = isinstance(result, Finished) and result.reason == "cancelled" and not stream.done
-        if not parked:
-            stream.end(result)
-            self._forget(stream)
-        self._attempts = 0
-        self._release()
+    def _progressed(self, progress: bool) -> None:
+        if progress:
+            self._attempts = 0
 
     def _on_pong(self, pong: Pong) -> None:
         busy = pong.running + pong.waiting
@@ -228,64 +197,24 @@ class Keeper:
 
     def _on_ready(self, info: EngineInfo) -> None:
         if self.info and info.weights_hash != self.info.weights_hash:
-            self._refuse_resume()
+            self._roster.refuse_resume()
         self.info = info
         self.pong = Pong(seq=0, pages_free=info.pages, pages_total=info.pages)
         self._accepting = True
         self._silent = 0.0
         self._set("ready", "")
-        self._release()
-
-    def _release(self) -> None:
-        """Give the engine what it may run: one suspect alone, or else everything."""
-        if not self._accepting:
-            return
-        if suspects := self._suspects():
-            if not self._running:
-                self._send(suspects[0])
-            return
-        for stream in self._streams.values():
-            if stream.id not in self._running:
-                self._send(stream)
-
-    def _acquit(self, stream: Stream) -> None:
-        """A suspect brought a token: it waits while the other suspects are tried, or else everything runs again."""
         assert self.process
-        if self._suspects():
-            self.process.send(Cancel(id=stream.id))
-        else:
-            self._release()
-
-    def _refuse_resume(self) -> None:
-        for stream in [stream for stream in self._streams.values() if stream.emitted]:
-            self._forget(stream)
-            stream.end(EngineError("the weights on disk changed while the answer was running: send the request again"))
-
-    def _suspects(self) -> list[Stream]:
-        return [stream for stream in self._streams.values() if stream.stalls >= SUSPECT_AFTER]
-
-    def _send(self, stream: Stream) -> None:
-        assert self.process
-        self._given += 1
-        self._running[stream.id] = stream
-        self.process.send(stream.resubmit())
-
-    def _forget(self, stream: Stream) -> None:
-        self._streams.pop(stream.id, None)
-        if not self._streams:
-            self._empty.set()
+        self._roster.connect(self.process.send)
 
     def _end_life(self, cause: str) -> None:
+        self._accepting = False
         if self._stopping.is_set():
             return
         kind = cause.partition(":")[0]
         self.restarts[kind] = self.restarts.get(kind, 0) + 1
-        log.warning(
-            "engine_died", cause=cause, open_streams=len(self._streams), error=self.error and self.error.message
-        )
-        self._accepting = False
+        log.warning("engine_died", cause=cause, open_streams=len(self._roster), error=self.error and self.error.message)
         self._attempts += 1
-        self._blame()
+        self._roster.disconnect()
         if self.info is None and (self.error or self._attempts >= FIRST_STARTS):
             self._give_up(self.error or EngineError(f"the engine did not start: {cause}"))
             return
@@ -295,23 +224,7 @@ class Keeper:
     def _give_up(self, error: FwdError) -> None:
         self.error = error
         self._set("failed", error.message)
-        for stream in list(self._streams.values()):
-            self._forget(stream)
-            stream.end(error)
-
-    def _blame(self) -> None:
-        running = [stream for stream in self._running.values() if not stream.done]
-        self._running.clear()
-        for stream in running:
-            alone = stream.stalls >= SUSPECT_AFTER and self._given == 1
-            stream.stalls += 1
-            stream.resumes += 1
-            self.resumes += 1
-            if alone:
-                self._forget(stream)
-                stream.end(
-                    PoisonedError(f"request {stream.id} killed the engine {stream.stalls} times without a token")
-                )
+        self._roster.fail_all(error)
 
     def _backoff(self) -> float:
         return min(MAX_BACKOFF, 0.05 * 2.0 ** min(self._attempts - 1, 16)) if self._attempts > 1 else 0.0
