@@ -15,6 +15,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 ITEMSIZE: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 _MAX_CONFIG_BYTES = 1 << 20
+_MAX_CONTEXT = 1 << 24
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "quantization_config": (None,),
     "hidden_act": ("silu",),
@@ -154,7 +155,7 @@ def parse_spec(config: dict[str, Any]) -> ModelSpec:
         raise ModelError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     if head_dim % 2:
         raise ModelError(f"config.json: head_dim {head_dim} is odd, so RoPE cannot pair it")
-    context = _integer(config, "max_position_embeddings", 1, 1 << 27)
+    context = _integer(config, "max_position_embeddings", 1, _MAX_CONTEXT)
     rope = _rope(config, context)
     return ModelSpec(
         architecture=architecture,
@@ -171,7 +172,7 @@ def parse_spec(config: dict[str, Any]) -> ModelSpec:
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=attention_bias and family.qkv_bias is None,
         qk_norm=family.qk_norm,
-        max_context=max(context, int(rope.original * rope.factor)) if rope.kind == "yarn" else context,
+        max_context=_extended(rope, context),
         dtype=_dtype(config),
     )
 
@@ -202,7 +203,7 @@ def _rope(config: dict[str, Any], context: int) -> RopeSpec:
     theta = _number({"rope_theta": config.get("rope_theta", 10000.0), **table}, "rope_theta", 2.0, 1e15)
     kind = table.get("rope_type", table.get("type", "default"))
     factor = 1.0 if kind == "default" else _number(table, "factor", 1.0, 1e6)
-    original = _integer(table, "original_max_position_embeddings", 1, 1 << 27, context)
+    original = _integer(table, "original_max_position_embeddings", 1, _MAX_CONTEXT, context)
     match kind:
         case "default" | "linear":
             return RopeSpec(kind, theta, factor)
@@ -216,6 +217,14 @@ def _rope(config: dict[str, Any], context: int) -> RopeSpec:
     raise ModelError(
         f"config.json: rope type {repr(kind)[:80]} is not supported: known are default, linear, llama3, yarn"
     )
+
+
+def _extended(rope: RopeSpec, context: int) -> int:
+    """YaRN configs often leave max_position_embeddings at the length before the extension."""
+    extended = max(context, int(rope.original * rope.factor)) if rope.kind == "yarn" else context
+    if extended > _MAX_CONTEXT:
+        raise ModelError(f"config.json: factor {rope.factor:g} extends the context to {extended}, over {_MAX_CONTEXT}")
+    return extended
 
 
 def _yarn(table: dict[str, Any], theta: float, factor: float, original: int) -> RopeSpec:

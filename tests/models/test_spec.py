@@ -125,6 +125,7 @@ def test_an_entry_of_the_rope_table_does_not_depend_on_its_length():
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
         ({"rope_scaling": {"type": "llama3", **LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),
         ({"rope_scaling": [1]}, "rope parameters"),
+        ({"rope_scaling": {"type": "yarn", "factor": 1e6}}, "extends the context"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"rope_theta": "10000"}, "rope_theta"),
         ({"torch_dtype": "float8"}, "dtype 'float8'"),
