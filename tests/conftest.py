@@ -1,10 +1,13 @@
 """What all tests share: a runner for coroutines."""
 
 import asyncio
+import os
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning workers stall beside other processes
 
 
 @pytest.fixture
