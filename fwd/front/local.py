@@ -41,6 +41,7 @@ from fwd.protocol.messages import (
 log = structlog.get_logger("fwd.local")
 MAX_OPEN = 64
 BATCH = 512
+PAUSE = 1.0  # seconds without accepting when there are no descriptors left
 R = TypeVar("R", Submit, Prompt)
 
 
@@ -59,7 +60,7 @@ class LocalServer:
         self._sessions: set[Session] = set()
         listener.setblocking(False)
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(listener, self._accept)
+        self._listen()
 
     def close(self) -> None:
         """Accept no more and close every session; their requests are cancelled."""
@@ -68,11 +69,17 @@ class LocalServer:
         for session in list(self._sessions):
             session.close()
 
+    def _listen(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._loop.add_reader(self._listener, self._accept)
+
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
         except OSError as error:
             log.warning("accept_failed", error=str(error))
+            self._loop.remove_reader(self._listener)
+            self._loop.call_later(PAUSE, self._listen)
             return
         session = Session(self._service, sock, self._sessions.discard)
         self._sessions.add(session)

@@ -190,7 +190,7 @@ def _bounded(submit: Submit, info: EngineInfo) -> Submit:
     if not prompt:
         raise BadRequestError("the prompt is empty: give at least one token", param="prompt")
     wanted = submit.limits.max_tokens
-    needed = 1 if wanted < 0 else wanted
+    needed = max(1 if wanted < 0 else wanted, submit.emitted.nbytes // 4)
     if len(prompt) + needed > info.context:
         raise ContextLengthError(
             f"This model's maximum context length is {info.context} tokens. However, you requested "

@@ -1,5 +1,6 @@
 """`fwd.sock`: clients cannot harm each other or the daemon, and only its own user administers it."""
 
+import errno
 import socket
 
 import pytest
@@ -286,6 +287,31 @@ def test_a_slow_reader_of_text_loses_nothing(uds):
         _, *texts, _ = until(channel, Finished)
         channel.close()
     assert "".join(text.text for text in texts) == bytes(expected(b"x", 1, 0, 1_500_000, script)).decode()
+
+
+def test_tokens_given_before_count_in_the_context(uds):
+    with serving(uds) as daemon:
+        channel = dial(daemon)
+        channel.send(request := submit(1, max_tokens=10, emitted=pack_ids(expected([40, 41], 1, 0, 4, LETTERS))))
+        assert ids_of(until(channel, Finished)) == answer(LETTERS, request)[0][4:]
+        channel.send(submit(2, emitted=pack_ids([50] * 4095)))
+        assert until(channel, Failed)[-1].code == "context_length_exceeded"
+        channel.close()
+
+
+def test_a_daemon_out_of_descriptors_accepts_again_later(uds, monkeypatch):
+    accept, refusals = socket.socket.accept, iter(range(2))
+
+    def exhausted(listener):
+        if next(refusals, None) is not None:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(listener)
+
+    monkeypatch.setattr(local, "PAUSE", 0.01)
+    monkeypatch.setattr(socket.socket, "accept", exhausted)
+    with serving(uds) as daemon:
+        dial(daemon).close()
+    assert next(refusals, None) is None
 
 
 def test_stop(uds):
