@@ -17,6 +17,7 @@ from fwd.config import Config
 from fwd.front.keeper import Keeper
 from fwd.front.prompts import Prompts
 from fwd.front.service import Service
+from fwd.front.streams import Stream
 from fwd.front.supervisor import Supervisor
 from fwd.protocol.messages import Load
 
@@ -81,6 +82,7 @@ class Server:
     url: str
     session: aiohttp.ClientSession
     runner: web.AppRunner
+    seen: list[Stream]
 
     @property
     def keeper(self) -> Keeper:
@@ -107,7 +109,7 @@ class Server:
 
     async def idle(self) -> None:
         """Nothing is open, and the engine has confirmed the end of everything it was given."""
-        await until(lambda: not list(self.service.streams) and not self.keeper._roster._running)
+        await until(lambda: not list(self.service.streams) and not any(map(self.keeper.is_running, self.seen)))
 
     async def ready(self) -> None:
         await until(lambda: self.keeper.state == "ready")
@@ -125,6 +127,18 @@ def events(raw: bytes) -> list[Any]:
             data = part.removeprefix("data: ")
             found.append(data if data == "[DONE]" else msgspec.json.decode(data))
     return found
+
+
+def recorded(service: Service) -> list[Stream]:
+    """The streams that reach the supervisor from now on."""
+    streams, submit = [], service.supervisor.submit
+
+    def record(stream):
+        streams.append(stream)
+        submit(stream)
+
+    service.supervisor.submit = record
+    return streams
 
 
 async def until(condition) -> None:
@@ -148,6 +162,7 @@ async def serving(folder: Path, engine: fakes.Script, *, ready: bool = True, uni
 
     service = Service(config, Supervisor(make, Load(model=str(folder))))
     service.prompts = Prompts.load(folder)
+    seen = recorded(service)
     service.supervisor.start()
     runner = web.AppRunner(app.build(service), **app.RUNNER)
     await runner.setup()
@@ -158,7 +173,7 @@ async def serving(folder: Path, engine: fakes.Script, *, ready: bool = True, uni
     port = runner.addresses[0][1]
     try:
         async with aiohttp.ClientSession() as session:
-            server = Server(service, f"http://127.0.0.1:{port}", session, runner)
+            server = Server(service, f"http://127.0.0.1:{port}", session, runner, seen)
             if ready:
                 await server.ready()
             yield server

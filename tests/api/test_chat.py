@@ -37,18 +37,6 @@ def reason(chunks, index=0):
     return found
 
 
-def recorded(server):
-    """The `Submit`s that reach the supervisor from now on."""
-    submits, submit = [], server.service.supervisor.submit
-
-    def record(stream):
-        submits.append(stream.submit)
-        submit(stream)
-
-    server.service.supervisor.submit = record
-    return submits
-
-
 def test_a_whole_answer(folder, run):
     async def scenario():
         async with serving(folder, script()) as server:
@@ -343,7 +331,6 @@ def test_what_the_template_is_given(folder, run):
 def test_every_parameter_reaches_the_engine(folder, run):
     async def scenario():
         async with serving(folder, script("a")) as server:
-            submits = recorded(server)
             values = {
                 "temperature": 0.5,
                 "top_p": 0.9,
@@ -355,7 +342,7 @@ def test_every_parameter_reaches_the_engine(folder, run):
             extension = {"drafter": "off", "max_draft": 3, "priority": "background"}
             options = {"top_k": 5, "logit_bias": {"5": -100, "17": 1.5}, "min_tokens": 2, "stop_token_ids": [9]}
             await server.post(URL, request(**values, **options, fwd=extension, n=2, max_completion_tokens=4))
-            first, second = submits
+            first, second = (stream.submit for stream in server.seen)
             assert {name: getattr(first.sampling, name) for name in values} == values
             assert (first.sampling.top_k, first.sampling.logit_bias) == (5, {5: -100.0, 17: 1.5})
             assert (first.limits.max_tokens, first.limits.min_tokens, first.limits.stop_ids) == (4, 2, (EOS, 9))
@@ -368,14 +355,13 @@ def test_every_parameter_reaches_the_engine(folder, run):
 def test_null_and_off_mean_the_default(folder, run):
     async def scenario():
         async with serving(folder, script("a")) as server:
-            submits = recorded(server)
             nothing = dict.fromkeys(("temperature", "top_p", "top_k", "logit_bias", "stop", "n", "fwd", "tools"))
             ignored = {"user": "me", "metadata": {"a": "b"}, "store": True, "priority": 3, "service_tier": "auto"}
             empty = {"functions": [], "modalities": ["text"], "response_format": {"type": "text"}, "suffix": "x"}
             for options in ({}, nothing, ignored, empty, {"top_k": -1}, {"top_k": 0}, {"stop": []}, {"model": None}):
                 status, body, _ = await server.post(URL, request(**options))
                 assert status == 200, body
-            assert len({repr((submit.sampling, submit.limits, submit.draft)) for submit in submits}) == 1
+            assert len({repr((s.submit.sampling, s.submit.limits, s.submit.draft)) for s in server.seen}) == 1
 
     run(scenario())
 
