@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from fwd import __version__
-from fwd.errors import FwdError
+from fwd.errors import EngineError, FwdError
 
 INTERRUPTED = 130
 VERBS = {
@@ -57,7 +57,7 @@ class Verbs(click.Group):
         except (click.Abort, KeyboardInterrupt):
             code = INTERRUPTED
         except BrokenPipeError:
-            code = _hang_up()
+            code = _broken_pipe()
         sys.exit(code)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -69,6 +69,8 @@ class Verbs(click.Group):
                 shape = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
                 click.echo(msgspec.json.encode({"error": shape}))
             return _complain(error.message, error.exit_code)
+        except BrokenPipeError:
+            return _broken_pipe()
 
 
 def _complain(message: str, code: int) -> int:
@@ -76,10 +78,14 @@ def _complain(message: str, code: int) -> int:
     return code
 
 
-def _hang_up() -> int:
-    """The reader of our output had enough: point stdout where the last flush cannot fail."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+def _broken_pipe() -> int:
+    """The reader of our output had enough, which is no error; or the daemon is gone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the last flush cannot fail
+        return 0
+    return _complain("the daemon closed the connection", EngineError.exit_code)
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
