@@ -1,5 +1,6 @@
 """The engine process: `python -m fwd.engine.main FD`, where FD is its end of the front's socketpair."""
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -29,7 +30,8 @@ def main() -> int:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return 0
     except FwdError as error:
-        channel.send(Failed(code=error.code, message=error.message, param=error.param))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            channel.send(Failed(code=error.code, message=error.message, param=error.param))
         return error.exit_code
     return 0
 
