@@ -5,10 +5,13 @@ Connections queue in the kernel meanwhile, so they are accepted before aiohttp i
 
 from fwd.config import Config
 from fwd.daemon.sockets import listen
+from fwd.errors import ModelError
 
 
 def serve(config: Config) -> int:
     """Run until told to stop; the exit code. Raises `FwdError` when it cannot start."""
+    if not config.folder.is_dir():
+        raise ModelError(f"{config.folder} is no folder: give a Hugging Face model folder, or `demo`")
     listeners = listen(config)
     try:
         from fwd.front.process import EngineProcess  # noqa: PLC0415  # asyncio, after the sockets
