@@ -1,6 +1,7 @@
 """Everything a client can get wrong: one clear line in OpenAI's shape, nothing opened, the daemon serving on."""
 
 import json
+import random
 
 import pytest
 from apiserver import NAME, script, serving
@@ -281,5 +282,28 @@ def test_golden_error_bodies(folder, run):
             for options, wanted in GOLDEN.values():
                 async with server.session.post(server.url + COMPLETE, json=body_of(COMPLETE, **options)) as response:
                     assert await response.text() == wanted
+
+    run(scenario())
+
+
+VALUES = [None, True, False, 0, 1, -1, 2**31, 2**63, 1.5, -0.0, 1e308, "", "x", "\0", "é" * 99, [], [[]], [None], ["x"]]
+VALUES += [{}, {"type": "x"}, {"x": {}}, {"5": 1}, [{}], [{"role": "user"}], [{"role": "user", "content": "x"}], [1, 2]]
+FIELDS = sorted({name for name, _ in [*BAD_FIELDS, *BAD_CHAT, *BAD_COMPLETION]})
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("path", [CHAT, COMPLETE, "/tokenize", "/detokenize"])
+def test_no_body_is_an_internal_error(folder, run, path, seed):
+    draw = random.Random(seed)
+
+    async def scenario():
+        async with serving(folder, script("x", context=40)) as server:
+            for _ in range(150):
+                options = {name: draw.choice(VALUES) for name in draw.sample(FIELDS, draw.choice([1, 1, 2, 5]))}
+                body = body_of(path, **options)
+                async with server.session.post(server.url + path, json=body) as response:
+                    assert response.status in {200, 400, 404}, body
+                    await response.read()
+            await server.idle()
 
     run(scenario())

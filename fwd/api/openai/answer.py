@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from aiohttp import web
 from msgspec.structs import replace
@@ -21,28 +22,18 @@ from fwd.protocol.messages import Submit
 SEED_BITS = 53  # what JavaScript can send back
 
 
-class Wanted:
+class Wanted(NamedTuple):
     """What to open: `n` choices of each prompt. Log-probabilities −1 are off; `max_tokens` None is all the context.
 
     `continues` says that the answer goes on in the prompt's own text.
     """
 
-    def __init__(
-        self,
-        parameters: Parameters,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_tokens: int | None,
-        logprobs: int = -1,
-        prompt_logprobs: int = -1,
-        continues: bool = False,
-    ) -> None:
-        self.parameters = parameters
-        self.prompts = prompts
-        self.max_tokens = max_tokens
-        self.logprobs = logprobs
-        self.prompt_logprobs = prompt_logprobs
-        self.continues = continues
+    parameters: Parameters
+    prompts: Sequence[Sequence[int]]
+    max_tokens: int | None
+    logprobs: int = -1
+    prompt_logprobs: int = -1
+    continues: bool = False
 
 
 class Answer:

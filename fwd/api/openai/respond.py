@@ -51,8 +51,9 @@ async def respond(request: web.Request, answer: Answer, dialect: Dialect) -> web
     """Read the answer to its end and send it as the client asked; raises the `FwdError` that ended a whole answer."""
     if not answer.wanted.parameters.stream:
         return await _whole(answer, dialect)
-    async with EventStream(request, answer.service.config.keep_alive) as events:
-        with contextlib.suppress(ConnectionResetError):
+    events = EventStream(request, answer.service.config.keep_alive)
+    with contextlib.suppress(ConnectionResetError):
+        async with events:
             await ChunkWriter(request, answer, dialect, events).run()
     return events.response
 
