@@ -4,6 +4,7 @@
 """
 
 import os
+import select
 import sys
 from importlib import import_module
 from typing import Any
@@ -80,12 +81,12 @@ def _complain(message: str, code: int) -> int:
 
 def _broken_pipe() -> int:
     """The reader of our output had enough, which is no error; or the daemon is gone."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the last flush cannot fail
-        return 0
-    return _complain("the daemon closed the connection", EngineError.exit_code)
+    stdout = select.poll()
+    stdout.register(sys.stdout.fileno(), 0)
+    if not stdout.poll(0):
+        return _complain("the daemon closed the connection", EngineError.exit_code)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the last flush cannot fail
+    return 0
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,0 +1,210 @@
+"""The daemon process: ordered start, ordered stop, inherited sockets, model folders that cannot be served."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from apiserver import script
+from checkpoints import make
+from fakes import Fault
+from launch import daemon, launch
+
+from fwd.cli.bench.http import free_port
+from fwd.cli.common import wait_ready
+from fwd.protocol.client import Client
+from fwd.protocol.messages import Finished, Text
+
+STEADY = "ping_interval = 0.005\nstop_timeout = 3600.0\n"
+
+
+@pytest.fixture
+def steady(tmp_path):
+    """A configuration whose heartbeat, which is also the step of `pace="ping"`, is quick, and that waits for ever."""
+    path = tmp_path / "fwd.toml"
+    path.write_text(STEADY)
+    return ("--config", str(path))
+
+
+class Unix(http.client.HTTPConnection):
+    """HTTP on a socket file."""
+
+    def __init__(self, path):
+        super().__init__("localhost")
+        self._path = str(path)
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(self._path)
+
+
+def get(connection, path):
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    return answer.status, json.loads(answer.read())
+
+
+def test_ready_says_why_not_and_then_yes(folder, tmp_path):
+    hold, port = tmp_path / "hold", free_port()
+    with daemon(script(hold=str(hold)), folder, "--http", f"127.0.0.1:{port}", ready=False) as running:
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        status, body = get(connection, "/ready")
+        assert (status, body["ready"]) == (503, False)
+        assert body["reason"]
+        assert get(connection, "/live")[0] == 200
+        hold.touch()
+        with Client(running.uds) as client:
+            wait_ready(client)
+        assert get(connection, "/ready")[0] == 200
+        connection.close()
+
+
+def test_http_on_a_socket_file(folder, tmp_path):
+    path = tmp_path / "http.sock"
+    with daemon(script("abc"), folder, "--name", "m", "--http", f"unix:{path}"):
+        connection = Unix(path)
+        status, body = get(connection, "/v1/models")
+        assert (status, [model["id"] for model in body["data"]]) == (200, ["m"])
+        connection.close()
+    assert not path.exists()
+
+
+def test_inherited_sockets(folder, tmp_path):
+    """Descriptor 3 is HTTP, descriptor 4 by its name the local socket; the files stay, they are not ours."""
+    uds = tmp_path / "local.sock"
+    with socket.create_server(("127.0.0.1", 0)) as web, socket.socket(socket.AF_UNIX) as local:
+        local.bind(str(uds))
+        local.listen()
+        port = web.getsockname()[1]
+        arm = f'LISTEN_PID=$$ exec "$@" 3<&{web.fileno()} 4<&{local.fileno()}'
+        command = ["bash", "-c", arm, "bash", *launch(script(), "serve", str(folder), "--uds", str(tmp_path / "no"))]
+        environment = {**os.environ, "LISTEN_FDS": "2", "LISTEN_FDNAMES": "http:local"}
+        child = subprocess.Popen(command, env=environment, pass_fds=(web.fileno(), local.fileno()))
+    with child, Client(uds) as client:
+        wait_ready(client)
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        assert get(connection, "/ready")[0] == 200
+        connection.close()
+        child.terminate()
+    assert child.returncode == 0
+    assert uds.exists()
+    assert not (tmp_path / "no").exists()
+
+
+def test_sigterm_lets_open_answers_finish(folder, steady):
+    with daemon(script("abc", pace="ping"), folder, *steady) as running, Client(running.uds) as client:
+        events = client.events("x", max_tokens=60)
+        next(events)
+        running.child.terminate()
+        *pieces, last = events
+        assert "".join(piece.text for piece in pieces if isinstance(piece, Text)) == "abc" * 20
+        assert isinstance(last, Finished)
+        assert last.reason == "length"
+        assert running.child.wait(30) == 0
+        assert not running.uds.exists()
+
+
+def test_a_second_signal_hurries(folder, steady):
+    with daemon(script("abc", pace="ping", context=1 << 20), folder, *steady) as running, Client(running.uds) as client:
+        events = client.events("x")
+        next(events)
+        running.child.send_signal(signal.SIGINT)
+        while client.status().state != "stopping":
+            pass
+        assert running.child.poll() is None
+        running.child.terminate()
+        assert running.child.wait(30) == 0
+
+
+def ended(*arguments, engine=None):
+    """Run `fwd serve` to its end; its code and its line."""
+    code = "from fwd.cli import main; main()"
+    command = launch(engine, "serve") if engine else [sys.executable, "-c", code, "serve"]
+    done = subprocess.run(
+        [*command, "--http", "none", *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("{")]
+    assert len(lines) == 1, done.stderr
+    return done.returncode, lines[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama")
+    make("llama", path)
+    return path
+
+
+def spoil(folder, how):
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if how == "half-written":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif how == "pickle":
+        weights.rename(folder / "pytorch_model.bin")
+    elif how == "architecture":
+        config.write_text(config.read_text().replace("LlamaForCausalLM", "MambaForCausalLM"))
+    elif how == "tokenizer":
+        (folder / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("half-written", ["model.safetensors"]),
+        ("pickle", ["pickled", "safetensors"]),
+        ("architecture", ["MambaForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"]),
+        ("tokenizer", ["tokenizer.json"]),
+    ],
+)
+def test_a_folder_that_cannot_be_served(checkpoint, tmp_path, how, words):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    spoil(folder, how)
+    code, line = ended(folder, "--uds", tmp_path / "s")
+    assert code == 2, line
+    assert line.startswith("fwd: ")
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    code, line = ended(tmp_path / "missing", "--uds", tmp_path / "s")
+    assert code == 2
+    assert "missing" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--draft-model", "x"), "draft"),
+        (("--max-seqs", "17"), "max_seqs"),
+        (("--context", "-1"), "context"),
+        (("--threads", "two"), "--threads"),
+        (("--hang-timeout", "nan"), "hang_timeout"),
+        (("--log-level", "loud"), "log_level"),
+        (("--device", "tpu"), "--device"),
+        (("--config", "/none.toml"), "none.toml"),
+    ],
+)
+def test_a_setting_that_is_refused(folder, tmp_path, flags, word):
+    code, line = ended(folder, *flags, "--uds", tmp_path / "s", engine=script())
+    assert (code, word in line) == (2, True), line
+
+
+def test_an_engine_that_cannot_start(folder, tmp_path):
+    code, line = ended(
+        folder, "--uds", tmp_path / "s", engine=script(always=Fault("bad_model"), lives=str(tmp_path / "l"))
+    )
+    assert (code, line) == (2, "fwd: model.safetensors: the tensor lm_head is missing")
+    code, line = ended(
+        folder, "--uds", tmp_path / "s", engine=script(always=Fault("vanish"), lives=str(tmp_path / "v"))
+    )
+    assert code == 6
+    assert "did not start" in line
