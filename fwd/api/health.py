@@ -18,8 +18,7 @@ async def get_live(_request: web.Request) -> web.Response:
 
 async def get_ready(request: web.Request) -> web.Response:
     """Requests are served now; if not, why."""
-    status = request.app[SERVICE].status()
-    return _answer(_condition(status))
+    return _answer(_condition(request.app[SERVICE].status()))
 
 
 async def get_health(request: web.Request) -> web.Response:

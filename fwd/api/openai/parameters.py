@@ -18,6 +18,7 @@ from fwd.protocol.messages import (
     Limits,
     Priority,
     Sampling,
+    Seed,
     TokenId,
 )
 
@@ -58,7 +59,7 @@ class Parameters(Struct, kw_only=True):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=1024)] | None = None
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Seed | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=16)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS // 2)] | None = None
