@@ -13,7 +13,7 @@ from fwd.protocol.messages import Status, Timing
 
 PROMPT = '''def read_config(path, encoding="utf-8"):
     """Return'''
-DEFAULTS = {"max_tokens": 160, "temperature": 0.0, "seed": 0}
+DEFAULTS = {"max_tokens": 160, "temperature": 0.6, "seed": 0}
 
 
 @click.command()

@@ -1,0 +1,82 @@
+"""Writes the table of numbers into README.md from the newest results: `python bench/readme.py [--check]`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- numbers: python bench/readme.py -->\n", "<!-- end of numbers -->\n"
+Row = tuple[str, str, str]
+
+
+def newest(what: str) -> dict[str, Any] | None:
+    """The last result of that kind; the names begin with the date."""
+    found = sorted((ROOT / "bench" / "results").glob(f"*-{what}.json"))
+    return json.loads(found[-1].read_text()) if found else None
+
+
+def rows(bench: dict[str, Any] | None, front: dict[str, Any] | None) -> list[Row]:
+    """What was measured, the value, what it is to be seen against."""
+    found: list[Row] = []
+    if bench:
+        start = bench["startup"]
+        found.append(
+            (
+                "start to accepted connection",
+                f"{start['accept_s'] * 1e3:.0f} ms",
+                f"≤ {start['accept_target_s'] * 1e3:.0f} ms",
+            )
+        )
+        found.append(("start to first token", f"{start['first_token_s']:.2f} s", "torch's import included"))
+        for dtype, decode in bench["decode"].items():
+            found += decode_rows(dtype, decode)
+    if front:
+        for name, run in front["runs"].items():
+            way, streams = name.split("-")
+            label = f"front CPU a token event, fake engine, {way}, {streams} at once"
+            found.append((label, f"{run['us_per_event']:.1f} µs", f"≤ {front['target_us']:.0f} µs"))
+    return found
+
+
+def decode_rows(dtype: str, decode: dict[str, Any]) -> list[Row]:
+    """Decode in one dtype."""
+    share = f"{decode['http'] / decode['ceiling']:.0%} of the memory ceiling, {decode['ceiling']:.0f}"
+    found = [(f"decode through HTTP, {dtype}", f"{decode['http']:.0f} tokens/s", share)]
+    if "ratio" in decode:
+        peer = f"≥ 1.2 ×; it makes {decode['transformers']:.0f} tokens/s"
+        found.append((f"the same ÷ `transformers` generate, {dtype}", f"{decode['ratio']:.2f} ×", peer))
+    return found
+
+
+def table() -> str:
+    """The markdown between the markers."""
+    bench, front = newest("bench"), newest("front")
+    lines = [
+        f"| {' | '.join(row)} |"
+        for row in (("measured", "value", "against"), ("---", "---", "---"), *rows(bench, front))
+    ]
+    if not (bench or front):
+        return "No results yet.\n"
+    source = bench or front
+    assert source
+    versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
+    where = f"{source['cpu']}, {source['cores']} cores; {versions}; commit {source['commit']}; {source['when'][:10]}."
+    return "\n".join([*lines, "", where, ""])
+
+
+def main() -> int:
+    """Write, or with `--check` compare."""
+    readme = ROOT / "README.md"
+    head, rest = readme.read_text().split(BEGIN)
+    text = f"{head}{BEGIN}{table()}{END}{rest.split(END)[1]}"
+    if "--check" not in sys.argv:
+        readme.write_text(text)
+    elif text != readme.read_text():
+        print("README.md: run `python bench/readme.py`", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
