@@ -34,7 +34,9 @@ class Prompts:
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read tokenizer and template of a model folder; raises `ModelError` naming the file at fault."""
-        return cls(Tokenizer.load(folder), ChatTemplate.load(folder))
+        tokenizer = Tokenizer.load(folder)
+        assert tokenizer.text_table  # made on first use, which would be on the event loop
+        return cls(tokenizer, ChatTemplate.load(folder))
 
     async def text(self, text: str) -> list[int]:
         """Ids of plain text; special tokens in it are text."""
