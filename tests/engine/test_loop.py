@@ -1,4 +1,4 @@
-"""The loop on a mock model: whatever arrives, is cancelled or preempted, each stream is the one that would have come."""
+"""The loop on a mock model: whatever arrives, is cancelled or preempted, each stream is as if alone."""
 
 import random
 import socket

@@ -65,7 +65,6 @@ def kill(service, number=signal.SIGKILL):
 def submissions(seed: int, count: int, vocab: int, tokens: int, longest: int = 150):
     """Requests of every kind of sampling; some pairs share prompt and seed and differ in `choice`."""
     rng = random.Random(seed)
-    print(f"submissions of seed {seed}")
     requests = []
     for number in range(count):
         prompt = [rng.randrange(vocab) for _ in range(rng.choice([1, 2, 63, 64, 65, rng.randrange(3, longest)]))]
