@@ -1,11 +1,10 @@
 """Promises 1 and 2: same seed, same bytes, whatever happens beside a request or to the engine; no stream is lost."""
 
-import os
 import random
-from pathlib import Path
 
 import checkpoints
 import pytest
+from census import open_descriptors, resident_bytes
 from harness import ended, kill, record, run, serving, submissions
 
 TOKENS = 64
@@ -96,23 +95,13 @@ def test_in_a_pool_too_small_for_all_of_them(folder, alone):
     assert records == alone("float32")
 
 
-def descriptors():
-    """Open descriptors of this process."""
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
-
-
-def resident():
-    """Bytes of memory this process, the front, holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-
-
 async def survive(folder, dtype, kills, seed):
     """Kill the engine `kills` times at random tokens while the requests run, as often round as that takes."""
     rng = random.Random(seed)
     rounds = []
     async with serving(folder, dtype=dtype) as service:
         streams, resumes = [], 0
-        before, memory = descriptors(), resident()
+        before, memory = open_descriptors(), resident_bytes()
         for _ in range(kills):
             if not any(not stream.done for stream in streams):
                 rounds.append(streams := [service.open(request) for request in requests()])
@@ -124,8 +113,8 @@ async def survive(folder, dtype, kills, seed):
         await ended(*streams)
         resumes = service.supervisor.active.resumes
         await settled(service)
-        assert descriptors() <= before
-        assert resident() - memory < 32 << 20
+        assert open_descriptors() <= before
+        assert resident_bytes() - memory < 32 << 20
         restarts = service.supervisor.active.restarts
         return [[record(stream) for stream in streams] for streams in rounds], restarts, resumes
 
