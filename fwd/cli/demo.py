@@ -35,13 +35,13 @@ def demo(prompt: str, uds: str | None, as_json: bool, **sampling: Any) -> None:
 
 
 def _load(private: Private) -> Status:
-    with private.connect() as daemon:
-        try:
+    try:
+        with private.connect() as daemon:
             return wait_ready(daemon)
-        except EngineError:
-            private.child.wait()
-            private.require_life()
-            raise
+    except (EngineError, BrokenPipeError):
+        private.child.wait()
+        private.require_life()
+        raise
 
 
 def _stream(private: Private, prompt: str, options: dict[str, Any], *, silent: bool) -> Answer:

@@ -3,6 +3,9 @@
 Connections queue in the kernel meanwhile, so they are accepted before aiohttp is even imported.
 """
 
+import signal
+import sys
+
 from fwd.config import Config
 from fwd.daemon.sockets import listen
 from fwd.errors import ModelError
@@ -13,6 +16,7 @@ def serve(config: Config) -> int:
     if not config.folder.is_dir():
         raise ModelError(f"{config.folder} is no folder: give a Hugging Face model folder, or `demo`")
     listeners = listen(config)
+    signal.signal(signal.SIGTERM, _leave)  # until the loop has its own
     try:
         from fwd.front.process import EngineProcess  # noqa: PLC0415  # asyncio, after the sockets
 
@@ -22,3 +26,7 @@ def serve(config: Config) -> int:
         return run(config, listeners, process)
     finally:
         listeners.remove_files()
+
+
+def _leave(*_: object) -> None:
+    sys.exit(0)
