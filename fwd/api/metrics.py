@@ -12,7 +12,7 @@ from fwd.front.streams import Stream
 from fwd.protocol.messages import EngineInfo
 
 TICK = 0.25
-REASONS = {"stop": "stop", "length": "length", "cancelled": "abort", "deadline": "abort"}  # vLLM's words
+REASONS = {"stop": "stop", "length": "length", "cancelled": "abort"}  # vLLM's words
 
 
 class Metric(NamedTuple):

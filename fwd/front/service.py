@@ -1,5 +1,6 @@
 """What HTTP and the local socket share: text in, streams out, and one look at the whole daemon."""
 
+import asyncio
 import os
 import secrets
 import time
@@ -94,6 +95,7 @@ class Service:
         stream = Stream(msgspec.structs.replace(submit, id=next(self._ids), seed=seed))
         stream.on_end.append(self._ended)
         self._streams[stream.id] = stream
+        self._limit(stream, submit.limits.deadline_ms)
         self.supervisor.submit(stream)
         return stream
 
@@ -108,10 +110,6 @@ class Service:
     def finish(self, stream: Stream) -> None:
         """End an open stream whose text is complete, by a stop string that the engine knows nothing of."""
         self.supervisor.cancel(stream, Finished(id=stream.id, reason="stop"))
-
-    def expire(self, stream: Stream) -> None:
-        """End an open stream because its deadline passed."""
-        self.supervisor.cancel(stream, DeadlineError("the deadline of the request passed before it was finished"))
 
     def requests(self) -> Requests:
         """The open requests, oldest first."""
@@ -143,6 +141,13 @@ class Service:
             requests=len(self._streams),
             tokens_out=self.tokens_out,
         )
+
+    def _limit(self, stream: Stream, deadline_ms: float) -> None:
+        """End the stream at its deadline, whatever the engine does meanwhile."""
+        if deadline_ms:
+            error = DeadlineError(f"the deadline of {deadline_ms:.0f} ms passed before the answer was finished")
+            timer = asyncio.get_running_loop().call_later(deadline_ms / 1e3, self.supervisor.cancel, stream, error)
+            stream.on_end.append(lambda _: timer.cancel())
 
     def _state(self) -> tuple[str, str]:
         keeper = self.supervisor.active

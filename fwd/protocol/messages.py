@@ -26,7 +26,7 @@ Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Milliseconds = Annotated[float, Meta(ge=0, le=2**53)]
 Priority = Literal["interactive", "background"]
 Drafter = Literal["auto", "off", "suffix", "model", "mtp", "eagle", "dflash"]
-Reason = Literal["stop", "length", "cancelled", "deadline"]
+Reason = Literal["stop", "length", "cancelled"]
 
 
 class Message(Struct, array_like=True, frozen=True):
@@ -42,7 +42,7 @@ class Bulk(Message, frozen=True):
 class Sampling(Message, frozen=True):
     """How a token is drawn (DESIGN §4). `top_k` 0 and `logprobs` −1 mean off; `logit_bias` is added before temperature.
 
-    Raises `ValueError` for NaN, which no bound would catch.
+    Raises `ValueError` for NaN when it is made in Python; in a frame the bounds refuse it.
     """
 
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
@@ -70,7 +70,7 @@ class Sampling(Message, frozen=True):
 
 
 class Limits(Message, frozen=True):
-    """When a request ends: `max_tokens` new ones, one of `stop_ids`, or `deadline_ms` from its arrival (0: none).
+    """When a request ends: `max_tokens` new ones, one of `stop_ids`, or `deadline_ms` after it was admitted.
 
     Ids in `stop_ids` are not drawn before `min_tokens`; `max_tokens` −1 means up to the end of the context.
     """

@@ -9,6 +9,8 @@ import fakes
 import pytest
 from apiserver import NAME, events, ids, script, serving, text, until
 
+from fwd.errors import DeadlineError
+
 CHAT = "/v1/chat/completions"
 COMPLETE = "/v1/completions"
 PROMPT = ids("hi")
@@ -198,11 +200,11 @@ def test_an_error_in_the_middle_is_an_event_and_no_done(folder, run):
         ):
             begun = await response.content.readuntil(b"\n\n")
             for open_stream in list(server.service.streams)[1:]:
-                server.service.expire(open_stream)
+                server.service.supervisor.cancel(open_stream, DeadlineError("too late"))
             *chunks, last = events(begun + await response.read())
             assert last == {
                 "error": {
-                    "message": "the deadline of the request passed before it was finished",
+                    "message": "too late",
                     "type": "server_error",
                     "param": None,
                     "code": "deadline_exceeded",

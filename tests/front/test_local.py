@@ -330,3 +330,14 @@ def test_an_engine_message_from_a_client_is_a_bad_frame(uds):
         channel.send(Ping(seq=1))
         assert until(channel, Failed)[-1].code == "bad_frame"
         channel.close()
+
+
+def test_a_deadline_ends_the_request_with_its_own_error(uds):
+    limits = Limits(max_tokens=20, deadline_ms=20)
+    with serving(uds, PACED, Config(ping_interval=60)) as daemon:
+        channel = dial(daemon)
+        channel.send(Submit(id=1, prompt=pack_ids((40, 41)), limits=limits))
+        *_, failed = until(channel, Failed, Finished)
+
+        assert failed.code == "deadline_exceeded"
+        channel.close()

@@ -25,7 +25,7 @@ SEED_BITS = 53  # what JavaScript can send back
 class Wanted(NamedTuple):
     """What to open: `n` choices of each prompt. Log-probabilities −1 are off; `max_tokens` None is all the context.
 
-    `continues` says that the answer goes on in the prompt's own text.
+    `continues` says that the answer goes on in the prompt's own text; `deadline` is a time of the event loop.
     """
 
     parameters: Parameters
@@ -34,6 +34,7 @@ class Wanted(NamedTuple):
     logprobs: int = -1
     prompt_logprobs: int = -1
     continues: bool = False
+    deadline: float | None = None
 
 
 class Answer:
@@ -64,7 +65,7 @@ class Answer:
         parameters, prompts = self.wanted.parameters, self.service.prompts
         submit = Submit(
             sampling=parameters.sampling(self.wanted.logprobs),
-            limits=parameters.limits(prompts, self.wanted.max_tokens),
+            limits=replace(parameters.limits(prompts, self.wanted.max_tokens), deadline_ms=self._milliseconds_left()),
             seed=self.seed,
             priority=parameters.extension.priority,
             prompt_logprobs=self.wanted.prompt_logprobs,
@@ -82,10 +83,10 @@ class Answer:
         for stream in self.streams:
             self.service.cancel(stream)
 
-    def expire(self) -> None:
-        """End what is still open: the deadline passed."""
-        for stream in self.streams:
-            self.service.expire(stream)
+    def _milliseconds_left(self) -> float:
+        if self.wanted.deadline is None:
+            return 0.0
+        return max(1.0, 1e3 * (self.wanted.deadline - asyncio.get_running_loop().time()))
 
     def _open_choices(self, submit: Submit, prompt: memoryview) -> None:
         parameters = self.wanted.parameters
@@ -110,18 +111,12 @@ def check_total(service: Service, parameters: Parameters, prompts: int) -> None:
 
 
 @contextmanager
-def answering(request: web.Request, wanted: Wanted, prefix: str, deadline: float | None) -> Iterator[Answer]:
-    """Open an answer; whatever happens to the handler, nothing of it runs on afterwards.
-
-    `deadline` is a time of the event loop.
-    """
+def answering(request: web.Request, wanted: Wanted, prefix: str) -> Iterator[Answer]:
+    """Open an answer; whatever happens to the handler, nothing of it runs on afterwards."""
     answer = Answer(request.app[SERVICE], wanted, f"{prefix}-{request[REQUEST_ID]}")
     answer.open()
-    timer = None if deadline is None else asyncio.get_running_loop().call_at(deadline, answer.expire)
     try:
         with request.app[RUNNING].entry(answer.id, answer.streams):
             yield answer
     finally:
-        if timer:
-            timer.cancel()
         answer.close()

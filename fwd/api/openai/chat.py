@@ -89,8 +89,9 @@ async def post(request: web.Request) -> web.StreamResponse:
     service = serving(request, body.model)
     check_total(service, body, 1)
     prompt = await service.prompts.chat(body.chat)
-    wanted = Wanted(body, [prompt], max_tokens=body.max_completion_tokens or body.max_tokens, logprobs=body.scored)
-    with answering(request, wanted, "chatcmpl", ends) as answer:
+    most = body.max_completion_tokens or body.max_tokens
+    wanted = Wanted(body, [prompt], max_tokens=most, logprobs=body.scored, deadline=ends)
+    with answering(request, wanted, "chatcmpl") as answer:
         return await respond(request, answer, ChatDialect(answer))
 
 

@@ -62,8 +62,9 @@ async def post(request: web.Request) -> web.StreamResponse:
         logprobs=scored,
         prompt_logprobs=scored if body.echo else -1,
         continues=True,
+        deadline=ends,
     )
-    with answering(request, wanted, "cmpl", ends) as answer:
+    with answering(request, wanted, "cmpl") as answer:
         return await respond(request, answer, CompletionDialect(answer, echo=bool(body.echo)))
 
 
