@@ -5,8 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fwd.models.spec import read_spec
-
 COPY_BYTES = 256 << 20
 COPIES = 8
 
@@ -26,6 +24,8 @@ def bandwidth() -> dict[str, Any]:
 
 def step_bytes(folder: Path, dtype: str, context: int) -> int:
     """Bytes one step of one sequence must read: every weight it uses, and the KV cache of `context` tokens."""
+    from fwd.models.spec import read_spec  # noqa: PLC0415  # the engine half, only where it is needed
+
     assert dtype in {"float32", "bfloat16"}
     return replace(read_spec(folder), dtype=dtype).step_bytes(1, context)  # type: ignore[arg-type]  # asserted
 
