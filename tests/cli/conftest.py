@@ -1,4 +1,4 @@
-"""One daemon for all tests that leave it as it was, and `fwd` in this process."""
+"""One daemon for all tests of a module that leave it as it was, and `fwd` in this process."""
 
 import apiserver
 import pytest
@@ -15,7 +15,7 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared(folder):
     """A ready daemon whose answers are letters drawn by the hash of prompt and seed."""
     with daemon(apiserver.script(), folder, "--name", "letters") as running:

@@ -19,7 +19,7 @@ def llama(tmp_path_factory):
 
 
 def test_bench(fwd, llama, tmp_path):
-    result = fwd("bench", llama, "--rounds", 1, "--tokens", 6, "--dtype", "float32", "--save", tmp_path, "--json")
+    result = fwd("bench", llama, "--rounds", 1, "--tokens", 32, "--dtype", "float32", "--save", tmp_path, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     (saved,) = tmp_path.iterdir()
@@ -34,7 +34,7 @@ def test_bench(fwd, llama, tmp_path):
 
 
 def test_bench_prints_the_ceiling_before_the_value(fwd, llama):
-    result = fwd("bench", llama, "--only", "decode", "--rounds", 1, "--tokens", 4, "--dtype", "bfloat16", "--no-peer")
+    result = fwd("bench", llama, "--only", "decode", "--rounds", 1, "--tokens", 32, "--dtype", "bfloat16", "--no-peer")
     assert result.exit_code == 0, result.output
     assert result.stdout.index("memory:") < result.stdout.index("ceiling") < result.stdout.index("socket")
     assert "transformers" not in result.stdout

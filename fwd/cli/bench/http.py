@@ -49,8 +49,8 @@ class Stream:
 
     @property
     def tokens_per_s(self) -> float:
-        """The rate after the first token."""
-        return (self.tokens - 1) / (self.last - self.first)
+        """The rate after the first token; 0 if all the text came in one piece."""
+        return (self.tokens - 1) / (self.last - self.first) if self.last > self.first else 0.0
 
     def _take(self, event: dict[str, Any]) -> None:
         if event["choices"] and event["choices"][0]["text"]:
