@@ -13,6 +13,7 @@ from torch.nn import functional
 from fwd.demo import DRAFT, MODEL, batches, llama, tokenizer
 
 WINDOW = 1024
+KINDS = ("code", "chat")
 
 
 def load(folder: Path) -> llama.Llama:
@@ -42,13 +43,13 @@ def compare(model: llama.Llama, draft: llama.Llama, ids: Tensor, length: int = W
 
 
 def measure(model: Path, draft: Path) -> dict[str, dict[str, float]]:
-    """The comparison on each kind of held-out document, with the loss in bits per byte too."""
+    """The comparison on held-out modules and chats, with the loss in bits per byte too."""
     tok = tokenizer.load(model)
     both = load(model), load(draft)
     docs, pools = batches.held_out(tok)
     result = {}
-    for name, pool in pools.items():
-        row = compare(*both, torch.from_numpy(pool.ids.astype("int64")))
+    for name in KINDS:
+        row = compare(*both, torch.from_numpy(pools[name].ids.astype("int64")))
         tokens_per_byte = row["tokens"] / sum(len(text.encode()) for text in getattr(docs, name))
         for who in ("model", "draft"):
             row[f"{who}_bits_per_byte"] = row[f"{who}_nats"] / math.log(2) * tokens_per_byte
