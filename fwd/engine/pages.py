@@ -31,7 +31,7 @@ class PagedSpace:
             return False
         if missing > 0:
             request.pages += [self._free.pop() for _ in range(missing)]
-            request.pages_version += 1
+            request.new_pages()
         return True
 
     def commit(self, request: Request, tokens: int) -> None:
@@ -50,4 +50,4 @@ class PagedSpace:
     def _keep(self, request: Request, pages: int) -> None:
         self._free += reversed(request.pages[pages:])
         del request.pages[pages:]
-        request.pages_version += 1
+        request.new_pages()

@@ -1,11 +1,15 @@
 """The one structure that scheduler, pages, step and sampler share."""
 
+from itertools import count
 from typing import Literal, NamedTuple
 
 from fwd.protocol.ids import unpack_ids
 from fwd.protocol.messages import Submit, TopLogprobs
 
 Phase = Literal["prefill", "decode"]
+
+
+_versions = count(1)
 
 
 class Drawn(NamedTuple):
@@ -26,7 +30,7 @@ class Request:
     Four lengths, in tokens: `computed` (KV committed) ≤ `length` (known ids) ≤ `limit`, and `prompt` ≤ `length`, the
     border between what is prefilled and what goes through the decode path. Known ids beyond `computed` are replayed
     after a resume or a preemption; in steady decode there is exactly one. `pages` is the block table, and
-    `pages_version` grows with each change of it.
+    `pages_version` names its content.
     """
 
     def __init__(self, submit: Submit) -> None:
@@ -37,7 +41,7 @@ class Request:
         self.limit = max(self.prompt + submit.limits.max_tokens, self.length)
         self.computed = 0
         self.pages: list[int] = []
-        self.pages_version = 0
+        self.pages_version = next(_versions)
         self.stop_ids = frozenset(submit.limits.stop_ids)
         self.clock = Clock()
         self.check()
@@ -66,6 +70,10 @@ class Request:
     def output(self) -> int:
         """Tokens drawn so far, replayed ones included."""
         return self.length - self.prompt
+
+    def new_pages(self) -> None:
+        """The block table changed: a number that no table had before says so."""
+        self.pages_version = next(_versions)
 
     def advance(self, computed: int) -> None:
         """KV is committed up to position `computed`."""

@@ -1,8 +1,6 @@
 """What runs next: one prefill chunk, or one decode step of up to `MAX_ROWS` rows."""
 
 from collections import deque
-from collections.abc import Iterator
-from itertools import chain
 from typing import NamedTuple
 
 from fwd.engine.pages import PagedSpace
@@ -60,9 +58,6 @@ class Scheduler:
     def __bool__(self) -> bool:
         return bool(self._running) or any(self._waiting)
 
-    def __iter__(self) -> Iterator[Request]:
-        return chain(self._running, *self._waiting)
-
     def add(self, request: Request) -> None:
         """Queue a request."""
         self._waiting[request.background].append(request)
@@ -78,13 +73,18 @@ class Scheduler:
     def next(self) -> Chunk | list[Span]:
         """The next work; an empty list when there is none."""
         self._admit()
-        prefills = [request for request in self._running if request.phase == "prefill"]
-        decodes = len(prefills) < len(self._running)
-        if prefills and not (self._chunk_last and decodes):
-            self._chunk_last = True
-            return Chunk(prefills[0], prefills[0].computed // self._chunk)
-        self._chunk_last = False
-        return self._spans()
+        if self._chunk_last or not self._prefills():
+            self._chunk_last = False
+            if spans := self._spans():
+                return spans
+        self._chunk_last = True
+        if not (prefills := self._prefills()):
+            return []
+        first = min(prefills, key=lambda request: request.background)
+        return Chunk(first, first.computed // self._chunk)
+
+    def _prefills(self) -> list[Request]:
+        return [request for request in self._running if request.phase == "prefill"]
 
     def _admit(self) -> None:
         for queue in self._waiting:

@@ -47,7 +47,7 @@ class Step:
         self.parents, self._parents = _buffer(capacity)
         self.lengths, self._lengths = _buffer(sequences)
         self.tables, self._tables = _buffer(sequences, pages)
-        self._lines: list[tuple[int, int]] = [(-1, 0)] * sequences
+        self._lines = [0] * sequences
         self._parents.fill(-1)
 
     def decode(self, spans: Sequence[Span]) -> Launch:
@@ -89,10 +89,9 @@ class Step:
         self._sequences[row:size] = 0
 
     def _table(self, line: int, request: Request) -> Array:
-        key = (request.id, request.pages_version)
-        if self._lines[line] != key:
+        if self._lines[line] != request.pages_version:
             self._tables[line, : len(request.pages)] = request.pages
-            self._lines[line] = key
+            self._lines[line] = request.pages_version
         table: Array = self._tables[line]
         return table
 
