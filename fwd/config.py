@@ -36,7 +36,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_bytes: Annotated[int, Meta(ge=1 << 20)] = 1 << 30
     draft_model: str = ""
     max_seqs: Annotated[int, Meta(ge=1, le=16)] = 16
-    max_queue: Annotated[int, Meta(ge=1, le=100_000)] = 256
+    max_queue: Annotated[int, Meta(ge=1, le=8192)] = 256
     max_body: Annotated[int, Meta(ge=1024, le=1 << 30)] = 32 << 20
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     keys: str = ""

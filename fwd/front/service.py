@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
-import msgspec
 import structlog
+from msgspec.structs import replace
 
 from fwd import __version__
 from fwd.config import Config
@@ -92,7 +92,7 @@ class Service:
                 f"{len(self._streams)} requests are open, which is the limit: try again", retry_after=1
             )
         seed = secrets.randbits(63) if submit.seed is None else submit.seed
-        stream = Stream(msgspec.structs.replace(submit, id=next(self._ids), seed=seed))
+        stream = Stream(replace(submit, id=next(self._ids), seed=seed))
         stream.on_end.append(self._ended)
         self._streams[stream.id] = stream
         self._limit(stream, submit.limits.deadline_ms)
@@ -184,29 +184,31 @@ class Service:
             observe(stream)
 
 
+def context_error(prompt: int, completion: int, info: EngineInfo) -> ContextLengthError:
+    """What to say when `prompt` and `completion` tokens do not fit; agents match on these words."""
+    return ContextLengthError(
+        f"This model's maximum context length is {info.context} tokens. However, you requested "
+        f"{prompt + completion} tokens ({prompt} in the prompt, {completion} in the completion).",
+        param="prompt" if prompt >= info.context else "max_tokens",
+    )
+
+
 def _bounded(submit: Submit, info: EngineInfo) -> Submit:
     for field in ("adapter", "grammar"):
         if getattr(submit, field):
             raise BadRequestError(f"{field}: this build has none, leave it out", param=field)
-    prompt = unpack_ids(submit.prompt)
-    _check_ids(prompt, info, "prompt")
+    tokens, given, limits = submit.prompt.nbytes // 4, submit.emitted.nbytes // 4, submit.limits
+    needed = max(1 if limits.max_tokens < 0 else limits.max_tokens, given)
+    if tokens + needed > info.context:
+        raise context_error(tokens, needed, info)
+    if not tokens:
+        raise BadRequestError("the prompt is empty: give at least one token", param="prompt")
+    _check_ids(unpack_ids(submit.prompt), info, "prompt")
     _check_ids(unpack_ids(submit.emitted), info, "emitted")
     _check_ids(list(submit.sampling.logit_bias), info, "logit_bias")
-    if not prompt:
-        raise BadRequestError("the prompt is empty: give at least one token", param="prompt")
-    wanted = submit.limits.max_tokens
-    needed = max(1 if wanted < 0 else wanted, submit.emitted.nbytes // 4)
-    if len(prompt) + needed > info.context:
-        raise ContextLengthError(
-            f"This model's maximum context length is {info.context} tokens. However, you requested "
-            f"{len(prompt) + needed} tokens ({len(prompt)} in the prompt, {needed} in the completion).",
-            param="prompt" if len(prompt) >= info.context else "max_tokens",
-        )
-    if wanted >= 0:
-        return submit
-    return msgspec.structs.replace(
-        submit, limits=msgspec.structs.replace(submit.limits, max_tokens=info.context - len(prompt))
-    )
+    most = info.context - tokens if limits.max_tokens < 0 else limits.max_tokens
+    drawable = tuple(token for token in limits.stop_ids if token < info.vocab_size)
+    return replace(submit, limits=replace(limits, max_tokens=most, stop_ids=drawable))
 
 
 def _check_ids(ids: Sequence[int], info: EngineInfo, param: str) -> None:

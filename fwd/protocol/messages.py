@@ -24,6 +24,7 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Milliseconds = Annotated[float, Meta(ge=0, le=2**53)]
+StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 Priority = Literal["interactive", "background"]
 Drafter = Literal["auto", "off", "suffix", "model", "mtp", "eagle", "dflash"]
 Reason = Literal["stop", "length", "cancelled"]
@@ -49,7 +50,7 @@ class Sampling(Message, frozen=True):
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=10)] = 1.0
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] = {}
@@ -265,7 +266,7 @@ class Prompt(Bulk, tag=32, frozen=True):
     sampling: Sampling = Sampling()
     limits: Limits = Limits()
     seed: Seed | None = None
-    stops: Annotated[tuple[str, ...], Meta(max_length=16)] = ()
+    stops: Annotated[tuple[StopString, ...], Meta(max_length=16)] = ()
     ignore_eos: bool = False
     priority: Priority = "interactive"
     draft: Draft = Draft()
