@@ -148,17 +148,6 @@ def test_two_classes_in_a_full_pool_always_find_work(seed):
             assert output[request.id] == oracle(request.prompt.cast("i"), request.id, 24)
 
 
-def test_an_interactive_prompt_is_prefilled_before_background_ones():
-    with Front(pages=200) as front:
-        background, interactive = submit(1, [1] * 80, tokens=1, priority="background"), submit(2, [2] * 20, tokens=1)
-        front.channel.send(background, interactive)
-        front.collect([background, interactive])
-
-        order = [launch[1] for launch in front.runner.launches]
-        assert order.index(2) <= 1
-        assert order.index(2) + 2 == max(i for i, number in enumerate(order) if number == 2)
-
-
 @pytest.mark.parametrize("seed", range(10))
 def test_cancelled_requests_free_their_pages_and_touch_no_other(seed):
     rng = random.Random(seed)

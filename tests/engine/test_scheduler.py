@@ -1,0 +1,57 @@
+"""Who goes next, by class, when pages are short."""
+
+from fwd.engine.pages import PagedSpace
+from fwd.engine.request import Request
+from fwd.engine.scheduler import Chunk, Scheduler
+from fwd.protocol.ids import pack_ids
+from fwd.protocol.messages import Limits, Submit
+
+PAGE, CHUNK = 16, 64
+
+
+def request(number, prompt, tokens, priority):
+    limits = Limits(max_tokens=tokens)
+    made = Request(Submit(id=number, prompt=pack_ids([1] * prompt), limits=limits, seed=1, priority=priority))
+    made.clock.arrived = float(number)
+    return made
+
+
+def execute(space, work):
+    """Do the work as an engine would; the ids of the requests that were touched."""
+    for span in [work] if isinstance(work, Chunk) else work:
+        if isinstance(span, Chunk):
+            space.commit(span.request, min((span.number + 1) * CHUNK, span.request.prompt))
+            draws = span.request.phase == "decode"
+        else:
+            draws = span.draws
+            space.commit(span.request, span.end)
+        if draws:
+            span.request.append([5])
+    return [work.request.id] if isinstance(work, Chunk) else [span.request.id for span in work]
+
+
+def test_background_work_that_lacks_a_page_gives_way_to_a_prompt():
+    """The background request is the only one that decodes, and takes itself out: the prompt goes on instead."""
+    space = PagedSpace(12, PAGE)
+    scheduler = Scheduler(space, 4, CHUNK)
+    background, interactive = request(1, 15, 100, "background"), request(2, 170, 2, "interactive")
+    scheduler.add(background)
+    touched = execute(space, scheduler.next())
+    scheduler.add(interactive)
+    while interactive.output < 2:
+        work = scheduler.next()
+        assert work
+        touched += execute(space, work)
+
+    assert touched.count(2) == 4
+    assert background.length > background.prompt
+
+
+def test_an_interactive_prompt_goes_before_background_prompts():
+    space = PagedSpace(1000, PAGE)
+    scheduler = Scheduler(space, 4, CHUNK)
+    scheduler.add(request(1, 6400, 5, "background"))
+    execute(space, scheduler.next())
+    scheduler.add(request(2, CHUNK, 5, "interactive"))
+
+    assert execute(space, scheduler.next()) == [2]
