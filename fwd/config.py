@@ -20,9 +20,10 @@ Positive = Annotated[float, Meta(gt=0)]
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that can be set. Sizes are in bytes, times in seconds, `context` and `max_queue` in tokens/requests.
 
-    `model` is a Hugging Face folder or `demo`. `http` holds `HOST:PORT`, `unix:PATH` or `none`. `context` 0 is the
-    model's own. `kv_bytes` bounds the KV pool. `threads` 0 is one per core. `keys` is a file with one lower-case
-    SHA-256 of a key a line; `hosts` are Host headers allowed besides the addresses bound.
+    `model` is a Hugging Face folder or `demo`. `http` holds `HOST:PORT`, `unix:PATH` or `none`. `kv_bytes` bounds the
+    KV pool; `context` 0 is the model's own, or what the pool holds if that is less. `threads` 0 is one, and one a core
+    for a model over 64 MiB. `keys` is a file with one lower-case SHA-256 of a key a line; `hosts` are Host headers
+    allowed besides the addresses bound.
     """
 
     model: str = "demo"

@@ -68,7 +68,7 @@ class Daemon:
         supervisor.active.adopt(self._process)
         service = Service(config, supervisor)
         service.listening = self._listeners.names()
-        service.stop = self._on_signal
+        service.stop = self._stops.set
         return service
 
     async def _listen(self, service: Service) -> web.AppRunner:
@@ -98,14 +98,16 @@ class Daemon:
 
     async def _stop(self, service: Service, runner: web.AppRunner, local: LocalServer) -> None:
         service.draining = True
+        self._listeners.remove_files()
+        local.close_listener()
         for site in list(runner.sites):
             await site.stop()
         await self._finish_streams(service)
         for stream in list(service.streams):
             service.supervisor.cancel(stream, NotReadyError("the daemon was stopped before the answer was finished"))
-        local.close()
         await runner.cleanup()
         await service.supervisor.stop()
+        local.close()
 
     async def _finish_streams(self, service: Service) -> None:
         """Let open streams end, for `stop_timeout` seconds or until a second signal."""

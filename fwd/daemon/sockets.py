@@ -28,15 +28,15 @@ class Listeners(NamedTuple):
         return [*(f"http://{_name(sock)}" for sock in self.http), str(self.local.getsockname())]
 
     def remove_files(self) -> None:
-        """Unlink the socket files made here."""
-        for path in self.owned:
-            path.unlink(missing_ok=True)
+        """Unlink the socket files made here, once: later the path may be another daemon's."""
+        while self.owned:
+            self.owned.pop().unlink(missing_ok=True)
 
 
 def listen(config: Config) -> Listeners:
     """Take inherited sockets, bind what is missing; raises `ConfigError` with nothing left bound."""
     with contextlib.ExitStack() as undo:
-        inherited = list(_inherited())
+        inherited = list(_inherited(config))
         local = next((sock for name, sock in inherited if name == LOCAL_NAME), None)
         http = [sock for _, sock in inherited if sock is not local]
         owned: list[Path] = []
@@ -49,16 +49,33 @@ def listen(config: Config) -> Listeners:
         return Listeners(http, local, owned)
 
 
-def _inherited() -> Iterator[tuple[str, socket.socket]]:
+def _inherited(config: Config) -> Iterator[tuple[str, socket.socket]]:
     """Sockets passed as descriptors 3, 4, … with their names (sd_listen_fds(3)); the variables are consumed."""
     pid, total = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "0")
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     if pid != str(os.getpid()):
         return
-    for index in range(int(total)):
-        fd = FIRST_INHERITED + index
+    for index in range(int(total) if total.isdigit() else 0):
+        sock = _adopted(FIRST_INHERITED + index)
+        if sock.family != socket.AF_UNIX:
+            _refuse_outside([sock.getsockname()[0]], _name(sock), config)
+        yield (names[index] if index < len(names) else ""), sock
+
+
+def _adopted(fd: int) -> socket.socket:
+    try:
         os.set_inheritable(fd, False)
-        yield (names[index] if index < len(names) else ""), socket.socket(fileno=fd)
+        return socket.socket(fileno=fd)
+    except OSError as error:
+        raise ConfigError(f"LISTEN_FDS: descriptor {fd} is no socket ({error.strerror})") from error
+
+
+def _refuse_outside(hosts: list[str], address: str, config: Config) -> None:
+    """Beyond loopback there must be keys."""
+    if not config.keys and not all(ipaddress.ip_address(host).is_loopback for host in hosts):
+        raise ConfigError(
+            f"http: {address} is reachable from outside and there are no keys: set `keys` or bind 127.0.0.1"
+        )
 
 
 def _bind_http(address: str, config: Config, owned: list[Path], undo: contextlib.ExitStack) -> list[socket.socket]:
@@ -71,10 +88,7 @@ def _bind_http(address: str, config: Config, owned: list[Path], undo: contextlib
     if not host or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"http: {address!r} is not HOST:PORT, unix:PATH or none")
     found = _resolve(host, int(port))
-    if not config.keys and not all(ipaddress.ip_address(entry[1][0]).is_loopback for entry in found):
-        raise ConfigError(
-            f"http: {address} is reachable from outside and there are no keys: set `keys` or bind 127.0.0.1"
-        )
+    _refuse_outside([target[0] for _, target in found], address, config)
     return [_bind_tcp(family, target, address, undo) for family, target in found[:1]]
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import structlog
 
-from fwd.errors import EngineError, FwdError, from_wire
+from fwd.errors import ConfigError, EngineError, FwdError, ModelError, from_wire
 from fwd.front.process import COMMAND, EngineProcess
 from fwd.front.roster import Roster
 from fwd.front.streams import JournalError, Stream
@@ -67,6 +67,7 @@ class Keeper:
         self._roster = Roster()
         self._accepting = False
         self._attempts = 0
+        self._refusals = 0
         self._beats = 0
         self._silent = 0.0
         self._stopping = asyncio.Event()
@@ -199,6 +200,7 @@ class Keeper:
         if self.info and info.weights_hash != self.info.weights_hash:
             self._roster.refuse_resume()
         self.info = info
+        self._refusals = 0
         self.pong = Pong(seq=0, pages_free=info.pages, pages_total=info.pages)
         self._accepting = True
         self._silent = 0.0
@@ -215,11 +217,18 @@ class Keeper:
         log.warning("engine_died", cause=cause, open_streams=len(self._roster), error=self.error and self.error.message)
         self._attempts += 1
         self._roster.disconnect()
-        if self.info is None and (self.error or self._attempts >= FIRST_STARTS):
+        self._refusals += isinstance(self.error, ModelError | ConfigError)
+        if self._hopeless():
             self._give_up(self.error or EngineError(f"the engine did not start: {cause}"))
             return
         reason = self.error.message if self.error else f"the engine died ({cause}) and is starting again"
         self._set("restarting", reason)
+
+    def _hopeless(self) -> bool:
+        """A first start that says why it failed, or fails again and again; later, a model refused as often."""
+        if self.info is None:
+            return self.error is not None or self._attempts >= FIRST_STARTS
+        return self._refusals >= FIRST_STARTS
 
     def _give_up(self, error: FwdError) -> None:
         self.error = error

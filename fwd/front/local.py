@@ -1,10 +1,11 @@
 """`fwd.sock`: the fwd protocol for local clients and the admin verbs, authorised by the peer's user id."""
 
 import asyncio
+import contextlib
 import os
 import socket
 import struct
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import TypeVar
 
 import msgspec
@@ -62,10 +63,15 @@ class LocalServer:
         self._loop = asyncio.get_running_loop()
         self._listen()
 
+    def close_listener(self) -> None:
+        """Accept no more; sessions go on."""
+        if self._listener.fileno() >= 0:
+            self._loop.remove_reader(self._listener)
+            self._listener.close()
+
     def close(self) -> None:
         """Accept no more and close every session; their requests are cancelled."""
-        self._loop.remove_reader(self._listener)
-        self._listener.close()
+        self.close_listener()
         for session in list(self._sessions):
             session.close()
 
@@ -112,10 +118,19 @@ class Session:
         self._on_close(self)
 
     def _on_message(self, message: ToDaemon) -> None:
-        try:
+        with self._answering(message.id if isinstance(message, Submit | Prompt) else None):
             self._handle(message)
+
+    @contextlib.contextmanager
+    def _answering(self, tag: int | None) -> Iterator[None]:
+        """Whatever goes wrong inside, the client hears of it."""
+        try:
+            yield
         except FwdError as error:
-            self._fail(error, tag=message.id if isinstance(message, Submit | Prompt) else None)
+            self._fail(error, tag=tag)
+        except Exception:
+            log.exception("local_failed", uid=self._uid, tag=tag)
+            self._fail(FwdError("internal error"), tag=tag)
 
     def _fail(self, error: FwdError, *, number: int = 0, tag: int | None = None) -> None:
         self._link.send(Failed(id=number, code=error.code, message=error.message, param=error.param, tag=tag))
@@ -169,19 +184,27 @@ class Session:
         task.add_done_callback(self._tasks.discard)
 
     async def _guarded(self, tag: int, work: Callable[[R], Coroutine[None, None, None]], request: R) -> None:
-        try:
+        with self._answering(tag):
             await work(request)
-        except FwdError as error:
-            self._fail(error, tag=tag)
 
-    def _open(self, submit: Submit) -> Stream:
+    @contextlib.contextmanager
+    def _opened(self, submit: Submit) -> Iterator[Stream]:
+        """Admit a request; whatever happens to its reader, it does not run on afterwards."""
         stream = self._service.open(submit)
         self._streams[stream.id] = stream
-        self._link.send(Accepted(tag=submit.id, id=stream.id, seed=stream.seed, prompt_tokens=len(stream.prompt)))
-        return stream
+        try:
+            self._link.send(Accepted(tag=submit.id, id=stream.id, seed=stream.seed, prompt_tokens=len(stream.prompt)))
+            yield stream
+        finally:
+            self._streams.pop(stream.id, None)
+            self._service.cancel(stream)
 
     async def _relay(self, submit: Submit) -> None:
-        stream = self._open(submit)
+        with self._opened(submit) as stream:
+            await self._send_ids(stream)
+            self._end(stream)
+
+    async def _send_ids(self, stream: Stream) -> None:
         cursor, scored = stream.given, 0
         while not (stream.done and cursor == len(stream.emitted)):
             await stream.wait(cursor)
@@ -192,27 +215,24 @@ class Session:
             if cursor < len(stream.emitted):
                 self._link.send(_tokens(stream, cursor))
                 cursor = min(cursor + BATCH, len(stream.emitted))
-        self._end(stream)
 
     async def _write(self, prompt: Prompt) -> None:
         service = self._service
         ids = await service.prompts.body(prompt.kind, prompt.body)
-        stream = self._open(
-            _submit(prompt, ids, service.prompts.stop_ids(prompt.limits.stop_ids, ignore_eos=prompt.ignore_eos))
-        )
-        generation = Generation(stream, service.prompts.tokenizer, prompt.stops)
-        try:
-            async for piece in generation.pieces():
-                await self._link.drain()
-                self._link.send(Text(id=stream.id, text=piece.text, tokens=piece.end - piece.start))
-        except FwdError:
-            assert stream.error
-        service.finish(stream)
-        self._end(stream, generation.finish_reason)
+        stop_ids = service.prompts.stop_ids(prompt.limits.stop_ids, ignore_eos=prompt.ignore_eos)
+        with self._opened(_submit(prompt, ids, stop_ids)) as stream:
+            generation = Generation(stream, service.prompts.tokenizer, prompt.stops)
+            try:
+                async for piece in generation.pieces():
+                    await self._link.drain()
+                    self._link.send(Text(id=stream.id, text=piece.text, tokens=piece.end - piece.start))
+            except FwdError:
+                assert stream.error
+            service.finish(stream)
+            self._end(stream, generation.finish_reason)
 
     def _end(self, stream: Stream, reason: Reason | None = None) -> None:
         """Send how it ended; an answer whose text is complete (`reason`) ended well whatever came after."""
-        self._streams.pop(stream.id, None)
         if stream.error and not reason:
             self._fail(stream.error, number=stream.id)
         else:

@@ -37,6 +37,7 @@ class EngineProcess:
             self._sock.close()
             raise
         self.pid = self._child.pid
+        self._pidfd = self._watchable()
         self._cause = ""
         self._link: Connection[FromEngine] | None = None
 
@@ -44,8 +45,7 @@ class EngineProcess:
         """Begin to talk; the future gives the cause of death once the process is reaped."""
         loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[str] = loop.create_future()
-        pidfd = os.pidfd_open(self.pid)
-        loop.add_reader(pidfd, self._reap, pidfd)
+        loop.add_reader(self._pidfd, self._reap)
         self._link = Connection(self._sock, from_engine, on_message, self._closed)
         self.send(Hello(build=__version__))
         self.send(load)
@@ -80,9 +80,19 @@ class EngineProcess:
         elif self._child.returncode is None:
             asyncio.get_running_loop().call_later(GRACE, self.kill, "closed its link")
 
-    def _reap(self, pidfd: int) -> None:
-        asyncio.get_running_loop().remove_reader(pidfd)
-        os.close(pidfd)
+    def _watchable(self) -> int:
+        """A descriptor that tells of the child's end; without one there is no child."""
+        try:
+            return os.pidfd_open(self.pid)
+        except OSError:
+            self._child.kill()
+            self._child.wait()
+            self._sock.close()
+            raise
+
+    def _reap(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
         code = self._child.wait()
         died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
         if self._link:

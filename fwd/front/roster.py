@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from fwd.errors import EngineError, FwdError, PoisonedError
+from fwd.errors import EngineError, FwdError, OverloadedError, PoisonedError
 from fwd.front.streams import Stream
 from fwd.protocol.messages import Cancel, Finished, Message, PromptLogprobs, Tokens
 
@@ -107,8 +107,8 @@ class Roster:
             self._end(stream, error)
 
     def refuse_resume(self) -> None:
-        """End the streams that have tokens of other weights than those now loaded."""
-        for stream in [stream for stream in self._open.values() if stream.emitted]:
+        """End the streams that have tokens or scores of other weights than those now loaded."""
+        for stream in [each for each in self._open.values() if each.emitted or each.prompt_logprobs]:
             error = EngineError("the weights on disk changed while the answer was running: send the request again")
             self._end(stream, error)
 
@@ -120,9 +120,8 @@ class Roster:
             if not self._running:
                 self._give(suspects[0], self._send)
             return
-        for stream in self._open.values():
-            if stream.id not in self._running:
-                self._give(stream, self._send)
+        for stream in [stream for stream in self._open.values() if stream.id not in self._running]:
+            self._give(stream, self._send)
 
     def _acquit(self, stream: Stream) -> None:
         """A suspect brought a token: it waits while the other suspects are tried, or else everything runs again."""
@@ -135,9 +134,13 @@ class Roster:
         return [stream for stream in self._open.values() if stream.stalls >= SUSPECT_AFTER]
 
     def _give(self, stream: Stream, send: Callable[[Message], None]) -> None:
+        try:
+            send(stream.resubmit())
+        except OSError as error:
+            self._end(stream, OverloadedError(f"the prompt cannot be handed over: {error.strerror}", retry_after=1))
+            return
         self._given += 1
         self._running[stream.id] = stream
-        send(stream.resubmit())
 
     def _end(self, stream: Stream, result: Finished | FwdError) -> None:
         self._open.pop(stream.id, None)

@@ -13,7 +13,7 @@ FORMATS: dict[torch.dtype, Format] = {torch.float32: "fp32", torch.float16: "fp1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QTensor:
-    """A weight of `shape` [out, in]; `data` holds it as `format` says (the plain formats: the matrix itself)."""
+    """A weight of `shape` [out, in]; `data` holds it as `format` says (the plain formats: the matrix itself, in any layout)."""
 
     data: Tensor
     format: Format
@@ -27,7 +27,7 @@ class QTensor:
 
     def dequantize(self) -> Tensor:
         """Return the matrix [out, in] in float32 (a copy unless it is float32 already)."""
-        return self.data.float()
+        return self.data.to_dense().float()
 
     @property
     def nbytes(self) -> int:

@@ -1,10 +1,11 @@
 """The ops in plain torch: the definition that others are tested against. Row-invariant on a CPU, thread count fixed.
 
-What torch 2.13 keeps was measured: matrix products are row-invariant in multiples of 4 rows and from 16 outputs on,
-elementwise functions when a call holds whole rows. Attention runs row by row (decode) or on fixed shapes (prefill).
+What torch 2.13 keeps was measured: matrix products are row-invariant in multiples of 4 rows (those of torch's own
+layout from 16 outputs on), elementwise functions when a call holds whole rows. Attention runs row by row (decode) or on
+fixed shapes (prefill).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,8 +14,14 @@ from torch import Tensor
 
 from fwd.kernels import sampling
 from fwd.kernels.ops import KV, QKV, Draw, Norm, Rows, Sampled, Top
-from fwd.kernels.qtensor import QTensor
+from fwd.kernels.qtensor import Format, QTensor
 
+_mkldnn = torch.ops.mkldnn
+_BLOCKED: dict[Format, Callable[[], bool]] = {
+    "fp32": torch.backends.mkldnn.is_available,
+    "bf16": _mkldnn._is_mkldnn_bf16_supported,
+    "fp16": _mkldnn._is_mkldnn_fp16_supported,
+}
 _SPLIT = 32768  # torch divides an elementwise call of this many elements among threads, in the middle of a row
 _DECODE_ROWS = 16  # above, rows come from a prefill chunk, whose shapes are fixed
 
@@ -42,14 +49,14 @@ class Reference:
         self._step: _Step | None = None
 
     def pack(self, weight: QTensor) -> QTensor:
-        """Return a float32 matrix column by column, which is faster for few rows; others as they are."""
-        if weight.format != "fp32":
+        """Return the matrix in oneDNN's blocked layout; as it is where oneDNN has no product of the format here."""
+        if not _BLOCKED[weight.format]():
             return weight
-        return replace(weight, data=weight.data.t().contiguous().t())
+        return replace(weight, data=_mkldnn._reorder_linear_weight(weight.data, None))
 
     def pack_head(self, weight: QTensor) -> QTensor:
         """Return the head in float32: torch rounds the product of narrower matrices to their own dtype."""
-        return QTensor.plain(weight.dequantize())
+        return self.pack(QTensor.plain(weight.dequantize()))
 
     def embed(self, ids: Tensor, weight: QTensor) -> Tensor:  # noqa: D102
         return F.embedding(ids, weight.data)
@@ -86,6 +93,8 @@ class Reference:
 
     def linear(self, x: Tensor, weight: QTensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: D102
         _check_rows(x)
+        if weight.data.is_mkldnn:
+            return _mkldnn._linear_pointwise.binary(x, residual, weight.data, bias, "add")
         if bias is not None:
             residual.add_(bias)
         return residual.addmm_(x, weight.data.t())
@@ -186,6 +195,8 @@ def _head_norms(heads: Tensor, layer: QKV) -> Tensor:
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check_rows(x)
+    if weight.is_mkldnn:
+        return _mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 

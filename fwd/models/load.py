@@ -10,7 +10,7 @@ from fwd.kernels.select import select
 from fwd.models.dense import Dense
 from fwd.models.formats import Checkpoint, Progress
 from fwd.models.model import Model
-from fwd.models.spec import Dtype, ModelSpec, read_spec
+from fwd.models.spec import ModelSpec, read_spec
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -27,16 +27,16 @@ def load(
 
     Raises ModelError for anything wrong with the folder, ConfigError for a device that this build has no kernels for.
     """
-    spec = read_spec(folder)
+    spec = run_spec(read_spec(folder), dtype)
     ops = select(device)
-    spec = replace(spec, dtype=_run_dtype(spec, dtype))
     checkpoint = Checkpoint(folder, progress)
     return Dense(spec, ops, _DTYPES[spec.dtype], checkpoint, min(context or spec.max_context, spec.max_context))
 
 
-def _run_dtype(spec: ModelSpec, wanted: str) -> Dtype:
-    match spec.dtype if wanted == "auto" else wanted:
+def run_spec(spec: ModelSpec, dtype: str) -> ModelSpec:
+    """Return the spec in the dtype it will run in: `auto` is the checkpoint's. Raises ModelError for any other."""
+    match spec.dtype if dtype == "auto" else dtype:
         case "float32" | "bfloat16" as name:
-            return name
+            return replace(spec, dtype=name)
         case other:
             raise ModelError(f"{other} is not supported: use --dtype bfloat16 or float32")

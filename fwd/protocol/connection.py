@@ -102,18 +102,20 @@ class Connection(Generic[M]):
         """Handle one chunk; False when there was none."""
         try:
             data, fds = receive(self.sock)
-            if data:
-                self._deliver(self._assembler.feed(data, fds))
-                return True
-            self.close(None if self._assembler.clean else BadFrameError("the connection ended inside a frame"))
+            messages = self._assembler.feed(data, fds) if data else []
         except (BlockingIOError, InterruptedError):
             return False
         except BadFrameError as error:
             self.send(Failed(code=error.code, message=error.message))
             self.finish(error)
+            return False
         except OSError as error:
             self.close(error)
-        return False
+            return False
+        if not data:
+            self.close(None if self._assembler.clean else BadFrameError("the connection ended inside a frame"))
+        self._deliver(messages)
+        return bool(data)
 
     def _deliver(self, messages: list[M]) -> None:
         for message in messages:

@@ -97,7 +97,7 @@ class Hello(Message, tag=1, frozen=True):
 
 
 class Load(Message, tag=2, frozen=True):
-    """What the engine loads; sent once, after `Hello`. `kv_bytes` bounds the KV pool; `context` 0 means the model's."""
+    """What the engine loads; sent once, after `Hello`. the numbers mean what they mean in `Config`."""
 
     model: str
     device: str = "auto"

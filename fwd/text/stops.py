@@ -15,7 +15,7 @@ class StopMatcher:
         self.matched: str | None = None
         self._stops = tuple(stops)
         self._include = include
-        self._prefixes = frozenset(stop[:i] for stop in stops for i in range(1, len(stop)))
+        self._firsts = frozenset(stop[0] for stop in stops)
         self._longest = max(map(len, stops), default=0)
         self._held = ""
 
@@ -44,5 +44,9 @@ class StopMatcher:
 
     def _partial(self, text: str) -> int:
         """Measure the longest end of `text` that begins a stop."""
-        longest = min(self._longest - 1, len(text))
-        return next((size for size in range(longest, 0, -1) if text[-size:] in self._prefixes), 0)
+        for at in range(max(0, len(text) - self._longest + 1), len(text)):
+            if text[at] in self._firsts:
+                end = text[at:]
+                if any(stop.startswith(end) for stop in self._stops):
+                    return len(end)
+        return 0

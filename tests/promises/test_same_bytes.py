@@ -7,6 +7,9 @@ import pytest
 from census import open_descriptors, resident_bytes
 from harness import ended, kill, record, run, serving, submissions
 
+from fwd.models.load import run_spec
+from fwd.models.spec import read_spec
+
 TOKENS = 64
 
 
@@ -81,9 +84,10 @@ def test_beside_fifteen_others_arriving_at_random(folder, alone, dtype, seed):
 
 def test_in_a_pool_too_small_for_all_of_them(folder, alone):
     """512 tokens of KV for 16 requests: they wait for and preempt each other."""
+    spec = run_spec(read_spec(folder), "float32")
 
     async def work():
-        async with serving(folder, dtype="float32", kv_bytes=0, context=512) as service:
+        async with serving(folder, dtype="float32", kv_bytes=512 * spec.kv_bytes_per_token()) as service:
             pages = service.info().pages
             streams = [service.open(request) for request in requests()]
             await ended(*streams)
