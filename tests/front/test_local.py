@@ -172,6 +172,31 @@ def test_messages_that_are_refused_leave_the_connection_open(uds):
         channel.close()
 
 
+@pytest.mark.parametrize("where", ["Generation", "_tokens"])
+def test_a_bug_is_answered_and_leaves_nothing_running(uds, monkeypatch, where):
+    requests = {"Generation": Prompt(id=5, body=memoryview(b"x")), "_tokens": submit(5, max_tokens=4000)}
+    monkeypatch.setattr(local, where, lambda *_: 1 / 0)
+    with serving(uds, PACED) as daemon:
+        channel = dial(daemon)
+        channel.send(requests[where])
+        failed = until(channel, Failed)[-1]
+        assert (failed.code, failed.message, failed.tag) == ("internal_error", "internal error", 5)
+        daemon.wait(daemon.idle())
+        channel.send(StatusQuery())
+        assert channel.receive(30).requests == 0
+        channel.close()
+
+
+def test_a_bug_in_an_admin_message_is_answered(uds, monkeypatch):
+    with serving(uds) as daemon:
+        monkeypatch.setattr(daemon.service, "status", lambda: 1 / 0)
+        channel = dial(daemon)
+        channel.send(StatusQuery())
+        failed = channel.receive(30)
+        assert (failed.code, failed.id, failed.tag) == ("internal_error", 0, None)
+        channel.close()
+
+
 def test_closing_the_connection_cancels_its_requests(uds):
     with serving(uds, PACED) as daemon:
         leaving, staying = dial(daemon), dial(daemon)
