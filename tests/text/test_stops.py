@@ -1,3 +1,5 @@
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,3 +83,15 @@ def test_without_stops_text_passes_untouched():
 def test_an_empty_stop_is_a_programmer_error():
     with pytest.raises(AssertionError):
         StopMatcher([""])
+
+
+def test_memory_is_linear_in_the_length_of_the_stops():
+    stops = [chr(0x10000 + n) * 1023 + "x" for n in range(16)]
+    tracemalloc.start()
+    try:
+        matchers = [StopMatcher(stops) for _ in range(16)]
+        assert tracemalloc.get_traced_memory()[1] < 1 << 18
+    finally:
+        tracemalloc.stop()
+    assert matchers[0].push(stops[3][:-1]) == ""
+    assert (matchers[0].push("x"), matchers[0].matched) == ("", stops[3])
