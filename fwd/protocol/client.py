@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 
 from fwd import __version__
 from fwd.config import default_socket
-from fwd.errors import BadFrameError, EngineError, FwdError, NotRunningError, from_wire
+from fwd.errors import BadFrameError, EngineError, NotRunningError, from_wire
 from fwd.protocol.connection import Connection
 from fwd.protocol.frames import Channel
 from fwd.protocol.messages import (
@@ -42,7 +42,8 @@ from fwd.protocol.messages import (
 from fwd.protocol.requests import prompt_message, submit_message
 
 Event = Accepted | Tokens | PromptLogprobs | Text | Finished
-ADMIN = 0
+NOBODY = 0
+GONE = "the daemon closed the connection: see its log, or start it with `fwd serve`"
 T = TypeVar("T")
 
 
@@ -60,26 +61,45 @@ def connect(uds: str | Path | None = None) -> socket.socket:
 
 
 class _Inboxes:
-    """Sorts the frames of one connection by the request they belong to."""
+    """Sorts the frames of one connection by their readers: a request has a tag, an ask a negative one.
+
+    A reader may leave early: what still comes for it is dropped, so the answers of others stay theirs.
+    """
 
     def __init__(self) -> None:
         self._tags = count(1)
+        self._ask_tags = count(-1, -1)
         self._tag_of: dict[int, int] = {}
-        self._boxes: dict[int, deque[FromDaemon]] = {ADMIN: deque()}
+        self._asked: deque[int] = deque()
+        self._boxes: dict[int, deque[FromDaemon]] = {}
 
     def open(self) -> int:
+        """The tag of a new request."""
         tag = next(self._tags)
         self._boxes[tag] = deque()
         return tag
 
-    def close(self, tag: int) -> None:
-        del self._boxes[tag]
+    def ask(self) -> int:
+        """The tag of an admin message that is being sent; these are answered in order."""
+        tag = next(self._ask_tags)
+        self._boxes[tag] = deque()
+        self._asked.append(tag)
+        return tag
 
-    def put(self, message: FromDaemon) -> None:
-        if (box := self._boxes.get(self._route(message))) is not None:
+    def close(self, tag: int) -> int | None:
+        """Nobody reads there any more; returns the id of the request if it still runs."""
+        self._boxes.pop(tag, None)
+        return next((number for number, owner in self._tag_of.items() if owner == tag), None)
+
+    def put(self, message: FromDaemon) -> int | None:
+        """Keep a message for its reader; returns the id of a request whose reader left before it had one."""
+        box = self._boxes.get(self._route(message))
+        if box is not None:
             box.append(message)
+        return message.id if box is None and isinstance(message, Accepted) else None
 
     def get(self, tag: int) -> FromDaemon | None:
+        """The next message for that tag."""
         box = self._boxes[tag]
         return box.popleft() if box else None
 
@@ -90,11 +110,11 @@ class _Inboxes:
                 return message.tag
             case Failed(tag=int(tag)):
                 return tag
-            case Finished() | Failed():
-                return self._tag_of.pop(message.id, ADMIN)
+            case Finished() | Failed() if message.id:
+                return self._tag_of.pop(message.id, NOBODY)
             case Tokens() | PromptLogprobs() | Text():
-                return self._tag_of.get(message.id, ADMIN)
-        return ADMIN
+                return self._tag_of.get(message.id, NOBODY)
+        return self._asked.popleft() if self._asked else NOBODY
 
 
 def _event(message: FromDaemon) -> Event:
@@ -122,8 +142,7 @@ class Client:
         self._inboxes = _Inboxes()
         self._open = True
         try:
-            self._channel.send(Hello(build=__version__))
-            _answer(self._take(ADMIN), Hello)
+            self._ask(Hello(build=__version__), Hello)
         except BaseException:
             self.close()
             raise
@@ -175,25 +194,34 @@ class Client:
                 self._receive()
 
     def _ask(self, message: Message, kind: type[T]) -> T:
-        self._channel.send(message)
-        return _answer(self._take(ADMIN), kind)
-
-    def _stream(self, tag: int, message: Message) -> Iterator[Event]:
-        running: int | None = None
-        self._channel.send(message)
+        tag = self._inboxes.ask()
         try:
-            while not isinstance(event := _event(self._take(tag)), Finished):
-                running = event.id
-                yield event
-            running = None
-            yield event
-        except FwdError:
-            running = None
-            raise
+            self._send(message)
+            return _answer(self._take(tag), kind)
         finally:
             self._inboxes.close(tag)
-            if running is not None and self._open:
-                self.cancel(running)
+
+    def _stream(self, tag: int, message: Message) -> Iterator[Event]:
+        try:
+            self._send(message)
+            while not isinstance(event := _event(self._take(tag)), Finished):
+                yield event
+            yield event
+        finally:
+            self._abandon(self._inboxes.close(tag))
+
+    def _abandon(self, number: int | None) -> None:
+        """Cancel a request that nobody reads; its answer is not waited for."""
+        if number is not None and self._open:
+            with contextlib.suppress(EngineError):  # a daemon that is gone runs nothing
+                self._send(Cancel(id=number))
+                self._inboxes.close(self._inboxes.ask())
+
+    def _send(self, message: Message) -> None:
+        try:
+            self._channel.send(message)
+        except OSError as error:
+            raise EngineError(GONE) from error
 
     def _take(self, tag: int) -> FromDaemon:
         while (message := self._inboxes.get(tag)) is None:
@@ -204,9 +232,9 @@ class Client:
         try:
             message = self._channel.receive()
         except (EOFError, OSError) as error:
-            raise EngineError("the daemon closed the connection") from error
+            raise EngineError(GONE) from error
         assert message is not None
-        self._inboxes.put(message)
+        self._abandon(self._inboxes.put(message))
 
 
 class AsyncClient:
@@ -215,15 +243,13 @@ class AsyncClient:
     def __init__(self, uds: str | Path | None = None) -> None:
         self._uds = uds
         self._inboxes = _Inboxes()
-        self._admin = asyncio.Lock()
         self._link: Connection[FromDaemon] | None = None
         self._waiters: list[asyncio.Future[None]] = []
 
     async def __aenter__(self) -> Self:
         self._link = Connection(connect(self._uds), from_daemon, self._on_message, self._on_close)
         try:
-            self._link.send(Hello(build=__version__))
-            _answer(await self._take(ADMIN), Hello)
+            await self._ask(Hello(build=__version__), Hello)
         except BaseException:
             self.close()
             raise
@@ -266,31 +292,32 @@ class AsyncClient:
         return (await self._ask(RequestsQuery(), Requests)).requests
 
     async def _ask(self, message: Message, kind: type[T]) -> T:
-        async with self._admin:
-            self._send(message)
-            return _answer(await self._take(ADMIN), kind)
-
-    async def _stream(self, tag: int, message: Message) -> AsyncIterator[Event]:
-        running: int | None = None
-        self._send(message)
+        tag = self._inboxes.ask()
         try:
-            while not isinstance(event := _event(await self._take(tag)), Finished):
-                running = event.id
-                yield event
-            running = None
-            yield event
-        except FwdError:
-            running = None
-            raise
+            self._send(message)
+            return _answer(await self._take(tag), kind)
         finally:
             self._inboxes.close(tag)
-            if running is not None and self._link and not self._link.closed:
-                await self.cancel(running)
+
+    async def _stream(self, tag: int, message: Message) -> AsyncIterator[Event]:
+        try:
+            self._send(message)
+            while not isinstance(event := _event(await self._take(tag)), Finished):
+                yield event
+            yield event
+        finally:
+            self._abandon(self._inboxes.close(tag))
+
+    def _abandon(self, number: int | None) -> None:
+        """Cancel a request that nobody reads; its answer is not waited for."""
+        if number is not None and self._link and not self._link.closed:
+            self._send(Cancel(id=number))
+            self._inboxes.close(self._inboxes.ask())
 
     async def _take(self, tag: int) -> FromDaemon:
         while (message := self._inboxes.get(tag)) is None:
             if self._link is None or self._link.closed:
-                raise EngineError("the daemon closed the connection")
+                raise EngineError(GONE)
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             await waiter
@@ -301,7 +328,7 @@ class AsyncClient:
         self._link.send(message)
 
     def _on_message(self, message: FromDaemon) -> None:
-        self._inboxes.put(message)
+        self._abandon(self._inboxes.put(message))
         self._wake()
 
     def _on_close(self, _: Exception | None) -> None:

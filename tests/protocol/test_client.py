@@ -189,6 +189,90 @@ def test_asyncio_the_daemon_goes_away(uds, run):
         run(main(daemon))
 
 
+def interrupted_once(client, monkeypatch):
+    """Ctrl-C at the client's next wait."""
+    receive, pending = client._channel.receive, [KeyboardInterrupt()]
+
+    def receive_or_raise():
+        if pending:
+            raise pending.pop()
+        return receive()
+
+    monkeypatch.setattr(client._channel, "receive", receive_or_raise)
+
+
+def ended(daemon):
+    """Wait until a request has ended; the list is of those that did."""
+    streams = []
+    daemon.call(lambda: daemon.service.observers.append(streams.append))
+
+    async def one():
+        await daemon.keeper.until(lambda: bool(streams))
+        return streams
+
+    return one
+
+
+def test_an_interrupted_ask_leaves_later_answers_in_their_place(uds, monkeypatch):
+    with serving(uds), Client(uds) as client:
+        interrupted_once(client, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            client.status()
+        assert client.requests() == []
+        assert client.status().state == "ready"
+
+
+def test_a_request_interrupted_before_it_has_an_id_is_cancelled(uds, monkeypatch):
+    with serving(uds, PACED) as daemon, Client(uds) as client:
+        over = ended(daemon)
+        interrupted_once(client, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            next(client.generate("abc", max_tokens=4000))
+        other = client.generate("abc", seed=1, max_tokens=3)
+        assert "".join(other) == text_of(b"abc", 1, 3)
+        assert client.requests() == []
+        assert daemon.wait(over())[0].finished.reason == "cancelled"
+
+
+def test_asyncio_a_cancelled_ask_leaves_later_answers_in_their_place(uds, run):
+    async def main():
+        async with AsyncClient(uds) as client:
+            asked = [asyncio.create_task(client.status()) for _ in range(3)]
+            await asyncio.sleep(0)
+            asked[1].cancel()
+            assert await client.requests() == []
+            assert [(await asked[i]).state for i in (0, 2)] == ["ready", "ready"]
+
+    with serving(uds):
+        run(main())
+
+
+def test_asyncio_a_request_cancelled_before_it_has_an_id(uds, run):
+    async def main(daemon):
+        over = ended(daemon)
+        async with AsyncClient(uds) as client:
+            reader = asyncio.create_task(collect(client.events("abc", max_tokens=4000)))
+            await asyncio.sleep(0)
+            reader.cancel()
+            await asyncio.wait([reader])
+            (stream,) = await asyncio.to_thread(daemon.wait, over())
+            assert stream.finished.reason == "cancelled"
+            assert await client.requests() == []
+
+    with serving(uds, PACED) as daemon:
+        run(main(daemon))
+
+
+def test_a_daemon_that_is_gone_is_named(uds):
+    with serving(uds) as daemon, Client(uds) as client:
+        daemon.call(daemon.stopped.set)
+        with pytest.raises(EngineError, match="closed the connection"):
+            while True:
+                client.status()
+        with pytest.raises(EngineError, match="closed the connection"):
+            next(client.generate("abc"))
+
+
 async def collect(stream):
     return [item async for item in stream]
 
