@@ -159,6 +159,45 @@ def test_a_deadline(folder, run, stream):
     run(scenario())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_scored_prompt_is_cancelled_in_prefill(folder, run, stream):
+    async def scenario():
+        async with serving(folder, still(), ping_interval=NEVER) as server:
+            scored = request(prompt="hello", echo=True, logprobs=1)
+            ask = server.stream if stream else server.post
+            asked = asyncio.create_task(ask(COMPLETE, scored, headers={"X-Request-Id": "mine"}))
+            await opened(server)
+            async with server.session.delete(f"{server.url}/v1/requests/cmpl-mine") as response:
+                assert response.status == 200
+            if stream:
+                first, last, done = await asked
+                assert done == "[DONE]"
+            else:
+                status, first, _ = await asked
+                last = first
+                assert status == 200
+            assert first["choices"][0]["text"] == "hello"
+            assert first["choices"][0]["logprobs"]["token_logprobs"] == [None] * 5
+            assert first["choices"][0]["logprobs"]["top_logprobs"] == [None] * 5
+            assert last["choices"][0]["finish_reason"] == "cancelled"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_deadline_while_a_prompt_is_scored(folder, run, stream):
+    async def scenario():
+        async with serving(folder, still(), ping_interval=NEVER) as server:
+            scored, headers = request(prompt="hello", echo=True, logprobs=1), {"X-Fwd-Deadline-Ms": "5"}
+            if stream:
+                (body,) = await server.stream(COMPLETE, scored, headers=headers)
+            else:
+                _, body, _ = await server.post(COMPLETE, scored, headers=headers)
+            assert body["error"]["code"] == "deadline_exceeded"
+
+    run(scenario())
+
+
 def test_a_deadline_that_is_kept(folder, run):
     async def scenario():
         async with serving(folder, script()) as server:

@@ -13,7 +13,7 @@ NONE = TopLogprobs()
 
 
 class Score:
-    """One token of a text: its log-probability, None for the first of a prompt, and the likeliest in its place."""
+    """One token of a text: its log-probability, None where there is none, and the likeliest in its place."""
 
     __slots__ = ("logprob", "token", "top")
 
@@ -31,10 +31,16 @@ def output_scores(stream: Stream, start: int, end: int) -> Iterator[Score]:
 
 
 def prompt_scores(stream: Stream) -> Iterator[Score]:
-    """Scores of the prompt's tokens, once the stream has its first output token or its end."""
+    """Scores of the prompt's tokens, once the stream has its first output token or its end.
+
+    A stream that was cancelled before its prefill was done has none for the last of them.
+    """
     yield Score(stream.prompt[0], None, NONE)
     for place, token in enumerate(stream.prompt[1:]):
-        yield Score(token, stream.prompt_logprobs[place], _at(stream.prompt_top, place))
+        if place < len(stream.prompt_logprobs):
+            yield Score(token, stream.prompt_logprobs[place], _at(stream.prompt_top, place))
+        else:
+            yield Score(token, None, NONE)
 
 
 def _at(tops: Sequence[TopLogprobs], place: int) -> TopLogprobs:

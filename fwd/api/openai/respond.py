@@ -125,6 +125,8 @@ class ChunkWriter:
     async def _choice(self, index: int, generation: Generation) -> None:
         send, wrap, spell = self._events.send, self._wrap, self._dialect.piece
         await generation.stream.wait(0)
+        if generation.stream.error:
+            raise generation.stream.error
         if opening := await self._dialect.opening(index):
             await send(wrap(opening, self._dialect.extra()))
         async for piece in generation.pieces():
