@@ -7,6 +7,7 @@ from aiohttp import web
 
 from fwd.api.body import read_body
 from fwd.api.context import CREATED, SERVICE, serving
+from fwd.api.openai.parameters import ModelName
 from fwd.api.replies import reply
 from fwd.errors import BadRequestError
 from fwd.front.prompts import Chat
@@ -20,7 +21,7 @@ class TokenizeBody(msgspec.Struct):
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
-    model: str | None = None
+    model: ModelName | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -32,7 +33,7 @@ class DetokenizeBody(msgspec.Struct):
     """Ids to be decoded."""
 
     tokens: list[TokenId]
-    model: str | None = None
+    model: ModelName | None = None
 
 
 _tokenize = msgspec.json.Decoder(TokenizeBody)

@@ -33,12 +33,12 @@ BAD_FIELDS = [
     *((name, "x") for name in ("grammar", "guided_regex", "guided_grammar", "json_schema", "structured_outputs")),
     *((name, [1]) for name in ("allowed_token_ids", "bad_words", "guided_choice")),
     ("guided_json", {"type": "object"}),
-    ("prompt_logprobs", 1),
-    ("truncate_prompt_tokens", 5),
-    ("thinking_token_budget", 5),
+    *(("prompt_logprobs", value) for value in (0, 1)),
+    *(("truncate_prompt_tokens", value) for value in (0, 5)),
+    *(("thinking_token_budget", value) for value in (0, 5)),
     ("use_beam_search", True),
-    ("typical_p", 0.5),
-    ("model", 5),
+    *(("typical_p", value) for value in (0.0, 0.5)),
+    *(("model", value) for value in (5, "m" * 257)),
 ]
 BAD_CHAT = [
     *(("messages", value) for value in ([], "hi", [1], {}, None)),
@@ -149,6 +149,17 @@ def test_a_body_that_is_no_json_object(refused, path):
     refused([(path, body, 400, "body") for body in bodies])
 
 
+def test_values_that_change_nothing_are_served(folder, run):
+    neutral = {"use_beam_search": False, "typical_p": 1, "bad_words": [], "grammar": "", "response_format": None}
+
+    async def scenario():
+        async with serving(folder, script("x")) as server:
+            for path in (CHAT, COMPLETE):
+                assert (await server.post(path, body_of(path, **neutral)))[0] == 200
+
+    run(scenario())
+
+
 def test_numbers_beyond_floats(refused):
     for number in (b"1e999", b"-1e999"):
         body = b'{"prompt":"x","temperature":%s}' % number
@@ -195,6 +206,11 @@ def test_a_prompt_longer_than_the_context(folder, run):
 def test_a_prompt_id_outside_the_vocabulary(refused):
     refused([(COMPLETE, body_of(COMPLETE, prompt=[5, 272]), 400, "prompt")])
     refused([("/detokenize", {"tokens": [272]}, 400, "tokens"), ("/detokenize", {"tokens": [-1]}, 400, "tokens.0")])
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+def test_the_name_of_a_model_is_bounded(refused, path):
+    refused([(path, {"prompt": "x", "tokens": [], "model": "m" * 257}, 400, "model")])
 
 
 def test_tokenize_needs_one_of_two(refused):

@@ -27,6 +27,7 @@ MAX_DEADLINE_MS = 24 * 60 * 60 * 1000
 Top = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
+ModelName = Annotated[str, Meta(max_length=256)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 
@@ -48,7 +49,7 @@ class StreamOptions(Struct):
 class Parameters(Struct, kw_only=True):
     """How to generate. `null` is the same as leaving out; unknown fields are ignored."""
 
-    model: str | None = None
+    model: ModelName | None = None
     max_tokens: Annotated[int, Meta(ge=0, le=MAX_CONTEXT)] | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=MAX_CONTEXT)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -162,11 +163,12 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
 def refuse(body: Struct, refused: Mapping[str, Sequence[Any]]) -> None:
     """Raise `BadRequestError` for a field that would change the answer and is not supported.
 
-    Empty values and those in the table are as good as leaving the field out.
+    Empty values and those in the table are as good as leaving the field out; the number 0 is a value.
     """
     for name, neutral in refused.items():
         value = getattr(body, name)
-        if value and value not in neutral:
+        number = isinstance(value, int | float) and value is not False
+        if (value or number) and value not in neutral:
             raise BadRequestError(f"{name} is not supported here: leave it out", param=name)
 
 
