@@ -208,3 +208,13 @@ def test_an_engine_that_cannot_start(folder, tmp_path):
     )
     assert code == 6
     assert "did not start" in line
+
+
+def test_stop_returns_when_the_daemon_is_gone(folder, steady):
+    """Its engine is frozen, so that stopping takes a while; the path is free at once, and the process ends before."""
+    with daemon(script("abc"), folder, *steady) as running:
+        with Client(running.uds) as client:
+            os.kill(client.status().engine.pid, signal.SIGSTOP)
+            client.stop()
+        assert running.child.wait(30) == 0
+        assert not running.uds.exists()

@@ -3,6 +3,8 @@
 import os
 import socket
 import stat
+import subprocess
+import sys
 from contextlib import closing, contextmanager
 
 import pytest
@@ -120,3 +122,33 @@ def test_descriptors_for_another_process_are_left_alone(tmp_path, monkeypatch):
     with listening(tmp_path):
         assert (tmp_path / "fwd.sock").is_socket()
     assert "LISTEN_FDS" not in os.environ
+
+
+@pytest.mark.parametrize(("fds", "word"), [("1", "reachable from outside"), ("2", "no socket")])
+def test_inherited_sockets_are_held_to_the_same_rules(tmp_path, fds, word):
+    """In a process of its own, whose descriptor 3 is a socket beyond loopback and 4 a plain file."""
+    with socket.create_server(("0.0.0.0", 0)) as outside, (tmp_path / "file").open("w") as plain:
+        code = "from fwd.config import Config; from fwd.daemon.sockets import listen; listen(Config())"
+        arm = f'LISTEN_PID=$$ exec "$@" 3<&{outside.fileno()} 4<&{plain.fileno()}'
+        if fds == "2":
+            arm = f'LISTEN_PID=$$ exec "$@" 3<&{plain.fileno()} 4<&{plain.fileno()}'
+        done = subprocess.run(
+            ["bash", "-c", arm, "bash", sys.executable, "-c", code],
+            env={**os.environ, "LISTEN_FDS": fds},
+            pass_fds=(outside.fileno(), plain.fileno()),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "ConfigError: " in done.stderr
+    assert word in done.stderr.splitlines()[-1]
+
+
+def test_socket_files_are_removed_once(tmp_path):
+    """Whoever stops late must not take away the socket of the daemon that came after."""
+    with listening(tmp_path) as first:
+        first.remove_files()
+        with listening(tmp_path):
+            first.remove_files()
+            assert accepts(socket.AF_UNIX, str(tmp_path / "fwd.sock"))

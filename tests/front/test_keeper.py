@@ -1,5 +1,6 @@
 """One engine kept alive: whatever happens to the process, every stream is what the oracle says."""
 
+import errno
 import os
 import random
 import select
@@ -18,7 +19,7 @@ from fwd.front import process as process_module
 from fwd.front.keeper import FIRST_STARTS, MAX_BACKOFF, Keeper
 from fwd.front.process import EngineProcess
 from fwd.front.streams import Stream
-from fwd.protocol.messages import Cancel, Finished, Limits, Load, Sampling, Submit
+from fwd.protocol.messages import SPILL, Cancel, Finished, Limits, Load, Sampling, Submit
 
 POISON = 3999
 QUICK = {"ping_interval": 0.02, "hang_timeout": 0.4}
@@ -574,3 +575,63 @@ def test_the_oracle_is_the_engine(run):
     one = stream(1, [5], 10)
     run(play(script, [one]))
     assert one.emitted.tolist() == expected([5], 1, 0, 10) == answer(script, one.submit)[0]
+
+
+def test_a_model_that_is_gone_after_a_death_is_given_up(run, lives):
+    """It may be back at the next start; after three refusals in a row nobody waits for it any longer."""
+    faults = (Fault("kill", 5), Fault("bad_model"), Fault("kill", 5))
+    script = Script(faults=faults, always=Fault("bad_model"), lives=lives)
+    one = stream(1)
+
+    async def main():
+        async with keeping(script) as keeper:
+            keeper.submit(one)
+            await keeper.reach("failed")
+            assert keeper.died() == 6
+
+    run(main())
+    assert isinstance(one.error, ModelError)
+    assert len(one.emitted) == 10
+
+
+def test_a_prompt_that_cannot_be_handed_over_fails_alone(run, monkeypatch):
+    """Out of descriptors: the memfd of a long prompt cannot be made."""
+    long, short = stream(1, prompt=[5] * SPILL), stream(2)
+
+    def refuse(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def main():
+        async with keeping(Script()) as keeper:
+            await keeper.reach("ready")
+            monkeypatch.setattr(os, "memfd_create", refuse)
+            keeper.submit(long)
+            keeper.submit(short)
+            await keeper.drained()
+
+    run(main())
+    assert long.error.code == "queue_full"
+    assert_answered(Script(), short)
+
+
+def test_an_engine_that_cannot_be_watched_is_no_engine(run, monkeypatch):
+    """The descriptor of the process could not be had once: the child is killed and another one started."""
+    real, calls = os.pidfd_open, []
+
+    def once(pid, *rest):
+        calls.append(pid)
+        if len(calls) == 1:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(pid, *rest)
+
+    monkeypatch.setattr(os, "pidfd_open", once)
+    one = stream(1)
+
+    async def main():
+        async with keeping(Script()) as keeper:
+            keeper.submit(one)
+            await keeper.drained()
+
+    run(main())
+    assert_answered(Script(), one)
+    assert not is_alive(calls[0])
