@@ -68,3 +68,30 @@ def test_a_request_that_kills_the_engine_fails_alone(folder):
 
     assert error.code == "poisoned"
     assert records == run(undisturbed(folder, [0, 1, 2, 4, 5, 6]))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "limits"),
+    [
+        ({}, {"min_tokens": 2, "stop_ids": (999_999, 2**31 - 1)}),
+        ({"repetition_penalty": 0.01, "top_p": 0.9}, {}),
+        ({"repetition_penalty": 10.0, "min_p": 1.0, "temperature": 1e-5}, {}),
+        ({"logit_bias": dict.fromkeys(range(260), -100.0), "top_k": 1}, {}),
+        ({"temperature": 2.0, "top_p": 1e-9, "top_k": 2**31 - 1}, {"min_tokens": TOKENS}),
+    ],
+)
+def test_values_at_their_bounds_harm_nobody(folder, sampling, limits):
+    async def work():
+        async with serving(folder) as service:
+            submit = Submit(
+                prompt=pack_ids([1, 2, 2]), sampling=Sampling(**sampling), limits=Limits(max_tokens=TOKENS, **limits)
+            )
+            stream = service.open(submit)
+            await ended(stream)
+            assert service.supervisor.active.restarts == {}
+            return stream
+
+    stream = run(work())
+
+    assert stream.error is None
+    assert len(stream.emitted) == TOKENS
