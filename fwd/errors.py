@@ -78,6 +78,15 @@ class MethodNotAllowedError(FwdError):
     exit_code = 5
 
 
+class RequestTimeoutError(FwdError):
+    """The body of the request did not arrive in time."""
+
+    status = 408
+    code = "request_timeout"
+    type = "invalid_request_error"
+    exit_code = 5
+
+
 class BodyTooLargeError(FwdError):
     """The request body is over the limit; the message gives the limit."""
 

@@ -24,6 +24,7 @@ RUNNER: dict[str, Any] = {
     "handler_cancellation": True,
     "access_log": None,
     "keepalive_timeout": 75.0,
+    "shutdown_timeout": 1.0,  # answers are drained before: what is left are requests half sent
     "max_line_size": 8190,
     "max_field_size": 8190,
 }

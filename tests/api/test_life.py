@@ -1,14 +1,16 @@
 """Answers over time: clients that go, engines that die, deadlines, pings, states."""
 
 import asyncio
+import contextlib
 import json
 import signal
-from contextlib import asynccontextmanager
 
 import fakes
 import pytest
+from aiohttp import web
 from apiserver import NAME, events, ids, script, serving, text, until
 
+from fwd.api import body as bodies
 from fwd.errors import DeadlineError
 
 CHAT = "/v1/chat/completions"
@@ -31,7 +33,7 @@ def still(**options):
     return script(pace="ping", **options)
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def sent(server, body, path=COMPLETE, unix=None):
     """A request on a socket of its own, which can be cut off."""
     if unix:
@@ -43,6 +45,18 @@ async def sent(server, body, path=COMPLETE, unix=None):
     writer.write(head.encode() + b"\r\n\r\n" + data)
     try:
         yield reader, writer
+    finally:
+        writer.close()
+
+
+@contextlib.asynccontextmanager
+async def half_sent(server):
+    """A request whose body never comes to its end."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2]))
+    head = f"POST {COMPLETE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99"
+    writer.write(head.encode() + b'\r\n\r\n{"prompt":')
+    try:
+        yield reader
     finally:
         writer.close()
 
@@ -194,6 +208,37 @@ def test_a_deadline_while_a_prompt_is_scored(folder, run, stream):
             else:
                 _, body, _ = await server.post(COMPLETE, scored, headers=headers)
             assert body["error"]["code"] == "deadline_exceeded"
+
+    run(scenario())
+
+
+def test_a_body_that_does_not_arrive(folder, run, monkeypatch):
+    monkeypatch.setattr(bodies, "READ_SECONDS", 0.01)
+
+    async def scenario():
+        async with serving(folder, script()) as server, half_sent(server) as reader:
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 408 ")
+            assert b'"code":"request_timeout"' in await reader.readuntil(b"}}")
+
+    run(scenario())
+
+
+def test_a_body_that_does_not_arrive_delays_no_stop(folder, run, monkeypatch):
+    monkeypatch.setattr(bodies, "READ_SECONDS", NEVER)
+    reading, read = asyncio.Event(), web.BaseRequest.read
+
+    async def noted(request):
+        reading.set()
+        return await read(request)
+
+    monkeypatch.setattr(web.BaseRequest, "read", noted)
+
+    async def scenario():
+        async with asyncio.timeout(30), contextlib.AsyncExitStack() as outside:
+            async with serving(folder, script()) as server:
+                await outside.enter_async_context(half_sent(server))
+                await reading.wait()
 
     run(scenario())
 
