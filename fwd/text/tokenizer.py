@@ -131,6 +131,8 @@ def _encode_inner(instance: tokenizers.Tokenizer, texts: list[str]) -> dict[str,
     found = {}
     encodings = instance.encode_batch([_ANCHOR + text for text in texts], add_special_tokens=False)
     for text, encoding in zip(texts, encodings, strict=True):
-        apart = encoding.ids[: len(anchor)] == anchor
-        found[text] = encoding.ids[len(anchor) :] if apart else instance.encode(text, add_special_tokens=False).ids
+        if encoding.ids[: len(anchor)] == anchor:
+            found[text] = encoding.ids[len(anchor) :]
+        else:
+            found[text] = instance.encode_batch([text], add_special_tokens=False)[0].ids
     return found

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from fwd.errors import ModelError
+from fwd.text.guard import Piece
 from fwd.text.tokenizer import INLINE_CHARS, Tokenizer
 
 CONTROL = {
@@ -161,3 +162,23 @@ def test_an_unknown_decoder_is_refused(copy):
 def test_large_integers_in_a_config_are_read(chatml_folder):
     assert msgspec.json.decode(b'{"model_max_length": 1%s}' % (b"0" * 30))["model_max_length"] == 10**30
     assert Tokenizer.load(chatml_folder.path).bos_id is None
+
+
+def test_a_long_piece_is_never_encoded_under_the_lock(chatml_folder, monkeypatch):
+    """`encode` of the library holds the GIL, also for a piece that cannot be told from the anchor before it."""
+    tokenizer = Tokenizer.load(chatml_folder.path)
+    plain, asked = tokenizer._plain, []
+
+    class Merging:
+        def encode(self, text, **options):
+            asked.append(len(text))
+            return plain.encode("x" + text, **options)
+
+        def encode_batch(self, texts, **options):
+            return plain.encode_batch(texts, **options)
+
+    monkeypatch.setattr(tokenizer, "_plain", Merging())
+    text = "def " * INLINE_CHARS
+    ids = tokenizer.encode_pieces([Piece("a", True), Piece(text, False)])
+    assert tokenizer.decode(ids) == "a" + text
+    assert max(asked) <= INLINE_CHARS
