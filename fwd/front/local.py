@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from fwd import __version__
-from fwd.errors import BadFrameError, ForbiddenError, FwdError, OverloadedError
+from fwd.errors import BadFrameError, BodyTooLargeError, ForbiddenError, FwdError, OverloadedError
 from fwd.front.generation import Generation
 from fwd.front.service import Service
 from fwd.front.streams import Stream
@@ -218,6 +218,8 @@ class Session:
 
     async def _write(self, prompt: Prompt) -> None:
         service = self._service
+        if prompt.body.nbytes > service.config.max_body:
+            raise BodyTooLargeError(f"the prompt is larger than {service.config.max_body} bytes, which is the limit")
         ids = await service.prompts.body(prompt.kind, prompt.body)
         stop_ids = service.prompts.stop_ids(prompt.limits.stop_ids, ignore_eos=prompt.ignore_eos)
         with self._opened(_submit(prompt, ids, stop_ids)) as stream:

@@ -1,7 +1,8 @@
 """From what a client says to token ids: text, chats, and the ids that end an answer."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ from fwd.text.template import ChatTemplate
 from fwd.text.tokenizer import Tokenizer
 
 RENDER_SECONDS = 10.0
+RENDERERS = 2  # threads of their own: a template that does not end holds up other chats only
 
 
 class Chat(msgspec.Struct, forbid_unknown_fields=True):
@@ -30,6 +32,7 @@ class Prompts:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self.tokenizer = tokenizer
         self.template = template
+        self._renderers = ThreadPoolExecutor(RENDERERS, thread_name_prefix="render")
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -44,19 +47,14 @@ class Prompts:
 
     async def chat(self, chat: Chat) -> list[int]:
         """Ids of a rendered chat; raises `BadRequestError` if the template refuses it or takes too long."""
-        try:
-            return await asyncio.wait_for(asyncio.to_thread(self._render, chat), RENDER_SECONDS)
-        except TimeoutError as error:
-            raise BadRequestError(
-                f"the chat template took longer than {RENDER_SECONDS:.0f} s: send fewer messages", param="messages"
-            ) from error
+        return await self._rendered(lambda: self._render(chat))
 
     async def body(self, kind: str, body: memoryview) -> list[int]:
-        """Ids of the body of a `Prompt` message."""
+        """Ids of the body of a `Prompt` message; raises `BadRequestError` as `chat` does."""
         try:
             if kind == "text":
                 return await self.text(str(body, "utf-8"))
-            return await self.chat(msgspec.json.decode(body, type=Chat))
+            return await self._rendered(lambda: self._render(msgspec.json.decode(body, type=Chat)))
         except (UnicodeDecodeError, msgspec.MsgspecError) as error:
             raise BadRequestError(f"the body of the prompt is not {kind}: {error}", param="body") from error
 
@@ -64,6 +62,17 @@ class Prompts:
         """The ids that end an answer: the model's own unless ignored, and those of the request."""
         own = () if ignore_eos else self.tokenizer.eos_ids
         return tuple(dict.fromkeys((*own, *extra)))
+
+    async def _rendered(self, work: Callable[[], list[int]]) -> list[int]:
+        """The result of `work`, done in a thread of the renderers."""
+        try:
+            return await asyncio.wait_for(
+                asyncio.get_running_loop().run_in_executor(self._renderers, work), RENDER_SECONDS
+            )
+        except TimeoutError as error:
+            raise BadRequestError(
+                f"the chat template took longer than {RENDER_SECONDS:.0f} s: send fewer messages", param="messages"
+            ) from error
 
     def _render(self, chat: Chat) -> list[int]:
         return self.template.encode(

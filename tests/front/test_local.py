@@ -1,7 +1,9 @@
 """`fwd.sock`: clients cannot harm each other or the daemon, and only its own user administers it."""
 
+import asyncio
 import errno
 import socket
+import threading
 
 import pytest
 from census import open_descriptors
@@ -169,6 +171,38 @@ def test_messages_that_are_refused_leave_the_connection_open(uds):
         assert [until(channel, Failed)[-1].param for _ in range(2)] == ["body", "body"]
         channel.send(StatusQuery())
         assert isinstance(channel.receive(30), Status)
+        channel.close()
+
+
+def test_the_body_of_a_prompt_is_bounded(uds):
+    with serving(uds, config=Config(model="fake", max_body=100_000)) as daemon:
+        channel = dial(daemon)
+        channel.send(Prompt(id=4, body=memoryview(b"x" * 100_001)))
+        failed = until(channel, Failed)[-1]
+        assert (failed.code, failed.tag) == ("body_too_large", 4)
+        assert "100000" in failed.message
+        channel.close()
+
+
+def test_templates_that_do_not_end_hold_up_chats_only(uds):
+    begun, going_on = threading.Semaphore(0), threading.Event()
+
+    def render(*_, **__):
+        begun.release()
+        going_on.wait(60)
+        return [50]
+
+    with serving(uds) as daemon:
+        daemon.service.prompts.template.encode = render
+        channel = dial(daemon)
+        chat = memoryview(b'{"messages":[{"role":"user","content":"x"}]}')
+        channel.send(*(Prompt(id=tag, kind="chat", body=chat, limits=Limits(max_tokens=1)) for tag in range(1, 50)))
+        try:
+            assert begun.acquire(timeout=30)
+            assert daemon.wait(asyncio.wait_for(asyncio.to_thread(lambda: 5), 30)) == 5
+        finally:
+            going_on.set()
+        assert [until(channel, Finished)[-1].reason for _ in range(49)] == ["length"] * 49
         channel.close()
 
 
