@@ -6,6 +6,7 @@ import fakes
 import pytest
 from apiserver import EOS, FIRST, NAME, ids, script, serving, text
 
+from fwd.api.openai.report import usage
 from fwd.protocol.messages import Draft
 
 URL = "/v1/chat/completions"
@@ -301,6 +302,30 @@ def test_token_ids(folder, run, stream):
                 found, prompts = whole["choices"][0]["token_ids"], [whole["prompt_token_ids"]]
             assert found == [*ids("é"), ids("é")[0], EOS]
             assert prompts == [PROMPT]
+
+    run(scenario())
+
+
+def test_the_prompt_in_ids_is_told_once(folder, run):
+    async def scenario():
+        async with serving(folder, script()) as server:
+            *chunks, _ = await server.stream(URL, request(return_token_ids=True, n=3))
+            assert [chunk["prompt_token_ids"] for chunk in chunks if "prompt_token_ids" in chunk] == [PROMPT]
+
+    run(scenario())
+
+
+def test_usage_of_every_chunk_is_not_summed_up_each_time(folder, run, monkeypatch):
+    asked = []
+    monkeypatch.setattr("fwd.api.openai.respond.usage", lambda answer: asked.append(answer) or usage(answer))
+
+    async def scenario():
+        async with serving(folder, script()) as server:
+            options = {"include_usage": True, "continuous_usage_stats": True}
+            *chunks, _ = await server.stream(URL, request(stream_options=options, n=2, max_tokens=100))
+            counts = [chunk["usage"]["total_tokens"] for chunk in chunks]
+            assert (counts, counts[-1]) == (sorted(counts), len(PROMPT) + 200)
+            assert len(asked) == 4
 
     run(scenario())
 

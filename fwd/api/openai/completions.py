@@ -117,9 +117,7 @@ class CompletionDialect:
         """The prompt, if asked for."""
         if not (self._echo or self._with_ids):
             return b""
-        given = await asyncio.to_thread(self._prompt, index) if self._echo else {"text": "", "logprobs": None}
-        ids = {"prompt_token_ids": list(self._answer.prompt(index))} if self._with_ids else {}
-        return encode({"index": index, **given, **ids, "finish_reason": None})
+        return await asyncio.to_thread(self._opening, index)
 
     def piece(self, index: int, piece: Piece) -> bytes:
         """New text, and what was asked to be told about its tokens."""
@@ -132,6 +130,11 @@ class CompletionDialect:
         """The finish reason."""
         reason = self._answer.generations[index].finish_reason
         return encode({"index": index, "text": "", "logprobs": None, "finish_reason": reason})
+
+    def _opening(self, index: int) -> bytes:
+        given = self._prompt(index) if self._echo else {"text": "", "logprobs": None}
+        ids = {"prompt_token_ids": list(self._answer.prompt(index))} if self._with_ids else {}
+        return encode({"index": index, **given, **ids, "finish_reason": None})
 
     def _prompt(self, index: int) -> dict[str, Any]:
         """Text of the prompt and its columns; long work for a long prompt."""

@@ -35,7 +35,7 @@ class Dialect(Protocol):
         """A finished choice; may take long, so it is called in a thread where there is much to tell."""
 
     def extra(self) -> dict[str, Any]:
-        """Further fields of a whole response and of the first chunk of each choice."""
+        """Further fields of a whole response and of the first chunk of the first choice."""
 
     async def opening(self, index: int) -> bytes:
         """What comes before the first text; empty for nothing."""
@@ -60,7 +60,8 @@ async def respond(request: web.Request, answer: Answer, dialect: Dialect) -> web
 
 async def _whole(answer: Answer, dialect: Dialect) -> web.Response:
     texts = await asyncio.gather(*(_text(answer, generation) for generation in answer.generations))
-    much = answer.wanted.logprobs >= 0 or answer.wanted.prompt_logprobs >= 0
+    wanted = answer.wanted
+    much = wanted.logprobs >= 0 or wanted.prompt_logprobs >= 0 or wanted.parameters.return_token_ids
     body = await asyncio.to_thread(_body, answer, dialect, texts) if much else _body(answer, dialect, texts)
     return web.Response(body=body, content_type="application/json")
 
@@ -104,6 +105,7 @@ class ChunkWriter:
         self._events = events
         self._with_usage = bool(options.include_usage)
         self._continuous = self._with_usage and bool(options.continuous_usage_stats)
+        self._usage = usage(answer) if self._continuous else None
         self._begin = b"data: " + encode(_head(answer, dialect.chunk_name))[:-1] + b',"choices":['
         self._end = b'],"usage":null}\n\n' if self._with_usage else b"]}\n\n"
         self._open = len(answer.generations)
@@ -128,19 +130,27 @@ class ChunkWriter:
         if generation.stream.error:
             raise generation.stream.error
         if opening := await self._dialect.opening(index):
-            await send(wrap(opening, self._dialect.extra()))
+            await send(wrap(opening, None if index else self._dialect.extra()))
         async for piece in generation.pieces():
+            self._count(piece)
             if choice := spell(index, piece):
                 await send(wrap(choice))
         self._answer.service.finish(generation.stream)
         self._open -= 1
+        self._usage = usage(self._answer) if self._continuous else None
         last = not (self._open or self._with_usage)
         await send(wrap(self._dialect.closing(index), {"fwd": report(self._answer)} if last else None))
+
+    def _count(self, piece: Piece) -> None:
+        """Keep the usage of every chunk, which would take long to sum up for each."""
+        if self._usage:
+            for name in ("completion_tokens", "total_tokens"):
+                self._usage[name] += piece.end - piece.start
 
     def _wrap(self, choices: bytes, extra: dict[str, Any] | None = None) -> bytes:
         if not extra and not self._continuous:
             return self._begin + choices + self._end
-        counts = {"usage": usage(self._answer) if self._continuous else None} if self._with_usage else {}
+        counts = {"usage": self._usage} if self._with_usage else {}
         return self._begin + choices + b"]," + encode({**counts, **(extra or {})})[1:] + b"\n\n"
 
     async def _finish(self) -> None:
