@@ -1,5 +1,6 @@
 """What is served, and its tokenizer: `/v1/models`, `/tokenize`, `/detokenize`."""
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -9,10 +10,13 @@ from fwd.api.body import read_body
 from fwd.api.context import CREATED, SERVICE, serving
 from fwd.api.openai.parameters import ModelName
 from fwd.api.replies import reply
-from fwd.errors import BadRequestError
+from fwd.errors import BadRequestError, ContextLengthError
 from fwd.front.prompts import Chat
 from fwd.front.service import Service
 from fwd.protocol.messages import TokenId
+from fwd.text.tokenizer import Tokenizer
+
+INLINE_IDS = 4096
 
 
 class TokenizeBody(msgspec.Struct):
@@ -58,7 +62,7 @@ async def post_tokenize(request: web.Request) -> web.Response:
     ids = await _encode(service, body)
     answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": service.info().context}
     if body.return_token_strs:
-        answer["token_strs"] = [service.prompts.tokenizer.token_text(token) for token in ids]
+        answer["token_strs"] = await asyncio.to_thread(_texts, service.prompts.tokenizer, ids)
     return reply(answer)
 
 
@@ -66,10 +70,21 @@ async def post_detokenize(request: web.Request) -> web.Response:
     """The text of ids, special tokens included."""
     body = await read_body(request, _detokenize)
     service = serving(request, body.model)
-    size = service.info().vocab_size
-    if body.tokens and max(body.tokens) >= size:
-        raise BadRequestError(f"an id in tokens is outside the vocabulary 0…{size - 1}", param="tokens")
-    return reply({"prompt": service.prompts.tokenizer.decode(body.tokens)})
+    info, count = service.info(), len(body.tokens)
+    if count > info.context:
+        raise ContextLengthError(
+            f"This model's maximum context length is {info.context} tokens. However, you sent {count} tokens.",
+            param="tokens",
+        )
+    if max(body.tokens, default=0) >= info.vocab_size:
+        raise BadRequestError(f"an id in tokens is outside the vocabulary 0…{info.vocab_size - 1}", param="tokens")
+    decode = service.prompts.tokenizer.decode
+    text = decode(body.tokens) if count <= INLINE_IDS else await asyncio.to_thread(decode, body.tokens)
+    return reply({"prompt": text})
+
+
+def _texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    return [tokenizer.token_text(token) for token in ids]
 
 
 async def _encode(service: Service, body: TokenizeBody) -> list[int]:

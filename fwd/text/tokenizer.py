@@ -39,6 +39,7 @@ class Tokenizer:
         self.vocab_size = max(self._full.get_vocab().values(), default=-1) + 1
         ends = settings.get("eos_token_id")
         named = [self._named(settings, "eos_token"), *(ends if isinstance(ends, list) else [ends])]
+        self._lossless = self._spelling.byte_level and document.get("normalizer") is None
         self.eos_ids: tuple[int, ...] = tuple(sorted({end for end in named if end is not None}))
         bos = self._named(settings, "bos_token")
         self.bos_id: int | None = settings.get("bos_token_id") if bos is None else bos
@@ -100,6 +101,17 @@ class Tokenizer:
     def text_table(self) -> dict[int, bytes]:
         """`table` with nothing for the special tokens."""
         return self.table | dict.fromkeys(self._special_ids, b"")
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self.table.values()), default=1)
+
+    def fewest_tokens(self, text: str) -> int:
+        """How many tokens `text` has at the least, told at once from its length.
+
+        It is 0 where that tells nothing: normalisers shorten a text, and unknown characters may be one token together.
+        """
+        return -(-len(text) // self._longest) if self._lossless else 0
 
     @property
     def strips_space(self) -> bool:

@@ -203,6 +203,42 @@ def test_a_prompt_longer_than_the_context(folder, run):
     run(scenario())
 
 
+@pytest.mark.parametrize("prompt", [[20] * 51, [[20], [20] * 51], "x" * 501, ["x", "x" * 501]])
+def test_what_cannot_fit_is_refused_before_any_work_on_it(folder, run, monkeypatch, prompt):
+    for work in ("fwd.api.openai.answer.pack_ids", "fwd.front.prompts.Prompts.text"):
+        monkeypatch.setattr(work, lambda *_: 1 / 0)
+
+    async def scenario():
+        async with serving(folder, script("x", context=50)) as server:
+            status, body, _ = await server.post(COMPLETE, {"prompt": prompt, "max_tokens": 4})
+            assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+            assert body["error"]["param"] == "prompt"
+            assert "maximum context length is 50 tokens. However, you requested" in body["error"]["message"]
+            assert "51 in the prompt" in body["error"]["message"] or "at least 51" in body["error"]["message"]
+
+    run(scenario())
+
+
+def test_a_prompt_that_is_scored_may_fill_the_context(folder, run):
+    async def scenario():
+        async with serving(folder, script("x", context=50)) as server:
+            scored = {"prompt": [20] * 50, "max_tokens": 0, "echo": True, "logprobs": 0}
+            assert (await server.post(COMPLETE, scored))[0] == 200
+
+    run(scenario())
+
+
+def test_ids_beyond_the_context_are_not_decoded(folder, run):
+    async def scenario():
+        async with serving(folder, script("x", context=50)) as server:
+            status, body, _ = await server.post("/detokenize", {"tokens": [20] * 51})
+            assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+            assert "50 tokens. However, you sent 51 tokens" in body["error"]["message"]
+            assert (await server.post("/detokenize", {"tokens": [20] * 50}))[0] == 200
+
+    run(scenario())
+
+
 def test_a_prompt_id_outside_the_vocabulary(refused):
     refused([(COMPLETE, body_of(COMPLETE, prompt=[5, 272]), 400, "prompt")])
     refused([("/detokenize", {"tokens": [272]}, 400, "tokens"), ("/detokenize", {"tokens": [-1]}, 400, "tokens.0")])
@@ -223,6 +259,7 @@ def test_more_choices_than_the_queue_holds(refused):
             (CHAT, body_of(CHAT, n=9), 400, "n"),
             (COMPLETE, body_of(COMPLETE, prompt=["x"] * 5, n=2), 400, "n"),
             (COMPLETE, body_of(COMPLETE, prompt=["x"] * 9), 400, "n"),
+            (COMPLETE, body_of(COMPLETE, prompt=["x"] * 9 + [5]), 400, "n"),
         ],
         max_queue=8,
     )

@@ -182,3 +182,15 @@ def test_a_long_piece_is_never_encoded_under_the_lock(chatml_folder, monkeypatch
     ids = tokenizer.encode_pieces([Piece("a", True), Piece(text, False)])
     assert tokenizer.decode(ids) == "a" + text
     assert max(asked) <= INLINE_CHARS
+
+
+@pytest.mark.parametrize("text", ["x" * 3000, " " * 3000, "naïve 東京 🙂 " * 300, "def add(a, b):\n" * 300, "", "x"])
+def test_the_fewest_tokens_of_a_text_are_no_more_than_it_has(folder, text):
+    tokenizer = Tokenizer.load(folder.path)
+    assert tokenizer.fewest_tokens(text) <= len(tokenizer.encode(text))
+    assert tokenizer.fewest_tokens(text) <= len(tokenizer.encode(text, special=True))
+
+
+def test_the_fewest_tokens_of_a_text_are_told_by_its_length(llama3_folder):
+    tokenizer = Tokenizer.load(llama3_folder.path)
+    assert tokenizer.fewest_tokens("x" * 10_000) >= 10_000 // len("<|start_header_id|>")

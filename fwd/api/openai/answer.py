@@ -14,7 +14,7 @@ from fwd.api.context import REQUEST_ID, RUNNING, SERVICE
 from fwd.api.openai.parameters import Parameters
 from fwd.errors import BadRequestError
 from fwd.front.generation import Generation
-from fwd.front.service import Service
+from fwd.front.service import Service, context_error
 from fwd.front.streams import Stream
 from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import Submit
@@ -107,7 +107,14 @@ def check_total(service: Service, parameters: Parameters, prompts: int) -> None:
     """Raise `BadRequestError` for more choices than the daemon ever admits."""
     total, most = parameters.choices * prompts, service.config.max_queue
     if total > most:
-        raise BadRequestError(f"{total} choices in one request: at most {most} are possible", param="n")
+        raise BadRequestError(f"{total} choices in one request: at most {most} are possible, send several", param="n")
+
+
+def check_fit(service: Service, tokens: int, most: int | None) -> None:
+    """Raise `ContextLengthError` if a prompt of so many tokens and `most` new ones do not fit, whatever they are."""
+    info, needed = service.info(), 1 if most is None else most
+    if tokens + needed > info.context:
+        raise context_error(tokens, needed, info)
 
 
 @contextmanager

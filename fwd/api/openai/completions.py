@@ -1,7 +1,7 @@
 """`/v1/completions`: text or ids in, text out; with `echo` and `logprobs` it scores a given text."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -10,11 +10,11 @@ from msgspec import Meta
 
 from fwd.api.body import read_body
 from fwd.api.context import serving
-from fwd.api.openai.answer import Answer, Wanted, answering, check_total
+from fwd.api.openai.answer import Answer, Wanted, answering, check_fit, check_total
 from fwd.api.openai.logprobs import Columns, output_scores, prompt_scores
 from fwd.api.openai.parameters import REFUSED, Parameters, Top, deadline, refuse
 from fwd.api.openai.respond import respond
-from fwd.errors import BadRequestError
+from fwd.errors import BadRequestError, ContextLengthError
 from fwd.front.generation import Piece
 from fwd.front.service import Service
 from fwd.protocol.messages import TokenId
@@ -71,15 +71,37 @@ async def post(request: web.Request) -> web.StreamResponse:
 async def _prompts(service: Service, body: CompletionBody) -> list[list[int]]:
     """Ids of every prompt; raises `BadRequestError` for a list of mixed kinds."""
     parts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    _check_sizes(service, body, parts)
     ids = [part for part in parts if isinstance(part, int)]
     texts = [part for part in parts if isinstance(part, str)]
     lists = [part for part in parts if isinstance(part, list)]
     if len(parts) not in {len(ids), len(texts), len(lists)}:
         raise BadRequestError("prompt: expected a text, ids, a list of texts or a list of id lists", param="prompt")
-    check_total(service, body, 1 if ids else len(parts))
     if ids:
         return [ids]
     return lists or [await service.prompts.text(text) for text in texts]
+
+
+def _check_sizes(service: Service, body: CompletionBody, parts: Sequence[PromptPart]) -> None:
+    """Refuse what can never be admitted, before any work that grows with it."""
+    if isinstance(parts[0], int):
+        check_fit(service, len(parts), body.max_tokens)
+    check_total(service, body, 1 if isinstance(parts[0], int) else len(parts))
+    for part in parts:
+        if isinstance(part, list):
+            check_fit(service, len(part), body.max_tokens)
+        elif isinstance(part, str):
+            _check_text(service, part)
+
+
+def _check_text(service: Service, text: str) -> None:
+    fewest, context = service.prompts.tokenizer.fewest_tokens(text), service.info().context
+    if fewest > context:
+        raise ContextLengthError(
+            f"This model's maximum context length is {context} tokens. However, you requested at least {fewest} "
+            "tokens in the prompt.",
+            param="prompt",
+        )
 
 
 class CompletionDialect:
