@@ -235,10 +235,10 @@ def test_a_body_that_does_not_arrive_delays_no_stop(folder, run, monkeypatch):
     monkeypatch.setattr(web.BaseRequest, "read", noted)
 
     async def scenario():
-        async with asyncio.timeout(30), contextlib.AsyncExitStack() as outside:
-            async with serving(folder, script()) as server:
-                await outside.enter_async_context(half_sent(server))
-                await reading.wait()
+        outside = contextlib.AsyncExitStack()
+        async with asyncio.timeout(30), outside, serving(folder, script()) as server:
+            await outside.enter_async_context(half_sent(server))
+            await reading.wait()
 
     run(scenario())
 
