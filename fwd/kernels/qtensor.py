@@ -13,7 +13,7 @@ FORMATS: dict[torch.dtype, Format] = {torch.float32: "fp32", torch.float16: "fp1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QTensor:
-    """A weight of `shape` [out, in]; `data` holds it as `format` says (the plain formats: the matrix itself, in any layout)."""
+    """A weight of `shape` [out, in]; `data` holds it as `format` says (plain formats: the matrix, in any layout)."""
 
     data: Tensor
     format: Format

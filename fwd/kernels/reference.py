@@ -16,11 +16,12 @@ from fwd.kernels import sampling
 from fwd.kernels.ops import KV, QKV, Draw, Norm, Rows, Sampled, Top
 from fwd.kernels.qtensor import Format, QTensor
 
-_mkldnn = torch.ops.mkldnn
-_BLOCKED: dict[Format, Callable[[], bool]] = {
+_block = torch.ops.mkldnn._reorder_linear_weight  # noqa: SLF001 -- torch.compile's own products, in no public module
+_blocked = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001
+_BLOCKS: dict[Format, Callable[[], bool]] = {
     "fp32": torch.backends.mkldnn.is_available,
-    "bf16": _mkldnn._is_mkldnn_bf16_supported,
-    "fp16": _mkldnn._is_mkldnn_fp16_supported,
+    "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported,  # noqa: SLF001
+    "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported,  # noqa: SLF001
 }
 _SPLIT = 32768  # torch divides an elementwise call of this many elements among threads, in the middle of a row
 _DECODE_ROWS = 16  # above, rows come from a prefill chunk, whose shapes are fixed
@@ -50,9 +51,7 @@ class Reference:
 
     def pack(self, weight: QTensor) -> QTensor:
         """Return the matrix in oneDNN's blocked layout; as it is where oneDNN has no product of the format here."""
-        if not _BLOCKED[weight.format]():
-            return weight
-        return replace(weight, data=_mkldnn._reorder_linear_weight(weight.data, None))
+        return replace(weight, data=_block(weight.data, None)) if _BLOCKS[weight.format]() else weight
 
     def pack_head(self, weight: QTensor) -> QTensor:
         """Return the head in float32: torch rounds the product of narrower matrices to their own dtype."""
@@ -94,7 +93,8 @@ class Reference:
     def linear(self, x: Tensor, weight: QTensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: D102
         _check_rows(x)
         if weight.data.is_mkldnn:
-            return _mkldnn._linear_pointwise.binary(x, residual, weight.data, bias, "add")
+            total: Tensor = _blocked.binary(x, residual, weight.data, bias, "add")
+            return total
         if bias is not None:
             residual.add_(bias)
         return residual.addmm_(x, weight.data.t())
@@ -195,9 +195,8 @@ def _head_norms(heads: Tensor, layer: QKV) -> Tensor:
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check_rows(x)
-    if weight.is_mkldnn:
-        return _mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    product: Tensor = _blocked(x, weight, bias, "none", [], "") if weight.is_mkldnn else F.linear(x, weight, bias)
+    return product
 
 
 def _rotate(x: Tensor, step: _Step) -> Tensor:
