@@ -71,13 +71,13 @@ class Reference:
 
     def decode_attention(self, q: Tensor, rows: Rows, kv: KV) -> Tensor:  # noqa: D102
         step = self._current(rows)
-        out = torch.zeros_like(q)
+        out = [q.new_zeros(q.shape[1] * q.shape[2])] * len(step.cells)
         for row, cells in enumerate(step.cells):
             if not (isinstance(cells, slice) and cells.stop == 0):
                 own = q[row].clone()  # float32 attention has other bits where q is not aligned to 16 bytes
                 grouped = own.view(1, kv.keys.shape[1], -1, q.shape[2])  # [1, kv_heads, group, head_dim]
-                out[row] = _attend(grouped, kv.keys[cells], kv.values[cells], None).view(q.shape[1:])
-        return out.flatten(1)
+                out[row] = _attend(grouped, kv.keys[cells], kv.values[cells], None).flatten()
+        return torch.stack(out)
 
     def prefill_attention(self, q: Tensor, rows: Rows, kv: KV) -> Tensor:  # noqa: D102
         step = self._current(rows)
