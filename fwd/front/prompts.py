@@ -1,8 +1,9 @@
 """From what a client says to token ids: text, chats, and the ids that end an answer."""
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +33,7 @@ class Prompts:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self.tokenizer = tokenizer
         self.template = template
-        self._renderers = ThreadPoolExecutor(RENDERERS, thread_name_prefix="render")
+        self._renderers = asyncio.Semaphore(RENDERERS)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -64,11 +65,11 @@ class Prompts:
         return tuple(dict.fromkeys((*own, *extra)))
 
     async def _rendered(self, work: Callable[[], list[int]]) -> list[int]:
-        """The result of `work`, done in a thread of the renderers."""
+        """The result of `work`, done in one of the threads for rendering."""
         try:
-            return await asyncio.wait_for(
-                asyncio.get_running_loop().run_in_executor(self._renderers, work), RENDER_SECONDS
-            )
+            async with asyncio.timeout(RENDER_SECONDS):
+                await self._renderers.acquire()
+                return await _in_thread(work, self._renderers.release)
         except TimeoutError as error:
             raise BadRequestError(
                 f"the chat template took longer than {RENDER_SECONDS:.0f} s: send fewer messages", param="messages"
@@ -83,3 +84,29 @@ class Prompts:
             continue_final=chat.continue_final,
             options=chat.kwargs,
         )
+
+
+def _in_thread(work: Callable[[], list[int]], done: Callable[[], None]) -> asyncio.Future[list[int]]:
+    """Do `work` in a thread that the process does not wait for at its end; `done` is called when it is over."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[list[int]] = loop.create_future()
+
+    def settle(result: list[int], error: Exception | None) -> None:
+        done()
+        if error and not future.done():
+            future.set_exception(error)
+        elif not future.done():
+            future.set_result(result)
+
+    def run() -> None:
+        result: list[int] = []
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:  # noqa: BLE001  # it is raised where it is waited for
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run, name="render", daemon=True).start()
+    return future

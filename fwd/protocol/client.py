@@ -8,9 +8,7 @@ with fwd.Client() as client:
 import asyncio
 import contextlib
 import socket
-from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -19,6 +17,7 @@ from fwd.config import default_socket
 from fwd.errors import BadFrameError, EngineError, NotRunningError, from_wire
 from fwd.protocol.connection import Connection
 from fwd.protocol.frames import Channel
+from fwd.protocol.inboxes import Inboxes
 from fwd.protocol.messages import (
     Accepted,
     Cancel,
@@ -42,7 +41,6 @@ from fwd.protocol.messages import (
 from fwd.protocol.requests import prompt_message, submit_message
 
 Event = Accepted | Tokens | PromptLogprobs | Text | Finished
-NOBODY = 0
 GONE = "the daemon closed the connection: see its log, or start it with `fwd serve`"
 T = TypeVar("T")
 
@@ -58,63 +56,6 @@ def connect(uds: str | Path | None = None) -> socket.socket:
         reason = error.strerror or error
         raise NotRunningError(f"no daemon listens on {path} ({reason}): start one with `fwd serve`") from error
     return sock
-
-
-class _Inboxes:
-    """Sorts the frames of one connection by their readers: a request has a tag, an ask a negative one.
-
-    A reader may leave early: what still comes for it is dropped, so the answers of others stay theirs.
-    """
-
-    def __init__(self) -> None:
-        self._tags = count(1)
-        self._ask_tags = count(-1, -1)
-        self._tag_of: dict[int, int] = {}
-        self._asked: deque[int] = deque()
-        self._boxes: dict[int, deque[FromDaemon]] = {}
-
-    def open(self) -> int:
-        """The tag of a new request."""
-        tag = next(self._tags)
-        self._boxes[tag] = deque()
-        return tag
-
-    def ask(self) -> int:
-        """The tag of an admin message that is being sent; these are answered in order."""
-        tag = next(self._ask_tags)
-        self._boxes[tag] = deque()
-        self._asked.append(tag)
-        return tag
-
-    def close(self, tag: int) -> int | None:
-        """Nobody reads there any more; returns the id of the request if it still runs."""
-        self._boxes.pop(tag, None)
-        return next((number for number, owner in self._tag_of.items() if owner == tag), None)
-
-    def put(self, message: FromDaemon) -> int | None:
-        """Keep a message for its reader; returns the id of a request whose reader left before it had one."""
-        box = self._boxes.get(self._route(message))
-        if box is not None:
-            box.append(message)
-        return message.id if box is None and isinstance(message, Accepted) else None
-
-    def get(self, tag: int) -> FromDaemon | None:
-        """The next message for that tag."""
-        box = self._boxes[tag]
-        return box.popleft() if box else None
-
-    def _route(self, message: FromDaemon) -> int:
-        match message:
-            case Accepted():
-                self._tag_of[message.id] = message.tag
-                return message.tag
-            case Failed(tag=int(tag)):
-                return tag
-            case Finished() | Failed() if message.id:
-                return self._tag_of.pop(message.id, NOBODY)
-            case Tokens() | PromptLogprobs() | Text():
-                return self._tag_of.get(message.id, NOBODY)
-        return self._asked.popleft() if self._asked else NOBODY
 
 
 def _event(message: FromDaemon) -> Event:
@@ -139,7 +80,7 @@ class Client:
 
     def __init__(self, uds: str | Path | None = None) -> None:
         self._channel = Channel(connect(uds), from_daemon)
-        self._inboxes = _Inboxes()
+        self._inboxes = Inboxes()
         self._open = True
         try:
             self._ask(Hello(build=__version__), Hello)
@@ -242,7 +183,7 @@ class AsyncClient:
 
     def __init__(self, uds: str | Path | None = None) -> None:
         self._uds = uds
-        self._inboxes = _Inboxes()
+        self._inboxes = Inboxes()
         self._link: Connection[FromDaemon] | None = None
         self._waiters: list[asyncio.Future[None]] = []
 

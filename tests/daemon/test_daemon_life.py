@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from fwd.cli.bench.http import free_port
 from fwd.cli.common import wait_ready
 from fwd.protocol.client import Client
 from fwd.protocol.messages import Finished, Text
+from fwd.protocol.requests import prompt_message
 
 STEADY = "ping_interval = 0.005\nstop_timeout = 3600.0\n"
 
@@ -218,3 +220,16 @@ def test_stop_returns_when_the_daemon_is_gone(folder, steady):
             client.stop()
         assert running.child.wait(30) == 0
         assert not running.uds.exists()
+
+
+def test_a_template_that_does_not_end_keeps_nobody_from_leaving(folder, tmp_path):
+    model = shutil.copytree(folder, tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    with daemon(script(), model) as running, Client(running.uds) as client:
+        client._channel.send(prompt_message(1, [{"role": "user", "content": "x"}], {}))
+        assert client.status().state == "ready"
+        running.child.terminate()
+        assert running.child.wait(60) == 0
