@@ -225,11 +225,12 @@ def test_stop_returns_when_the_daemon_is_gone(folder, steady):
 def test_a_template_that_does_not_end_keeps_nobody_from_leaving(folder, tmp_path):
     model = shutil.copytree(folder, tmp_path / "model")
     settings = json.loads((model / "tokenizer_config.json").read_text())
-    settings["chat_template"] = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    spin = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    settings["chat_template"] = f"{{% if messages[0]['content'] == 'spin' %}}{spin}{{% endif %}}ok"
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     (model / "chat_template.jinja").unlink(missing_ok=True)
     with daemon(script(), model) as running, Client(running.uds) as client:
-        client._channel.send(prompt_message(1, [{"role": "user", "content": "x"}], {}))
+        client._channel.send(prompt_message(1, [{"role": "user", "content": "spin"}], {}))
         assert client.status().state == "ready"
         running.child.terminate()
         assert running.child.wait(60) == 0
