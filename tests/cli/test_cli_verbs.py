@@ -13,7 +13,7 @@ from launch import daemon, launch
 from fwd.cli import VERBS, main
 from fwd.cli.common import require_hope
 from fwd.errors import FwdError
-from fwd.protocol.client import Client
+from fwd.protocol.client import GONE, Client
 from fwd.protocol.messages import Finished
 
 
@@ -173,7 +173,7 @@ def test_the_daemon_dies_in_the_middle(folder):
             running.child.kill()
             _, complaint = child.communicate()
     assert child.returncode == 6
-    assert complaint == "fwd: the daemon closed the connection\n"
+    assert complaint == f"fwd: {GONE}\n"
 
 
 @pytest.mark.parametrize(("state", "code"), [("failed", 6), ("stopping", 4)])
