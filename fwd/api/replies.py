@@ -29,4 +29,4 @@ def retry_headers(error: FwdError) -> dict[str, str]:
     """`Retry-After` for what heals by waiting; `x-should-retry: false` for what the OpenAI clients retry in vain."""
     if error.retry_after is not None:
         return {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
-    return {"x-should-retry": "false"} if error.status >= 500 or error.status == 413 else {}
+    return {"x-should-retry": "false"} if error.status >= 500 or error.status in {408, 413} else {}

@@ -20,7 +20,7 @@ from fwd.config import Config, Device, DType, KVDType, load
 @click.option("--keys", metavar="FILE", help="SHA-256 of each key, one a line; needed beyond loopback.")
 @click.option("--device", type=click.Choice(get_args(Device)))
 @click.option("--dtype", type=click.Choice(get_args(DType)), help="auto is the checkpoint's.")
-@click.option("--context", type=int, help="Tokens of prompt and answer (default: the model's, if the pool holds it).")
+@click.option("--context", type=int, help="Tokens of prompt and answer (default: the model's, or what the pool holds).")
 @click.option("--kv-dtype", type=click.Choice(get_args(KVDType)))
 @click.option("--draft-model", metavar="PATH")
 @click.option("--max-seqs", type=int, help="Sequences that run at once, 1 to 16.")

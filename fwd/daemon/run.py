@@ -2,10 +2,12 @@
 
 import asyncio
 import signal
+from collections.abc import Coroutine
 
 from aiohttp import web
 
 from fwd.api import app
+from fwd.api.context import RUNNING
 from fwd.config import Config
 from fwd.daemon.sockets import Listeners
 from fwd.errors import EngineError, FwdError, ModelError, NotReadyError
@@ -102,20 +104,29 @@ class Daemon:
         local.close_listener()
         for site in list(runner.sites):
             await site.stop()
-        await self._finish_streams(service)
+        await self._in_time(self._finish(service, runner, local))
         for stream in list(service.streams):
             service.supervisor.cancel(stream, NotReadyError("the daemon was stopped before the answer was finished"))
         await runner.cleanup()
         await service.supervisor.stop()
         local.close()
 
-    async def _finish_streams(self, service: Service) -> None:
-        """Let open streams end, for `stop_timeout` seconds or until a second signal."""
-        hurry = asyncio.get_running_loop().create_task(self._hurries.wait())
-        drained = asyncio.get_running_loop().create_task(service.supervisor.active.drained())
-        await asyncio.wait([hurry, drained], timeout=self._config.stop_timeout, return_when=asyncio.FIRST_COMPLETED)
-        hurry.cancel()
-        drained.cancel()
+    async def _finish(self, service: Service, runner: web.AppRunner, local: LocalServer) -> None:
+        """Let open streams end, and their readers have all of them."""
+        await service.supervisor.active.drained()
+        await runner.app[RUNNING].drained()
+        await local.drained()
+
+    async def _in_time(self, work: Coroutine[None, None, None]) -> None:
+        """Give `work` `stop_timeout` seconds, or until a second signal."""
+        loop = asyncio.get_running_loop()
+        tasks = [loop.create_task(work), loop.create_task(self._hurry())]
+        await asyncio.wait(tasks, timeout=self._config.stop_timeout, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+
+    async def _hurry(self) -> None:
+        await self._hurries.wait()
 
 
 def _load_message(config: Config) -> Load:

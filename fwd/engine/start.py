@@ -68,8 +68,9 @@ def _context(load: Load, spec: ModelSpec) -> int:
     fits = load.kv_bytes // spec.kv_bytes_per_token() // PAGE_SIZE * PAGE_SIZE
     context = load.context or min(spec.max_context, fits)
     if not 0 < context <= fits:
-        needed = -(-max(context, 1) // PAGE_SIZE) * PAGE_SIZE * spec.kv_bytes_per_token()
-        raise ConfigError(f"kv_bytes: {load.kv_bytes} bytes hold {fits} tokens; {context} tokens need {needed}")
+        wanted = max(context, PAGE_SIZE)
+        needed = -(-wanted // PAGE_SIZE) * PAGE_SIZE * spec.kv_bytes_per_token()
+        raise ConfigError(f"kv_bytes: {load.kv_bytes} hold {fits} tokens; raise it to {needed} for {wanted} tokens")
     return context
 
 

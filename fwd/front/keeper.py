@@ -123,6 +123,7 @@ class Keeper:
 
     async def _live(self) -> None:
         """One engine process, from its start to its death."""
+        self.error = None
         try:
             process = self.process or EngineProcess(self._command)
         except OSError as error:
@@ -135,7 +136,6 @@ class Keeper:
         self._end_life(cause)
 
     def _begin_life(self) -> None:
-        self.error = None
         self._silent = 0.0
         self.progress = Loading(done=0, total=0)
         if self.info is None:

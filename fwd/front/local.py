@@ -69,6 +69,11 @@ class LocalServer:
             self._loop.remove_reader(self._listener)
             self._listener.close()
 
+    async def drained(self) -> None:
+        """Return when every answer has been handed to its client."""
+        for session in list(self._sessions):
+            await session.drained()
+
     def close(self) -> None:
         """Accept no more and close every session; their requests are cancelled."""
         self.close_listener()
@@ -103,6 +108,12 @@ class Session:
         self._greeted = False
         self._link: Connection[ToDaemon] = Connection(sock, to_daemon, self._on_message, self._closed)
         self._link.send(Hello(build=__version__))
+
+    async def drained(self) -> None:
+        """Return when no request is open here and nothing waits to be sent."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._link.drain(0)
 
     def close(self) -> None:
         """End the connection and its requests."""
@@ -219,7 +230,8 @@ class Session:
     async def _write(self, prompt: Prompt) -> None:
         service = self._service
         if prompt.body.nbytes > service.config.max_body:
-            raise BodyTooLargeError(f"the prompt is larger than {service.config.max_body} bytes, which is the limit")
+            limit = service.config.max_body
+            raise BodyTooLargeError(f"the prompt is larger than {limit} bytes: shorten it, or raise `max_body`")
         ids = await service.prompts.body(prompt.kind, prompt.body)
         stop_ids = service.prompts.stop_ids(prompt.limits.stop_ids, ignore_eos=prompt.ignore_eos)
         with self._opened(_submit(prompt, ids, stop_ids)) as stream:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import msgspec
 
-from fwd.errors import BadRequestError
+from fwd.errors import BadRequestError, OverloadedError
 from fwd.text.template import ChatTemplate
 from fwd.text.tokenizer import Tokenizer
 
@@ -47,7 +47,10 @@ class Prompts:
         return await self.tokenizer.encode_async(text)
 
     async def chat(self, chat: Chat) -> list[int]:
-        """Ids of a rendered chat; raises `BadRequestError` if the template refuses it or takes too long."""
+        """Ids of a rendered chat.
+
+        Raises `BadRequestError` if the template refuses it or takes too long, `OverloadedError` if others do.
+        """
         return await self._rendered(lambda: self._render(chat))
 
     async def body(self, kind: str, body: memoryview) -> list[int]:
@@ -67,9 +70,11 @@ class Prompts:
     async def _rendered(self, work: Callable[[], list[int]]) -> list[int]:
         """The result of `work`, done in one of the threads for rendering."""
         try:
-            async with asyncio.timeout(RENDER_SECONDS):
-                await self._renderers.acquire()
-                return await _in_thread(work, self._renderers.release)
+            await asyncio.wait_for(self._renderers.acquire(), RENDER_SECONDS)
+        except TimeoutError as error:
+            raise OverloadedError("all threads that render chats are busy: try again", retry_after=1) from error
+        try:
+            return await asyncio.wait_for(_in_thread(work, self._renderers.release), RENDER_SECONDS)
         except TimeoutError as error:
             raise BadRequestError(
                 f"the chat template took longer than {RENDER_SECONDS:.0f} s: send fewer messages", param="messages"
@@ -108,5 +113,9 @@ def _in_thread(work: Callable[[], list[int]], done: Callable[[], None]) -> async
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
             loop.call_soon_threadsafe(settle, result, failure)
 
-    threading.Thread(target=run, name="render", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="render", daemon=True).start()
+    except RuntimeError:
+        done()
+        raise
     return future

@@ -8,6 +8,7 @@ from fwd.front.streams import Stream
 from fwd.protocol.messages import Cancel, Finished, Message, PromptLogprobs, Tokens
 
 SUSPECT_AFTER = 2
+RETRY_SECONDS = 1.0
 
 
 class Roster:
@@ -137,10 +138,17 @@ class Roster:
         try:
             send(stream.resubmit())
         except OSError as error:
-            self._end(stream, OverloadedError(f"the prompt cannot be handed over: {error.strerror}", retry_after=1))
+            self._postpone(stream, error)
             return
         self._given += 1
         self._running[stream.id] = stream
+
+    def _postpone(self, stream: Stream, error: OSError) -> None:
+        """There was no descriptor for a long prompt: a new request is refused, one that ran already is tried again."""
+        if stream.resumes:
+            asyncio.get_running_loop().call_later(RETRY_SECONDS, self._release)
+        else:
+            self._end(stream, OverloadedError(f"the prompt cannot be handed over: {error.strerror}", retry_after=1))
 
     def _end(self, stream: Stream, result: Finished | FwdError) -> None:
         self._open.pop(stream.id, None)

@@ -161,7 +161,7 @@ class Client:
     def _send(self, message: Message) -> None:
         try:
             self._channel.send(message)
-        except OSError as error:
+        except ConnectionError as error:
             raise EngineError(GONE) from error
 
     def _take(self, tag: int) -> FromDaemon:

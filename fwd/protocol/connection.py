@@ -62,9 +62,9 @@ class Connection(Generic[M]):
         elif self._buffered > MAX_BUFFERED:
             self.close(TimeoutError("the peer does not read what it asked for"))
 
-    async def drain(self) -> None:
-        """Wait until less than `HIGH_WATER` bytes are buffered: the pace of a slow reader."""
-        if self._buffered > HIGH_WATER and not self.closed:
+    async def drain(self, most: int = HIGH_WATER) -> None:
+        """If more than `most` bytes are buffered wait until none are: the pace of a slow reader."""
+        if self._buffered > most and not self.closed:
             if self._drained is None:
                 self._drained = self._loop.create_future()
             await asyncio.shield(self._drained)

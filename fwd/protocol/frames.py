@@ -51,16 +51,24 @@ def _spill(message: Bulk) -> tuple[Bulk, list[int]]:
     if not long:
         return message, []
     empty: dict[str, Any] = dict.fromkeys(long, memoryview(b""))
-    return msgspec.structs.replace(message, attached=tuple(long), **empty), [_memfd(value) for value in long.values()]
+    fds: list[int] = []
+    try:
+        for value in long.values():
+            _memfd(value, fds)
+    except OSError:
+        close_all(fds)
+        raise
+    return msgspec.structs.replace(message, attached=tuple(long), **empty), fds
 
 
-def _memfd(data: memoryview) -> int:
+def _memfd(data: memoryview, fds: list[int]) -> None:
+    """A sealed memfd with this content, appended to `fds` as soon as it exists."""
     fd = os.memfd_create("fwd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fds.append(fd)
     view = data.cast("B")
     while view:
         view = view[os.write(fd, view) :]
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
-    return fd
 
 
 def _mapped(fd: int) -> memoryview:

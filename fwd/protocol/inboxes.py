@@ -57,6 +57,7 @@ class Inboxes:
                 self._tag_of[message.id] = message.tag
                 return message.tag
             case Failed(tag=int(tag)):
+                self._tag_of = {number: owner for number, owner in self._tag_of.items() if owner != tag}
                 return tag
             case Finished() | Failed() if message.id:
                 return self._tag_of.pop(message.id, NOBODY)

@@ -97,7 +97,7 @@ class Hello(Message, tag=1, frozen=True):
 
 
 class Load(Message, tag=2, frozen=True):
-    """What the engine loads; sent once, after `Hello`. the numbers mean what they mean in `Config`."""
+    """What the engine loads; sent once, after `Hello`. The fields mean what they mean in `Config`."""
 
     model: str
     device: str = "auto"

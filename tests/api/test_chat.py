@@ -78,6 +78,7 @@ def test_the_receipt_names_what_the_tokens_depend_on(folder, run):
                 "dtype": "float32",
                 "device": "cpu",
                 "chunk_size": 64,
+                "threads": 0,
                 "seed": 7,
             }
             assert body["fwd"]["timings"]["ttft_ms"] <= body["fwd"]["timings"]["total_ms"]

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import msgspec
 import pytest
 from apiserver import script
 from checkpoints import make
@@ -229,8 +230,27 @@ def test_a_template_that_does_not_end_keeps_nobody_from_leaving(folder, tmp_path
     settings["chat_template"] = f"{{% if messages[0]['content'] == 'spin' %}}{spin}{{% endif %}}ok"
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     (model / "chat_template.jinja").unlink(missing_ok=True)
-    with daemon(script(), model) as running, Client(running.uds) as client:
+    hasty = tmp_path / "hasty.toml"
+    hasty.write_text("stop_timeout = 0.1\n")
+    with daemon(script(), model, "--config", str(hasty)) as running, Client(running.uds) as client:
         client._channel.send(prompt_message(1, [{"role": "user", "content": "spin"}], {}))
         assert client.status().state == "ready"
         running.child.terminate()
+        assert running.child.wait(60) == 0
+
+
+def test_a_stop_waits_for_readers_that_lag(folder, steady):
+    """The engine is done long before: what it said is in the journal, and the reader gets all of it after SIGTERM."""
+    long = script("abcdefgh" * 8)
+    with daemon(msgspec.structs.replace(long, context=1 << 21), folder, *steady) as running:
+        with Client(running.uds) as client:
+            events = client.submit([1], max_tokens=1 << 18)
+            next(events)
+            with Client(running.uds) as other:
+                while other.status().requests:
+                    pass
+            running.child.terminate()
+            *tokens, last = events
+        assert isinstance(last, Finished)
+        assert sum(len(event.ids) for event in tokens) == 1 << 18
         assert running.child.wait(60) == 0

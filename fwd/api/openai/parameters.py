@@ -19,6 +19,7 @@ from fwd.protocol.messages import (
     Priority,
     Sampling,
     Seed,
+    StopString,
     TokenId,
 )
 
@@ -28,7 +29,6 @@ Top = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 ModelName = Annotated[str, Meta(max_length=256)]
-StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 
 class Extension(Struct, forbid_unknown_fields=True):

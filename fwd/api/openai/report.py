@@ -55,6 +55,7 @@ def constants(answer: Answer) -> dict[str, Any]:
         "dtype": info.dtype,
         "device": info.device,
         "chunk_size": info.chunk,
+        "threads": info.threads,
     }
 
 
