@@ -107,9 +107,7 @@ def check_total(service: Service, parameters: Parameters, prompts: int) -> None:
     """Raise `BadRequestError` for more choices than the daemon ever admits."""
     total, most = parameters.choices * prompts, service.config.max_queue
     if total > most:
-        raise BadRequestError(
-            f"{total} choices in one request: at most {most}: send several requests", param="n"
-        )
+        raise BadRequestError(f"{total} choices in one request: at most {most}: send several requests", param="n")
 
 
 def check_fit(service: Service, tokens: int, most: int | None) -> None:
