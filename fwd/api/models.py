@@ -10,9 +10,9 @@ from fwd.api.body import read_body
 from fwd.api.context import CREATED, SERVICE, serving
 from fwd.api.openai.parameters import ModelName
 from fwd.api.replies import reply
-from fwd.errors import BadRequestError, ContextLengthError
+from fwd.errors import BadRequestError
 from fwd.front.prompts import Chat
-from fwd.front.service import Service
+from fwd.front.service import Service, over_context
 from fwd.protocol.messages import TokenId
 from fwd.text.tokenizer import Tokenizer
 
@@ -72,10 +72,7 @@ async def post_detokenize(request: web.Request) -> web.Response:
     service = serving(request, body.model)
     info, count = service.info(), len(body.tokens)
     if count > info.context:
-        raise ContextLengthError(
-            f"This model's maximum context length is {info.context} tokens. However, you sent {count} tokens.",
-            param="tokens",
-        )
+        raise over_context(info, f"you sent {count} tokens", "tokens")
     if max(body.tokens, default=0) >= info.vocab_size:
         raise BadRequestError(f"an id in tokens is outside the vocabulary 0…{info.vocab_size - 1}", param="tokens")
     decode = service.prompts.tokenizer.decode

@@ -184,13 +184,17 @@ class Service:
             observe(stream)
 
 
-def context_error(prompt: int, completion: int, info: EngineInfo) -> ContextLengthError:
-    """What to say when `prompt` and `completion` tokens do not fit; agents match on these words."""
+def over_context(info: EngineInfo, asked: str, param: str) -> ContextLengthError:
+    """The context does not hold what was `asked`; agents match on these words."""
     return ContextLengthError(
-        f"This model's maximum context length is {info.context} tokens. However, you requested "
-        f"{prompt + completion} tokens ({prompt} in the prompt, {completion} in the completion).",
-        param="prompt" if prompt >= info.context else "max_tokens",
+        f"This model's maximum context length is {info.context} tokens. However, {asked}.", param=param
     )
+
+
+def context_error(prompt: int, completion: int, info: EngineInfo) -> ContextLengthError:
+    """`prompt` and `completion` tokens do not fit together."""
+    asked = f"you requested {prompt + completion} tokens ({prompt} in the prompt, {completion} in the completion)"
+    return over_context(info, asked, "prompt" if prompt >= info.context else "max_tokens")
 
 
 def _bounded(submit: Submit, info: EngineInfo) -> Submit:

@@ -14,9 +14,9 @@ from fwd.api.openai.answer import Answer, Wanted, answering, check_fit, check_to
 from fwd.api.openai.logprobs import Columns, output_scores, prompt_scores
 from fwd.api.openai.parameters import REFUSED, Parameters, Top, deadline, refuse
 from fwd.api.openai.respond import respond
-from fwd.errors import BadRequestError, ContextLengthError
+from fwd.errors import BadRequestError
 from fwd.front.generation import Piece
-from fwd.front.service import Service
+from fwd.front.service import Service, over_context
 from fwd.protocol.messages import TokenId
 from fwd.text.detokenize import Detokenizer
 
@@ -95,13 +95,9 @@ def _check_sizes(service: Service, body: CompletionBody, parts: Sequence[PromptP
 
 
 def _check_text(service: Service, text: str) -> None:
-    fewest, context = service.prompts.tokenizer.fewest_tokens(text), service.info().context
-    if fewest > context:
-        raise ContextLengthError(
-            f"This model's maximum context length is {context} tokens. However, you requested at least {fewest} "
-            "tokens in the prompt.",
-            param="prompt",
-        )
+    fewest, info = service.prompts.tokenizer.fewest_tokens(text), service.info()
+    if fewest > info.context:
+        raise over_context(info, f"you requested at least {fewest} tokens in the prompt", "prompt")
 
 
 class CompletionDialect:
