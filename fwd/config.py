@@ -34,13 +34,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: DType = "auto"
     context: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
     kv_dtype: KVDType = "auto"
-    kv_bytes: Annotated[int, Meta(ge=1 << 20)] = 1 << 30
+    kv_bytes: Annotated[int, Meta(ge=0)] = 0
     draft_model: str = ""
     max_seqs: Annotated[int, Meta(ge=1, le=16)] = 16
     max_queue: Annotated[int, Meta(ge=1, le=8192)] = 256
     max_body: Annotated[int, Meta(ge=1024, le=1 << 30)] = 32 << 20
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     keys: str = ""
+    state_dir: str = ""
     hosts: tuple[str, ...] = ()
     hang_timeout: Positive = 30.0
     load_timeout: Positive = 120.0

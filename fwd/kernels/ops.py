@@ -4,9 +4,9 @@ Activations travel between ops in the model's dtype; norms, softmax and sums run
 Row-invariance: a row's bits depend neither on the number of rows beside it, nor on its index, nor on its neighbours.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
@@ -14,19 +14,37 @@ from torch import Tensor
 from fwd.kernels.qtensor import QTensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Cells:
+    """Where the rows of a step find and put the KV of one group of layers, which has page numbers of its own."""
+
+    slots: Tensor  # int64 [rows], KV cell to write = page · page_size + offset; −1: a padding row, writes nothing
+    tables: Tensor  # int32 [sequences, max_pages], page of each page_size positions; unused or behind a window: any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Records:
+    """Which recurrent state each row continues and where it leaves its own; a record once written never changes."""
+
+    reads: Tensor  # int64 [rows], record of the state before the row; −1: the empty state, or not read
+    writes: Tensor  # int64 [rows], record of the state after the row; −1: not kept
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of one step: which token of which sequence each row computes, and where its KV goes.
+    """The rows of one step: which token of which sequence each row computes, and where what it leaves goes.
 
-    A decode row at position p attends to cells 0…p of its sequence, also those that rows of this step write.
-    A prefill step is exactly C rows of one sequence at positions iC … iC+C−1 (`chunk` = i).
+    A decode row at position p attends to cells 0…p of its sequence (the last `window` of them in a sliding group), also
+    those that rows of this step write. A prefill step is exactly C rows of one sequence at positions iC … iC+C−1
+    (`chunk` = i); rows that are not needed, at its beginning or its end, are padding. Of a prefill step only the first
+    row that is no padding reads a record and only the last one writes one.
     """
 
     positions: Tensor  # int64 [rows], absolute; of padding rows: any
-    slots: Tensor  # int64 [rows], KV cell to write = page · page_size + offset; −1: a padding row, writes nothing
-    sequences: Tensor  # int64 [rows], line of `tables`
-    tables: Tensor  # int64 [sequences, max_pages], block table: page of each page_size positions; unused: any
+    sequences: Tensor  # int64 [rows], line of the tables; −1: a padding row
     parents: Tensor  # int64 [rows], row this draft follows; −1: the committed context or the previous row of the chain
+    cells: tuple[Cells, ...]  # per paged group
+    records: Records | None = None  # where the model keeps states
     chunk: int = -1  # −1: decode rows; else the index i of the prefill chunk
 
     def padded(self, block: int) -> "Rows":
@@ -34,29 +52,65 @@ class Rows:
         if (extra := -len(self.positions) % block) == 0:
             return self
         assert self.chunk < 0, "a prefill chunk comes whole"
+
+        def padding(rows: Tensor, value: int = -1) -> Tensor:
+            return F.pad(rows, (0, extra), value=value)
+
+        records = self.records
         return replace(
             self,
-            positions=F.pad(self.positions, (0, extra)),
-            slots=F.pad(self.slots, (0, extra), value=-1),
-            sequences=F.pad(self.sequences, (0, extra)),
-            parents=F.pad(self.parents, (0, extra), value=-1),
+            positions=padding(self.positions, 0),
+            sequences=padding(self.sequences),
+            parents=padding(self.parents),
+            cells=tuple(Cells(padding(each.slots), each.tables) for each in self.cells),
+            records=records and Records(padding(records.reads), padding(records.writes)),
         )
+
+
+class Copy(NamedTuple):
+    """Copy page `source` of a group to page `target`, in all layers of the group."""
+
+    group: int
+    source: int
+    target: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KV:
-    """Keys and values of one layer; a cell is one token: cell = page · page_size + offset. Contents start undefined."""
+    """Keys and values of one layer; a cell is one token: cell = page · page_size + offset. Contents start undefined.
 
-    keys: Tensor  # [cells, kv_heads, head_dim], the model's dtype
+    In fp8 (e4m3) a vector is value · scale, where scale = max|x| / 448 of that token and head (1 for a zero vector),
+    written once with the token.
+    """
+
+    keys: Tensor  # [cells, kv_heads, head_dim], the KV dtype
     values: Tensor  # the same
     page_size: int  # tokens, a multiple of 4: every page then starts at 16 bytes
+    group: int = 0  # index in `Rows.cells`
+    window: int = 0  # tokens that a row sees, itself included; 0: all
+    key_scales: Tensor | None = None  # fp8: float32 [cells, kv_heads]
+    value_scales: Tensor | None = None  # the same
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy the cells of page `source` to page `target`."""
+        size = self.page_size
+        for tensor in (self.keys, self.values, self.key_scales, self.value_scales):
+            if tensor is not None:
+                tensor[target * size : (target + 1) * size] = tensor[source * size : (source + 1) * size]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KVCache:
-    """The paged cache of a model: its pages hold the same cells in every layer."""
+    """The paged cache of a model: the pages of a group hold the same cells in each of its layers."""
 
     layers: tuple[KV, ...]
+
+    def copy(self, copies: Iterable[Copy]) -> None:
+        """Copy pages, in order."""
+        for group, source, target in copies:
+            for kv in self.layers:
+                if kv.group == group:
+                    kv.copy(source, target)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,8 +149,8 @@ class Draw:
     frequency_penalty: float = 0.0  # subtracted per occurrence in output
     bias: Mapping[int, float] = field(default_factory=dict)  # added to logits
     banned: Sequence[int] = ()  # never drawn (stop ids before min_tokens)
-    prompt: Sequence[int] = ()  # history, read only when a penalty is set; arrays are fastest
-    output: Sequence[int] = ()
+    seen: Sequence[int] = ()  # ids in prompt or output, each once, in any order; read only for the repetition penalty
+    counts: Mapping[int, int] = field(default_factory=dict)  # of each id in output; read only for the other penalties
     top_logprobs: int = -1  # N most likely ids wanted; −1: none
 
 
@@ -145,14 +199,17 @@ class Ops(Protocol):
         ...
 
     def decode_attention(self, q: Tensor, rows: Rows, kv: KV) -> Tensor:
-        """Return softmax(q·kᵀ/√head_dim)·v over cells 0…p of each row's sequence: [rows, heads·head_dim].
+        """Return softmax(q·kᵀ/√head_dim)·v over the cells each row sees: [rows, heads·head_dim]; padding rows give 0.
 
-        Padding rows give 0.
+        A row sees cells 0…p of its sequence, or the last `kv.window` of them.
         """
         ...
 
     def prefill_attention(self, q: Tensor, rows: Rows, kv: KV) -> Tensor:
-        """Return the same for the C rows of a chunk; cells after the last position that has a slot are never read."""
+        """Return the same for the C rows of a chunk; what padding rows give is undefined.
+
+        Cells after the last position that has a slot are never read, nor those that no row with a slot sees.
+        """
         ...
 
     def linear(self, x: Tensor, weight: QTensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fwd.errors import ModelError
+from fwd.models.layout import CacheLayout, KVFormat, Paged, State
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 ITEMSIZE: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -26,25 +27,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class PagedLayout:
-    """Cache layout: one key and one value vector per token, layer and head, in pages."""
-
-    kind: Literal["full"]
-    layers: int
-    kv_heads: int
-    head_dim: int
-
-    @property
-    def values_per_token(self) -> int:
-        """Numbers kept per token, all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
-
-
-CacheLayout = PagedLayout
-"""A union of tagged layouts; sliding-window, latent and state layouts join here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +63,7 @@ class ModelSpec:
     qk_norm: bool
     max_context: int
     dtype: Dtype
+    windows: tuple[int, ...]  # per layer: tokens a row sees, itself included; 0: all
 
     @property
     def qkv_width(self) -> int:
@@ -89,8 +72,11 @@ class ModelSpec:
 
     @property
     def cache(self) -> tuple[CacheLayout, ...]:
-        """The cache layouts of this model."""
-        return (PagedLayout("full", self.layers, self.kv_heads, self.head_dim),)
+        """The cache layouts of this model: one per window."""
+        layers: dict[int, list[int]] = {}
+        for layer, window in enumerate(self.windows):
+            layers.setdefault(window, []).append(layer)
+        return tuple(Paged(tuple(own), self.kv_heads, self.head_dim, window) for window, own in layers.items())
 
     def layer_parameters(self) -> int:
         """Parameters of one layer."""
@@ -104,14 +90,23 @@ class ModelSpec:
         tables = (1 if self.tied else 2) * self.vocab * self.hidden
         return (self.layers * self.layer_parameters() + self.hidden + tables) * ITEMSIZE[self.dtype]
 
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of cache one token takes in `dtype`."""
-        return sum(layout.values_per_token for layout in self.cache) * ITEMSIZE[self.dtype]
+    def kv_bytes(self, context: int, kv: KVFormat) -> int:
+        """Bytes of cache that a row at the end of `context` tokens reads."""
+        return sum(_read_bytes(layout, context, kv) for layout in self.cache)
 
-    def step_bytes(self, rows: int, context: int) -> int:
+    def step_bytes(self, rows: int, context: int, kv: KVFormat) -> int:
         """Bytes a decode step of `rows` sequences at `context` tokens each must read: layers, head, embeddings, KV."""
         read_once = self.layers * self.layer_parameters() + self.hidden + self.vocab * self.hidden
-        return (read_once + rows * self.hidden) * ITEMSIZE[self.dtype] + rows * context * self.kv_bytes_per_token()
+        return (read_once + rows * self.hidden) * ITEMSIZE[self.dtype] + rows * self.kv_bytes(context, kv)
+
+
+def _read_bytes(layout: CacheLayout, context: int, kv: KVFormat) -> int:
+    match layout:
+        case State():
+            return layout.record_bytes
+        case Paged(window=window) if window:
+            return min(context, window) * layout.token_bytes(kv)
+    return context * layout.token_bytes(kv)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +152,10 @@ def parse_spec(config: dict[str, Any]) -> ModelSpec:
         raise ModelError(f"config.json: head_dim {head_dim} is odd, so RoPE cannot pair it")
     context = _integer(config, "max_position_embeddings", 1, _MAX_CONTEXT)
     rope = _rope(config, context)
+    layers = _integer(config, "num_hidden_layers", 1, 4096)
     return ModelSpec(
         architecture=architecture,
-        layers=_integer(config, "num_hidden_layers", 1, 4096),
+        layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
@@ -174,6 +170,7 @@ def parse_spec(config: dict[str, Any]) -> ModelSpec:
         qk_norm=family.qk_norm,
         max_context=_extended(rope, context),
         dtype=_dtype(config),
+        windows=(0,) * layers,
     )
 
 

@@ -28,6 +28,7 @@ StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 Priority = Literal["interactive", "background"]
 Drafter = Literal["auto", "off", "suffix", "model", "mtp", "eagle", "dflash"]
 Reason = Literal["stop", "length", "cancelled"]
+CacheMiss = Literal["", "never_seen", "differs", "evicted", "window", "adapter"]
 
 
 class Message(Struct, array_like=True, frozen=True):
@@ -105,14 +106,16 @@ class Load(Message, tag=2, frozen=True):
     context: Count = 0
     max_seqs: Annotated[int, Meta(ge=1, le=16)] = 16
     kv_dtype: str = "auto"
-    kv_bytes: Count = 1 << 30
+    kv_bytes: Count = 0
     threads: Count = 0
+    state_dir: str = ""
 
 
 class Submit(Bulk, tag=3, frozen=True):
     """One choice of one request, in token ids; from a local client `id` is its own tag, answered by `Accepted`.
 
-    `emitted` holds tokens already given to the reader: the engine replays them and sends only what follows.
+    `emitted` holds tokens already given to the reader: the engine replays them and sends only what follows. What is
+    prefilled stays in the prefix cache unless `cache` is false; that of the last request with a `cache_key` stays longest.
     """
 
     id: Id = 0
@@ -128,6 +131,7 @@ class Submit(Bulk, tag=3, frozen=True):
     grammar: Annotated[str, Meta(max_length=SPILL)] = ""
     prompt_logprobs: Annotated[int, Meta(ge=-1, le=MAX_TOP_LOGPROBS)] = -1
     draft: Draft = Draft()
+    cache: bool = True
 
 
 class Cancel(Message, tag=4, frozen=True):
@@ -150,7 +154,7 @@ class Loading(Message, tag=16, frozen=True):
 
 
 class EngineInfo(Message, frozen=True):
-    """What is loaded and how it is executed; the constant part of each receipt."""
+    """What is loaded and how it is executed; the constant part of each receipt. `memory` is the plan: bytes by kind."""
 
     architecture: str = ""
     parameters: Count = 0
@@ -170,6 +174,8 @@ class EngineInfo(Message, frozen=True):
     threads: Count = 0
     load_ms: Milliseconds = 0.0
     pid: Count = 0
+    kv_dtype: str = ""
+    memory: dict[str, Count] = {}
 
 
 class Ready(Message, tag=17, frozen=True):
@@ -208,17 +214,22 @@ class PromptLogprobs(Message, tag=19, frozen=True):
 
 
 class Timing(Message, frozen=True):
-    """Where the time of a request went, and what speculation and the prefix cache did for it."""
+    """Where the time of a request went, and what speculation and the prefix cache did for it.
+
+    `cached_tokens` of the prompt were not computed; `cache_miss` says why it was not more (empty: it could not be), and
+    `differs_at` is the index of the first token at which the prompt leaves what is cached (−1: it does not).
+    """
 
     queue_ms: Milliseconds = 0.0
     prefill_ms: Milliseconds = 0.0
     decode_ms: Milliseconds = 0.0
     steps: Count = 0
     cached_tokens: Count = 0
-    cache_miss: str = ""
+    cache_miss: CacheMiss = ""
     drafted: dict[str, int] = {}
     accepted: dict[str, int] = {}
     joules: float | None = None
+    differs_at: int = -1
 
 
 class Finished(Message, tag=20, frozen=True):
@@ -243,8 +254,20 @@ class Failed(Message, tag=21, frozen=True):
     tag: Id | None = None
 
 
+class Prefilling(Message, frozen=True):
+    """How far the prompt of a request is prefilled, in tokens."""
+
+    id: Id
+    done: Count
+    total: Count
+
+
 class Pong(Message, tag=22, frozen=True):
-    """The engine's heartbeat: `steps` counts decode steps and prefill chunks since its start, so health is progress."""
+    """The engine's heartbeat: `steps` counts decode steps and prefill chunks since its start, so health is progress.
+
+    `pages_free` are those that nobody holds, `pages_cached` those that only the prefix cache holds. `computed` counts the
+    tokens prefilled and decoded since its start; `prefilling` are the requests whose prompt is being read.
+    """
 
     seq: Count
     steps: Count = 0
@@ -252,6 +275,9 @@ class Pong(Message, tag=22, frozen=True):
     waiting: Count = 0
     pages_free: Count = 0
     pages_total: Count = 0
+    pages_cached: Count = 0
+    computed: Count = 0
+    prefilling: list[Prefilling] = []
 
 
 class Prompt(Bulk, tag=32, frozen=True):
@@ -270,6 +296,8 @@ class Prompt(Bulk, tag=32, frozen=True):
     ignore_eos: bool = False
     priority: Priority = "interactive"
     draft: Draft = Draft()
+    cache_key: Annotated[str, Meta(max_length=256)] = ""
+    cache: bool = True
 
 
 class StatusQuery(Message, tag=33, frozen=True):
@@ -322,6 +350,7 @@ class Status(Message, tag=50, frozen=True):
     restarts: Count
     requests: Count
     tokens_out: Count
+    pages_cached: Count = 0
 
 
 class RequestInfo(Message, frozen=True):
