@@ -115,7 +115,7 @@ class Submit(Bulk, tag=3, frozen=True):
     """One choice of one request, in token ids; from a local client `id` is its own tag, answered by `Accepted`.
 
     `emitted` holds tokens already given to the reader: the engine replays them and sends only what follows. What is
-    prefilled stays in the prefix cache unless `cache` is false; that of the last request with a `cache_key` stays longest.
+    prefilled stays in the prefix cache unless `cache` is false; that of the last request of a `cache_key` stays longer.
     """
 
     id: Id = 0
@@ -265,8 +265,8 @@ class Prefilling(Message, frozen=True):
 class Pong(Message, tag=22, frozen=True):
     """The engine's heartbeat: `steps` counts decode steps and prefill chunks since its start, so health is progress.
 
-    `pages_free` are those that nobody holds, `pages_cached` those that only the prefix cache holds. `computed` counts the
-    tokens prefilled and decoded since its start; `prefilling` are the requests whose prompt is being read.
+    `pages_free` are those that nobody holds, `pages_cached` those that only the prefix cache holds. `computed` counts
+    the tokens prefilled and decoded since its start; `prefilling` are the requests whose prompt is being read.
     """
 
     seq: Count
