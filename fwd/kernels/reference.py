@@ -13,7 +13,9 @@ import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
 
 from fwd.kernels import sampling
+from fwd.kernels.attention import Piece, attend, decode_pieces, prefill_pieces
 from fwd.kernels.ops import KV, QKV, Draw, Norm, Rows, Sampled, Top
+from fwd.kernels.paged import aligned, write
 from fwd.kernels.qtensor import Format, QTensor
 
 _block = torch.ops.mkldnn._reorder_linear_weight  # noqa: SLF001 -- torch.compile's own products, in no public module
@@ -29,15 +31,25 @@ _DECODE_ROWS = 16  # above, rows come from a prefill chunk, whose shapes are fix
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Step:
-    """What all layers of a step share, computed once from its rows."""
+    """What the layers of a step share, computed once from its rows."""
 
     rows: Rows
     cos: Tensor  # float32 [rows, 1, head_dim]
     sin: Tensor  # the same, first half negated
-    live: slice | Tensor  # rows that write KV
-    slots: Tensor  # int64: the cells they write
-    cells: list[slice | Tensor]  # decode: per row the cells it attends to (none: padding); prefill: one entry
-    mask: Tensor | None  # prefill: float32 [C, (i+1)·C], 0 or −inf
+    live: slice | Tensor  # rows that are no padding
+    slots: tuple[Tensor, ...]  # per paged group: int64, the cells they write
+    pieces: dict[tuple[int, int], list[list[Piece]]]  # by group and window: per row, of a prefill chunk one entry
+
+    def pieces_of(self, kv: KV, q: Tensor) -> list[list[Piece]]:
+        """What q [rows, heads, head_dim] attends to in a layer."""
+        key = (kv.group, kv.window)
+        if key not in self.pieces:
+            chunked = self.rows.chunk >= 0
+            group = q.shape[1] // kv.keys.shape[1]
+            self.pieces[key] = (
+                [prefill_pieces(self.rows, kv, group, q.dtype)] if chunked else decode_pieces(self.rows, kv)
+            )
+        return self.pieces[key]
 
 
 class Reference:
@@ -61,34 +73,30 @@ class Reference:
         return F.embedding(ids, weight.data)
 
     def qkv(self, hidden: Tensor, layer: QKV, rope: Tensor, rows: Rows, kv: KV) -> Tensor:  # noqa: D102
-        step = self._enter(rows, rope, kv.page_size)
+        step = self._enter(rows, rope)
         fused = _project(_normed(hidden, layer.norm), layer.weight.data, layer.bias)
         heads = fused.view(len(fused), -1, layer.head_dim)  # [rows, heads + 2·kv_heads, head_dim]
         turned = _rotate(_head_norms(heads[:, : -layer.kv_heads], layer), step)
-        kv.keys.index_copy_(0, step.slots, turned[step.live, -layer.kv_heads :])
-        kv.values.index_copy_(0, step.slots, heads[step.live, -layer.kv_heads :])
+        keys, values = turned[step.live, -layer.kv_heads :], heads[step.live, -layer.kv_heads :]
+        write(kv, step.slots[kv.group], keys, values)
         return turned[:, : -layer.kv_heads]
 
     def decode_attention(self, q: Tensor, rows: Rows, kv: KV) -> Tensor:  # noqa: D102
-        step = self._current(rows)
-        out = [q.new_zeros(q.shape[1] * q.shape[2])] * len(step.cells)
-        for row, cells in enumerate(step.cells):
-            if not (isinstance(cells, slice) and cells.stop == 0):
-                own = q[row].clone()  # float32 attention has other bits where q is not aligned to 16 bytes
-                grouped = own.view(1, kv.keys.shape[1], -1, q.shape[2])  # [1, kv_heads, group, head_dim]
-                out[row] = _attend(grouped, kv.keys[cells], kv.values[cells], None).flatten()
+        assert rows.chunk < 0, "prefill rows"
+        pieces, kv_heads = self._current(rows).pieces_of(kv, q), kv.keys.shape[1]
+        out = [q.new_zeros(q.shape[1] * q.shape[2])] * len(q)
+        for row, own in enumerate(pieces):
+            if own:
+                out[row] = attend(aligned(q[row]).view(kv_heads, -1, q.shape[2]), kv, own).flatten()
         return torch.stack(out)
 
     def prefill_attention(self, q: Tensor, rows: Rows, kv: KV) -> Tensor:  # noqa: D102
-        step = self._current(rows)
-        assert step.mask is not None, "decode rows"
+        assert rows.chunk >= 0, "decode rows"
         count, kv_heads, dim = len(q), kv.keys.shape[1], q.shape[2]
+        (pieces,) = self._current(rows).pieces_of(kv, q)
         grouped = q.reshape(count, kv_heads, -1, dim).permute(1, 2, 0, 3)  # [kv_heads, group, C, head_dim]
-        group = grouped.shape[1]
-        k, v = (_dense(cache, step.cells[0], step.mask.shape[1]) for cache in (kv.keys, kv.values))
-        mask = step.mask.to(q.dtype).repeat(group, 1)
-        out = _attend(grouped.reshape(1, kv_heads, group * count, dim), k, v, mask)
-        return out.view(kv_heads, group, count, dim).permute(2, 0, 1, 3).reshape(count, -1)
+        out = attend(grouped.reshape(kv_heads, -1, dim), kv, pieces)
+        return out.view(kv_heads, -1, count, dim).permute(2, 0, 1, 3).reshape(count, -1)
 
     def linear(self, x: Tensor, weight: QTensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: D102
         _check_rows(x)
@@ -117,9 +125,9 @@ class Reference:
         logprobs, finite, top = zip(*scored, strict=True)
         return Sampled(torch.tensor(ids), torch.tensor(logprobs), torch.tensor(finite), list(top))
 
-    def _enter(self, rows: Rows, rope: Tensor, page_size: int) -> _Step:
+    def _enter(self, rows: Rows, rope: Tensor) -> _Step:
         if self._step is None or self._step.rows is not rows:
-            self._step = _plan(rows, rope, page_size)
+            self._step = _begin(rows, rope)
         return self._step
 
     def _current(self, rows: Rows) -> _Step:
@@ -128,54 +136,25 @@ class Reference:
         return self._step
 
 
-def _plan(rows: Rows, rope: Tensor, page_size: int) -> _Step:
-    slots = rows.slots.tolist()
-    live = _live(slots)
-    angles = rope.index_select(0, rows.positions.clamp(max=len(rope) - 1))  # [rows, 2, head_dim/2]
+def _begin(rows: Rows, rope: Tensor) -> _Step:
+    live = _live(rows.sequences.tolist())
+    angles = rope.index_select(0, rows.positions.clamp(0, len(rope) - 1))  # [rows, 2, head_dim/2]
     cos, sin = angles[:, 0].unsqueeze(1), angles[:, 1].unsqueeze(1)
     return _Step(
         rows,
         torch.cat((cos, cos), dim=-1),
         torch.cat((-sin, sin), dim=-1),
         live,
-        rows.slots[live],
-        _decode_cells(rows, slots, page_size) if rows.chunk < 0 else [_prefill_cells(rows, slots, page_size)],
-        None if rows.chunk < 0 else _causal(len(slots), rows.chunk),
+        tuple(cells.slots[live] for cells in rows.cells),
+        {},
     )
 
 
-def _live(slots: list[int]) -> slice | Tensor:
-    live = [row for row, slot in enumerate(slots) if slot >= 0]
-    return slice(len(live)) if live == list(range(len(live))) else torch.tensor(live)
-
-
-def _decode_cells(rows: Rows, slots: list[int], page_size: int) -> list[slice | Tensor]:
-    assert all(parent in {-1, row - 1} for row, parent in enumerate(rows.parents.tolist())), "the reference runs chains"
-    places = zip(rows.sequences.tolist(), rows.positions.tolist(), slots, strict=True)
-    return [
-        _cells(rows.tables[sequence], position + 1, page_size) if slot >= 0 else slice(0, 0)
-        for sequence, position, slot in places
-    ]
-
-
-def _prefill_cells(rows: Rows, slots: list[int], page_size: int) -> slice | Tensor:
-    last = max(row for row, slot in enumerate(slots) if slot >= 0)
-    return _cells(rows.tables[int(rows.sequences[0])], rows.chunk * len(slots) + last + 1, page_size)
-
-
-def _cells(table: Tensor, count: int, page_size: int) -> slice | Tensor:
-    """Return the cells of positions 0…count−1: a slice where the pages stand in order, which saves the copy."""
-    pages = table[: -(-count // page_size)]
-    first = int(pages[0])
-    if pages.tolist() == list(range(first, first + len(pages))):
-        return slice(first * page_size, first * page_size + count)
-    cells = pages.unsqueeze(1) * page_size + torch.arange(page_size)
-    return cells.flatten()[:count]
-
-
-def _causal(count: int, chunk: int) -> Tensor:
-    mask = torch.full((count, (chunk + 1) * count), float("-inf"))
-    return mask.triu_(chunk * count + 1)
+def _live(sequences: list[int]) -> slice | Tensor:
+    live = [row for row, sequence in enumerate(sequences) if sequence >= 0]
+    if live and live[-1] - live[0] == len(live) - 1:
+        return slice(live[0], live[-1] + 1)
+    return torch.tensor(live, dtype=torch.int64)
 
 
 def _check_rows(x: Tensor) -> None:
@@ -203,19 +182,6 @@ def _rotate(x: Tensor, step: _Step) -> Tensor:
     wide = x.float()
     turned = wide.roll(x.shape[-1] // 2, dims=-1)
     return (wide * step.cos).add_(turned.mul_(step.sin)).to(x.dtype)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention of q [1, kv_heads, queries, head_dim] over k, v [cells, kv_heads, head_dim]."""
-    return F.scaled_dot_product_attention(q, k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0), mask)
-
-
-def _dense(cache: Tensor, cells: slice | Tensor, count: int) -> Tensor:
-    """Copy cells into [count, kv_heads, head_dim], zero behind them: a stale cell may hold NaN, and 0·NaN is NaN."""
-    found = cache[cells]
-    out = cache.new_zeros(count, *cache.shape[1:])
-    out[: len(found)] = found
-    return out
 
 
 def _by_whole_rows(gate: Tensor) -> Tensor:

@@ -1,14 +1,17 @@
 """The dense family: Llama 3.x, Qwen2.5, Qwen3 — one decoder block with optional q, k, v bias and qk-norm."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
 
-from fwd.kernels.ops import KV, QKV, KVCache, Norm, Ops, Rows
+from fwd.kernels.ops import QKV, KVCache, Norm, Ops, Rows
 from fwd.kernels.qtensor import QTensor
+from fwd.models import cache as caches
 from fwd.models.formats import Checkpoint
+from fwd.models.layout import KVFormat
 from fwd.models.rope import rope_table
 from fwd.models.spec import ModelSpec
 
@@ -53,13 +56,9 @@ class Dense:
         checkpoint.finish(lambda name: name.endswith("rotary_emb.inv_freq") or (spec.tied and name == HEAD))
         self.weights_hash = checkpoint.digest()
 
-    def new_cache(self, pages: int, page_size: int) -> KVCache:
-        """Return an empty cache of `pages` pages."""
-        assert page_size % 4 == 0, page_size
-        (layout,) = self.spec.cache
-        shape = (2, layout.layers, pages * page_size, layout.kv_heads, layout.head_dim)
-        keys, values = torch.empty(shape, dtype=self.dtype)
-        return KVCache(tuple(KV(*pair, page_size) for pair in zip(keys, values, strict=True)))
+    def new_cache(self, units: Sequence[int], page_size: int, kv: KVFormat) -> KVCache:
+        """Return an empty cache of `units[g]` pages for each group g."""
+        return caches.new_cache(self.spec.cache, units, page_size, kv)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, rows: Rows, cache: KVCache) -> Tensor:

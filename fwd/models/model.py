@@ -1,11 +1,13 @@
 """What the engine sees of a model, whatever its family."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fwd.kernels.ops import KVCache, Ops, Rows
+from fwd.models.layout import KVFormat
 from fwd.models.spec import ModelSpec
 
 
@@ -17,8 +19,11 @@ class Model(Protocol):
     dtype: torch.dtype
     weights_hash: str
 
-    def new_cache(self, pages: int, page_size: int) -> KVCache:
-        """Return an empty cache; its memory is touched as it is written."""
+    def new_cache(self, units: Sequence[int], page_size: int, kv: KVFormat) -> KVCache:
+        """Return an empty cache of `units[g]` pages (states: records) for group g of `groups(spec.cache)`.
+
+        It takes exactly Σ units[g] · group.unit_bytes(page_size, kv) bytes, which are touched as they are written.
+        """
         ...
 
     def forward(self, ids: Tensor, rows: Rows, cache: KVCache) -> Tensor:

@@ -7,15 +7,23 @@ from torch import Tensor
 
 from fwd.models.spec import RopeSpec
 
+_SLICE = 4096  # positions
+
 
 def rope_table(rope: RopeSpec, head_dim: int, positions: int) -> Tensor:
     """Return cos and sin: float32 [positions, 2, head_dim/2].
 
     Angles are float32 products, as checkpoints were trained; their cosine is taken in float64, so that no entry
-    depends on the table's length.
+    depends on the table's length. Little more memory than the table's own is taken on the way.
     """
-    angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies(rope, head_dim).float()).double()
-    return torch.stack((angles.cos(), angles.sin()), dim=1).mul_(rope.attention_factor).float()
+    table = torch.empty(positions, 2, head_dim // 2)
+    steps = frequencies(rope, head_dim).float()
+    for start in range(0, positions, _SLICE):
+        places = torch.arange(start, min(start + _SLICE, positions), dtype=torch.float32)  # exact below 2²⁴
+        angles = torch.outer(places, steps).double()
+        table[start : start + _SLICE, 0] = angles.cos().mul_(rope.attention_factor)
+        table[start : start + _SLICE, 1] = angles.sin().mul_(rope.attention_factor)
+    return table
 
 
 def frequencies(rope: RopeSpec, head_dim: int) -> Tensor:

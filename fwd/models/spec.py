@@ -17,11 +17,12 @@ ITEMSIZE: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_CONTEXT = 1 << 24
+_WINDOW, _FULL_LAYERS = 4096, 28  # transformers' defaults of sliding_window and max_window_layers
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "quantization_config": (None,),
     "hidden_act": ("silu",),
     "mlp_bias": (None, False),
-    "use_sliding_window": (None, False),
     "pretraining_tp": (None, 1),
     "partial_rotary_factor": (None, 1),
     "attn_logit_softcapping": (None,),
@@ -114,12 +115,13 @@ class _Family:
     qkv_bias: bool | None  # None: the config's attention_bias, which then also biases the output projection
     qk_norm: bool
     default_head_dim: int | None
+    sliding: bool = False  # some layers may see a window of the context only
 
 
 FAMILIES: dict[str, _Family] = {
     "LlamaForCausalLM": _Family(qkv_bias=None, qk_norm=False, default_head_dim=None),
-    "Qwen2ForCausalLM": _Family(qkv_bias=True, qk_norm=False, default_head_dim=None),
-    "Qwen3ForCausalLM": _Family(qkv_bias=None, qk_norm=True, default_head_dim=128),
+    "Qwen2ForCausalLM": _Family(qkv_bias=True, qk_norm=False, default_head_dim=None, sliding=True),
+    "Qwen3ForCausalLM": _Family(qkv_bias=None, qk_norm=True, default_head_dim=128, sliding=True),
 }
 
 
@@ -150,8 +152,9 @@ def parse_spec(config: dict[str, Any]) -> ModelSpec:
         raise ModelError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     if head_dim % 2:
         raise ModelError(f"config.json: head_dim {head_dim} is odd, so RoPE cannot pair it")
-    context = _integer(config, "max_position_embeddings", 1, _MAX_CONTEXT)
-    rope = _rope(config, context)
+    trained = _integer(config, "max_position_embeddings", 1, _MAX_CONTEXT)
+    rope = _rope(config, trained)
+    context = _extended(rope, trained)
     layers = _integer(config, "num_hidden_layers", 1, 4096)
     return ModelSpec(
         architecture=architecture,
@@ -168,9 +171,9 @@ def parse_spec(config: dict[str, Any]) -> ModelSpec:
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=attention_bias and family.qkv_bias is None,
         qk_norm=family.qk_norm,
-        max_context=_extended(rope, context),
+        max_context=context,
         dtype=_dtype(config),
-        windows=(0,) * layers,
+        windows=_windows(config, family, layers, context),
     )
 
 
@@ -186,9 +189,39 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
     for key, neutral in _NEUTRAL.items():
         if config.get(key, neutral[0]) not in neutral:
             raise ModelError(f"config.json: {key} = {repr(config[key])[:80]} is not supported")
-    kinds = config.get("layer_types") or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise ModelError("config.json: layer_types other than full_attention are not supported")
+
+
+def _windows(config: dict[str, Any], family: _Family, layers: int, context: int) -> tuple[int, ...]:
+    """Each layer's window, as transformers reads it; one that hides nothing of the context is none."""
+    window = _window(config, family)
+    sliding = _sliding_layers(config, window, layers)
+    if any(sliding) and not family.sliding:
+        raise ModelError("config.json: layer_types other than full_attention are not supported for this architecture")
+    if any(sliding) and not window:
+        raise ModelError("config.json: layer_types name sliding_attention, but use_sliding_window is not true")
+    return tuple(window if slides and window < context else 0 for slides in sliding)
+
+
+def _window(config: dict[str, Any], family: _Family) -> int:
+    if config.get("use_sliding_window") is None or not _flag(config, "use_sliding_window"):
+        return 0
+    if not family.sliding:
+        raise ModelError("config.json: use_sliding_window = True is not supported for this architecture")
+    if config.get("sliding_window", _WINDOW) is None:
+        return 0
+    return _integer(config, "sliding_window", 1, _MAX_CONTEXT, _WINDOW)
+
+
+def _sliding_layers(config: dict[str, Any], window: int, layers: int) -> list[bool]:
+    kinds = config.get("layer_types")
+    if kinds is None:
+        first = _integer(config, "max_window_layers", 0, 1 << 20, _FULL_LAYERS) if window else layers
+        return [index >= first for index in range(layers)]
+    if not isinstance(kinds, list) or any(kind not in _LAYER_TYPES for kind in kinds):
+        raise ModelError(f"config.json: layer_types must be a list of {' or '.join(_LAYER_TYPES)}")
+    if len(kinds) != layers:
+        raise ModelError(f"config.json: layer_types names {len(kinds)} layers, num_hidden_layers {layers}")
+    return [kind == "sliding_attention" for kind in kinds]
 
 
 def _rope(config: dict[str, Any], context: int) -> RopeSpec:

@@ -1,0 +1,105 @@
+"""Attention of the reference: a context is split in pieces, which are summed in their order.
+
+Which pieces there are is a pure function of a row's own length, or of a chunk's number; short contexts are one piece.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
+from torch import Tensor
+
+from fwd.kernels.ops import KV, Rows
+from fwd.kernels.paged import Span, locate, locate_within, read
+
+PIECE = 4096  # keys in a piece, more where there would be over PIECES of them
+PIECES = 256
+_GRAIN = 64  # longer pieces are multiples of this many keys
+_LOWEST = torch.finfo(torch.float32).min
+
+
+class Piece(NamedTuple):
+    """Keys that are scored at once, and what of them is hidden: float [queries, keys], 0 or −inf."""
+
+    span: Span
+    mask: Tensor | None
+
+
+def split(start: int, stop: int) -> Iterator[range]:
+    """Cut positions start…stop−1 into pieces of equal length, the last one shorter."""
+    length = PIECE
+    if stop - start > PIECE * PIECES:
+        length = -(-(stop - start) // (PIECES * _GRAIN)) * _GRAIN
+    return (range(first, min(first + length, stop)) for first in range(start, stop, length))
+
+
+def decode_pieces(rows: Rows, kv: KV) -> list[list[Piece]]:
+    """Return the pieces that each row attends to; of a padding row none."""
+    assert all(parent in {-1, row - 1} for row, parent in enumerate(rows.parents.tolist())), "the reference runs chains"
+    tables = rows.cells[kv.group].tables.numpy()
+
+    def pieces(sequence: int, position: int) -> Iterator[Piece]:
+        for keys in split(_first_seen(position, kv.window), position + 1):
+            yield Piece(locate(tables[sequence], kv.page_size, keys.start, keys.stop), None)
+
+    places = zip(rows.sequences.tolist(), rows.positions.tolist(), strict=True)
+    return [list(pieces(*place)) if place[0] >= 0 else [] for place in places]
+
+
+def prefill_pieces(rows: Rows, kv: KV, group: int, dtype: torch.dtype) -> list[Piece]:
+    """Return the pieces of a chunk, for C rows of `group` query heads each: masks [group·C, keys] in `dtype`.
+
+    They reach from the first key that the chunk's first row would see to the chunk's end, whichever rows are padding.
+    """
+    count, tables = len(rows.positions), rows.cells[kv.group].tables.numpy()
+    chunk = range(rows.chunk * count, (rows.chunk + 1) * count)
+    live = (rows.sequences >= 0).nonzero().flatten().tolist()
+    known = range(_first_seen(chunk[live[0]], kv.window), chunk[live[-1]] + 1)
+    line = tables[int(rows.sequences[live[0]])]
+
+    def piece(keys: range) -> Piece:
+        mask = _mask(chunk, keys, kv.window, dtype)
+        span = locate_within(line, kv.page_size, keys, known)
+        return Piece(span, None if mask is None else mask.repeat(group, 1))
+
+    return [piece(keys) for keys in split(_first_seen(chunk.start, kv.window), chunk.stop)]
+
+
+def attend(q: Tensor, kv: KV, pieces: Sequence[Piece]) -> Tensor:
+    """Return softmax attention of q [kv_heads, queries, head_dim] over the pieces, in the same shape."""
+    if len(pieces) > 1:
+        return _attend_split(q, kv, pieces)
+    keys, values = (x.transpose(0, 1).unsqueeze(0) for x in read(kv, pieces[0].span, q.dtype))
+    return F.scaled_dot_product_attention(q.unsqueeze(0), keys, values, pieces[0].mask).squeeze(0)
+
+
+def _attend_split(q: Tensor, kv: KV, pieces: Sequence[Piece]) -> Tensor:
+    """Online softmax (Milakov & Gimelshein 2018) in float32: each piece rescales what was summed before it."""
+    wide = q.float() * q.shape[-1] ** -0.5
+    out = torch.zeros_like(wide)
+    peak, total = out.new_full((*q.shape[:2], 1), _LOWEST), out.new_zeros((*q.shape[:2], 1))
+    for span, mask in pieces:
+        keys, values = (x.float().transpose(0, 1) for x in read(kv, span, q.dtype))  # [kv_heads, keys, head_dim]
+        scores = wide @ keys.transpose(1, 2)  # [kv_heads, queries, keys]
+        if mask is not None:
+            scores += mask
+        before, peak = peak, torch.maximum(peak, scores.amax(dim=-1, keepdim=True))
+        weights, fade = scores.sub_(peak).exp_(), before.sub_(peak).exp_()
+        total = total.mul_(fade).add_(weights.sum(dim=-1, keepdim=True))
+        out = out.mul_(fade).add_(weights @ values)
+    return out.div_(total).to(q.dtype)
+
+
+def _first_seen(position: int, window: int) -> int:
+    return max(0, position + 1 - window) if window else 0
+
+
+def _mask(queries: range, keys: range, window: int, dtype: torch.dtype) -> Tensor | None:
+    """Return float [queries, keys]: −inf where a key stands after the query or behind its window; None: all is seen."""
+    later, behind = keys[-1] > queries[0], window > 0 and keys[0] <= queries[-1] - window
+    if not (later or behind):
+        return None
+    age = torch.arange(queries.start, queries.stop).unsqueeze(1) - torch.arange(keys.start, keys.stop)
+    hidden = (age < 0) | (age >= window) if window else age < 0
+    return torch.zeros(age.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))

@@ -1,0 +1,94 @@
+"""Where the keys and values of a sequence stand in the pages of a cache, and how they are written and read there."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fwd.kernels.ops import KV
+
+FP8_MAX = 448.0  # e4m3
+_ALIGNED = 64  # bytes; products of float32 have other bits where their operands begin elsewhere
+_NOWHERE = slice(0, 0)
+
+Table = NDArray[np.int32]  # [max_pages], one line of `Cells.tables`
+
+
+class Span(NamedTuple):
+    """Consecutive positions of a sequence that are read at once: `length` cells between zeros."""
+
+    place: slice | Tensor  # cells, where the pages stand in order, which saves a copy; else int64 [pages]
+    length: int
+    skip: int = 0  # cells of the first of the pages that are left out
+    before: int = 0  # positions read as zeros
+    after: int = 0  # the same
+
+
+def locate(table: Table, page_size: int, start: int, stop: int) -> Span:
+    """Return the span of positions start…stop−1, of which there is one at least."""
+    pages = table[start // page_size : -(-stop // page_size)]
+    skip, base = start % page_size, int(pages[0])
+    if pages[-1] - base == len(pages) - 1 and (np.diff(pages) == 1).all():
+        cell = base * page_size + skip
+        return Span(slice(cell, cell + stop - start), stop - start)
+    return Span(torch.from_numpy(pages.astype(np.int64)), stop - start, skip)
+
+
+def locate_within(table: Table, page_size: int, wanted: range, known: range) -> Span:
+    """Return the span of the positions `wanted`; those not `known` are zeros, their pages are not read."""
+    start, stop = max(wanted.start, known.start), min(wanted.stop, known.stop)
+    if start >= stop:
+        return Span(_NOWHERE, 0, before=len(wanted))
+    found = locate(table, page_size, start, stop)
+    return found._replace(before=start - wanted.start, after=wanted.stop - stop)
+
+
+def write(kv: KV, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Write the vectors [tokens, kv_heads, head_dim] of tokens to the cells `slots` (int64 [tokens])."""
+    for cache, scales, vectors in ((kv.keys, kv.key_scales, keys), (kv.values, kv.value_scales, values)):
+        if scales is None:
+            cache.index_copy_(0, slots, vectors.to(cache.dtype))
+        else:
+            numbers, scale = quantize(vectors)
+            cache.view(torch.uint8).index_copy_(0, slots, numbers.view(torch.uint8))
+            scales.index_copy_(0, slots, scale)
+
+
+def read(kv: KV, span: Span, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return keys and values of a span, each [before + length + after, kv_heads, head_dim] in `dtype`."""
+    keys = _read(kv.keys, kv.key_scales, kv.page_size, span, dtype)
+    return keys, _read(kv.values, kv.value_scales, kv.page_size, span, dtype)
+
+
+def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return fp8 numbers [.., dim] and float32 scales [..] of vectors, by the rule of `fwd.kernels.ops.KV`."""
+    wide = vectors.float()
+    scale = wide.abs().amax(dim=-1) / FP8_MAX
+    scale = scale.masked_fill_(scale == 0, 1.0)
+    numbers = (wide / scale.unsqueeze(-1)).clamp_(-FP8_MAX, FP8_MAX)
+    return numbers.to(torch.float8_e4m3fn), scale
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return x, or a copy of it that begins where products have the same bits."""
+    return x if x.data_ptr() % _ALIGNED == 0 else x.clone()
+
+
+def _read(cache: Tensor, scales: Tensor | None, page_size: int, span: Span, dtype: torch.dtype) -> Tensor:
+    found = _gather(cache, page_size, span)
+    if scales is not None:
+        found = found.float().mul_(_gather(scales, page_size, span).unsqueeze(-1))
+    found = found.to(dtype)
+    if span.before or span.after:
+        return F.pad(found, (0, 0, 0, 0, span.before, span.after))
+    return aligned(found)
+
+
+def _gather(cache: Tensor, page_size: int, span: Span) -> Tensor:
+    if isinstance(span.place, slice):
+        return cache[span.place]
+    pages = cache.view(-1, page_size, *cache.shape[1:]).index_select(0, span.place)
+    return pages.flatten(0, 1)[span.skip : span.skip + span.length]

@@ -1,0 +1,53 @@
+"""The cache of a model, as its layouts say: one arena, allocated once, of which every layer's tensors are views."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fwd.kernels.ops import KV, KVCache
+from fwd.models.layout import CacheLayout, KVFormat, Paged, groups
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
+
+def new_cache(layouts: tuple[CacheLayout, ...], units: Sequence[int], page_size: int, kv: KVFormat) -> KVCache:
+    """Return an empty cache of `units[g]` pages for group g of `groups(layouts)`.
+
+    Takes exactly Σ units[g] · group.unit_bytes(page_size, kv) bytes, which are touched as they are written.
+    """
+    assert page_size > 0, page_size
+    assert page_size % 4 == 0, page_size
+    plan = list(zip(groups(layouts), units, strict=True))
+    arena = _Arena(sum(pages * group.unit_bytes(page_size, kv) for group, pages in plan), page_size, kv)
+    layers: dict[int, KV] = {}
+    for number, (group, pages) in enumerate(plan):
+        for layout in group.layouts:
+            assert isinstance(layout, Paged), f"{type(layout).__name__} keeps no keys and values"
+            layers |= {layer: arena.layer(layout, number, pages) for layer in layout.layers}
+    assert arena.free == 0, f"{arena.free} bytes are nobody's"
+    return KVCache(tuple(layers[index] for index in range(len(layers))))
+
+
+class _Arena:
+    """Bytes that are handed out front to back."""
+
+    def __init__(self, size: int, page_size: int, kv: KVFormat) -> None:
+        self._bytes = torch.empty(size, dtype=torch.uint8)
+        self._used = 0
+        self._page_size, self._kv = page_size, kv
+
+    @property
+    def free(self) -> int:
+        return len(self._bytes) - self._used
+
+    def layer(self, layout: Paged, group: int, pages: int) -> KV:
+        heads = (pages * self._page_size, layout.kv_heads)
+        keys, values = (self._take((*heads, layout.head_dim), _DTYPES[self._kv]) for _ in range(2))
+        key_scales, value_scales = (self._take(heads, torch.float32) if self._kv == "fp8" else None for _ in range(2))
+        return KV(keys, values, self._page_size, group, layout.window, key_scales, value_scales)
+
+    def _take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        taken = self._bytes[self._used : self._used + torch.Size(shape).numel() * dtype.itemsize]
+        self._used += len(taken)
+        return taken.view(dtype).view(shape)
