@@ -24,6 +24,7 @@ VERBS = {
     "ps": "admin",
     "cancel": "admin",
     "stop": "admin",
+    "plan": "plan",
     "bench": "bench.verb",
 }
 

@@ -1,4 +1,4 @@
-"""From a `Load` to a running loop: device, weights, KV pool."""
+"""From a `Load` to a running loop: plan, weights, cache."""
 
 import os
 import time
@@ -8,76 +8,80 @@ from pathlib import Path
 import torch
 
 from fwd import __version__
+from fwd.engine.device import cpu
+from fwd.engine.keyfile import prefix_key
 from fwd.engine.loop import Loop
-from fwd.engine.pages import PagedSpace
+from fwd.engine.memory import available
+from fwd.engine.plan import Plan, plan
 from fwd.engine.runner import ModelRunner
-from fwd.errors import ConfigError
+from fwd.engine.space import Space
+from fwd.kernels.select import select
 from fwd.models.load import load as load_model
 from fwd.models.load import run_spec
+from fwd.models.model import Model
 from fwd.models.spec import ModelSpec, read_spec
 from fwd.protocol.frames import Channel
 from fwd.protocol.messages import EngineInfo, Load, ToEngine
 
-CHUNK = 64
-PAGE_SIZE = 16
 SMALL_MODEL = 64 << 20
 
 
 def start(
     load: Load, channel: Channel[ToEngine], progress: Callable[[int, int], None], started: float
 ) -> tuple[Loop, EngineInfo]:
-    """Load the model and build the loop; raises `ModelError` or `ConfigError`. `started` is a monotonic time."""
-    folder = Path(load.model)
-    spec = run_spec(read_spec(folder), load.dtype)
-    if load.kv_dtype not in {"auto", spec.dtype}:
-        raise ConfigError(f"kv-dtype: this build keeps the KV cache in the model's {spec.dtype} only")
-    context = _context(load, spec)
-    pages = _pages(load, context, spec.kv_bytes_per_token())
-    threads = load.threads or _threads(spec)
+    """Load the model and build the loop, allocating what is planned; `started` is a monotonic time.
+
+    Raises `ConfigError` before a weight is read if the model does not fit, `ModelError` for what is wrong with it.
+    """
+    planned, key = plan_load(load), prefix_key(load.state_dir)
+    threads = load.threads or _threads(planned.spec)
     torch.set_num_threads(threads)
-    model = load_model(folder, device=load.device, dtype=load.dtype, context=context, progress=progress)
-    runner = ModelRunner(model, pages=pages, page_size=PAGE_SIZE, max_seqs=load.max_seqs, chunk=CHUNK)
-    loop = Loop(channel, runner, PagedSpace(pages, PAGE_SIZE), max_seqs=load.max_seqs, chunk=CHUNK)
-    info = EngineInfo(
+    model = load_model(
+        Path(load.model), device=load.device, dtype=load.dtype, context=planned.context, progress=progress
+    )
+    runner = ModelRunner(model, planned)
+    space = Space(planned.groups, planned.units, planned.page_size, chunk=planned.chunk, key=key)
+    loop = Loop(channel, runner, space, max_seqs=planned.max_seqs, chunk=planned.chunk)
+    return loop, _info(planned, model, threads, (time.monotonic() - started) * 1e3)
+
+
+def plan_load(load: Load) -> Plan:
+    """The plan for what this machine has available now; raises `ConfigError` or `ModelError`."""
+    select(load.device)
+    return plan(
+        run_spec(read_spec(Path(load.model)), load.dtype),
+        cpu(available()),
+        context=load.context,
+        max_seqs=load.max_seqs,
+        kv_dtype=load.kv_dtype,
+        kv_bytes=load.kv_bytes,
+    )
+
+
+def _info(planned: Plan, model: Model, threads: int, load_ms: float) -> EngineInfo:
+    spec = planned.spec
+    return EngineInfo(
         architecture=spec.architecture,
         parameters=spec.weight_bytes() // model.dtype.itemsize,
         weight_bytes=spec.weight_bytes(),
         weights_hash=model.weights_hash,
         vocab_size=spec.vocab,
-        context=context,
-        device="cpu",
+        context=planned.context,
+        device=planned.device.name,
         dtype=spec.dtype,
         kernel_set=model.ops.name,
         build=f"fwd {__version__}, torch {torch.__version__}",
-        chunk=CHUNK,
-        page_size=PAGE_SIZE,
-        pages=pages,
-        kv_bytes=pages * PAGE_SIZE * spec.kv_bytes_per_token(),
-        max_seqs=load.max_seqs,
+        chunk=planned.chunk,
+        page_size=planned.page_size,
+        pages=planned.pages,
+        kv_bytes=planned.kv_bytes,
+        max_seqs=planned.max_seqs,
         threads=threads,
-        load_ms=(time.monotonic() - started) * 1e3,
+        load_ms=load_ms,
         pid=os.getpid(),
+        kv_dtype=planned.kv,
+        memory=planned.items,
     )
-    return loop, info
-
-
-def _context(load: Load, spec: ModelSpec) -> int:
-    """The context asked for, or as much of the model's own as the KV pool holds."""
-    if load.context > spec.max_context:
-        raise ConfigError(f"context: {load.context} is more than the {spec.max_context} tokens of the model")
-    fits = load.kv_bytes // spec.kv_bytes_per_token() // PAGE_SIZE * PAGE_SIZE
-    context = load.context or min(spec.max_context, fits)
-    if not 0 < context <= fits:
-        wanted = max(context, PAGE_SIZE)
-        needed = -(-wanted // PAGE_SIZE) * PAGE_SIZE * spec.kv_bytes_per_token()
-        raise ConfigError(f"kv_bytes: {load.kv_bytes} hold {fits} tokens; raise it to {needed} for {wanted} tokens")
-    return context
-
-
-def _pages(load: Load, context: int, bytes_per_token: int) -> int:
-    """Pages of the KV pool: what `kv_bytes` allows and the sequences can use, one whole context at least."""
-    most = load.kv_bytes // bytes_per_token // PAGE_SIZE
-    return min(most, load.max_seqs * -(-context // PAGE_SIZE))
 
 
 def _threads(spec: ModelSpec) -> int:

@@ -3,10 +3,11 @@
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 COPY_BYTES = 256 << 20
 COPIES = 8
+RunDtype = Literal["float32", "bfloat16"]
 
 
 def bandwidth() -> dict[str, Any]:
@@ -22,12 +23,11 @@ def bandwidth() -> dict[str, Any]:
     return {"gb_per_s": 2 * COPY_BYTES / best / 1e9, "how": how}
 
 
-def step_bytes(folder: Path, dtype: str, context: int) -> int:
+def step_bytes(folder: Path, dtype: RunDtype, context: int) -> int:
     """Bytes one step of one sequence must read: every weight it uses, and the KV cache of `context` tokens."""
     from fwd.models.spec import read_spec  # noqa: PLC0415  # the engine half, only where it is needed
 
-    assert dtype in {"float32", "bfloat16"}
-    return replace(read_spec(folder), dtype=dtype).step_bytes(1, context)  # type: ignore[arg-type]  # asserted
+    return replace(read_spec(folder), dtype=dtype).step_bytes(1, context, dtype)
 
 
 def _seconds(work: Any) -> float:

@@ -22,7 +22,7 @@ class Plan:
     """What to measure: `rounds` answers of `tokens` tokens each way."""
 
     folder: Path
-    dtype: str
+    dtype: ceiling.RunDtype
     rounds: int
     tokens: int
     peer: bool = True

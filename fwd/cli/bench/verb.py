@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -12,12 +12,13 @@ from fwd.cli.options import json_option, uds_option
 from fwd.config import load
 
 PARTS = ("startup", "decode")
+DTYPES = get_args(ceiling.RunDtype)
 
 
 @click.command()
 @click.argument("model", default="demo")
 @click.option("--only", "parts", multiple=True, type=click.Choice(PARTS), help="A part; may repeat (default: all).")
-@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(("float32", "bfloat16")), help="May repeat.")
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(DTYPES), help="May repeat.")
 @click.option("--rounds", default=5, type=click.IntRange(1, 100), help="Runs of everything, in turns; medians count.")
 @click.option("--tokens", default=256, type=click.IntRange(2, 4096), help="Tokens of each answer.")
 @click.option("--peer/--no-peer", default=True, help="Run transformers on the same weights in turns with fwd.")
@@ -29,7 +30,7 @@ PARTS = ("startup", "decode")
 def bench(  # noqa: PLR0917  # one parameter an option
     model: str,
     parts: tuple[str, ...],
-    dtypes: tuple[str, ...],
+    dtypes: tuple[ceiling.RunDtype, ...],
     rounds: int,
     tokens: int,
     peer: bool,
@@ -54,7 +55,7 @@ def bench(  # noqa: PLR0917  # one parameter an option
         result["ceiling"] = ceiling.bandwidth()
         say(f"memory: {result['ceiling']['gb_per_s']:.1f} GB/s, {result['ceiling']['how']}")
         result["decode"] = {}
-        for dtype in dtypes or ("float32", "bfloat16"):
+        for dtype in dtypes or DTYPES:
             plan = decode.Plan(folder, dtype, rounds, tokens, peer=peer, uds=uds)
             found = result["decode"][dtype] = decode.measure(plan, result["ceiling"]["gb_per_s"])
             say(_decode_lines(dtype, found))

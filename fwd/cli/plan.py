@@ -1,0 +1,136 @@
+"""`fwd plan`: what a model takes of a device, by kind, and how fast its memory lets it go. No weight is read."""
+
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from fwd.cli.common import emit
+from fwd.cli.options import json_option, uds_option
+from fwd.config import Config, DType, KVDType, load
+
+if TYPE_CHECKING:
+    from fwd.engine.plan import Plan
+
+GPU_NAMES = ("h100", "h200", "b200")
+
+
+@click.command()
+@click.argument("model", default="demo")
+@click.option("--gpu", type=click.Choice(GPU_NAMES), help="A GPU, here or not (default: the CPU of this machine).")
+@click.option("--context", type=int, help="Tokens of prompt and answer (default: the model's, or what fits).")
+@click.option("--dtype", type=click.Choice(get_args(DType)), help="auto is the checkpoint's.")
+@click.option("--kv-dtype", type=click.Choice(get_args(KVDType)))
+@click.option("--max-seqs", type=int, help="Sequences that run at once, 1 to 16.")
+@click.option("--kv-bytes", type=int, help="Bytes of the KV pool (default: 1 GiB on a CPU, all that is left on a GPU).")
+@click.option("--measure/--no-measure", default=True, help="Measure the bandwidth of this machine for the ceilings.")
+@uds_option
+@json_option
+def plan(gpu: str | None, measure: bool, as_json: bool, **flags: Any) -> None:
+    """Plan MODEL, a folder of which only `config.json` is read, or `demo` (default), as `fwd serve` would load it."""
+    planned = _planned(load(flags), gpu)
+    found = _document(planned, planned.device.bandwidth)
+    if measure and not gpu:
+        from fwd.cli.bench.ceiling import bandwidth  # noqa: PLC0415  # it imports torch: seconds
+
+        found |= _ceilings(planned, bandwidth()["gb_per_s"] * 1e9)
+    if as_json:
+        emit(found)
+    else:
+        click.echo("\n".join(_lines(found)))
+
+
+def _planned(config: Config, gpu: str | None) -> "Plan":
+    from fwd.engine.device import GPUS, cpu  # noqa: PLC0415  # the engine half, only where it is needed
+    from fwd.engine.memory import available  # noqa: PLC0415
+    from fwd.engine.plan import plan as make  # noqa: PLC0415
+    from fwd.models.load import run_spec  # noqa: PLC0415
+    from fwd.models.spec import read_spec  # noqa: PLC0415
+
+    return make(
+        run_spec(read_spec(config.folder), config.dtype),
+        GPUS[gpu] if gpu else cpu(available()),
+        context=config.context,
+        max_seqs=config.max_seqs,
+        kv_dtype=config.kv_dtype,
+        kv_bytes=config.kv_bytes,
+    )
+
+
+def _document(planned: "Plan", bandwidth: float) -> dict[str, Any]:
+    """Everything that is printed. All sizes are bytes; `total` is taken at load, `needed` includes the reserve."""
+    spec = planned.spec
+    return {
+        "architecture": spec.architecture,
+        "dtype": spec.dtype,
+        "kv_dtype": planned.kv,
+        "device": planned.device.name,
+        "available": planned.device.memory,
+        "context": planned.context,
+        "max_seqs": planned.max_seqs,
+        "chunk": planned.chunk,
+        "page_size": planned.page_size,
+        "memory": planned.items,
+        "total": planned.total,
+        "reserve": planned.device.reserve,
+        "needed": planned.needed,
+        "index": planned.index_bytes,
+        "groups": [
+            {"kind": group.kind, "window": group.window, "units": units}
+            for group, units in zip(planned.groups, planned.units, strict=True)
+        ],
+        "token": planned.token_bytes,
+        "sequence": spec.kv_bytes(planned.context, planned.kv),
+        **_ceilings(planned, bandwidth),
+    }
+
+
+def _ceilings(planned: "Plan", bandwidth: float) -> dict[str, Any]:
+    """`bandwidth` in bytes a second; no ceilings where it is 0: not known."""
+    from fwd.engine.plan import ceilings  # noqa: PLC0415
+
+    found = ceilings(planned, bandwidth) if bandwidth else []
+    return {"bandwidth": bandwidth, "ceilings": [each._asdict() for each in found]}
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    return [
+        f"{found['architecture']} in {found['dtype']}, KV in {found['kv_dtype']}, on {found['device']}; bytes:",
+        *(_row(kind, size) for kind, size in found["memory"].items()),
+        _row("total", found["total"]),
+        _row("reserve", found["reserve"]),
+        f"fits: {found['needed']:,} of {found['available']:,} bytes with the reserve",
+        *_capacity(found),
+        *_speed(found),
+    ]
+
+
+def _row(kind: str, size: int) -> str:
+    return f"  {kind:<20} {size:>18,}"
+
+
+def _capacity(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"capacity: {found['max_seqs']} sequences, contexts of up to {found['context']} tokens",
+        f"cache: {', '.join(_pool(each) for each in found['groups'])}; a page holds {found['page_size']} tokens",
+        f"a token takes {found['token']:,} bytes of KV, a whole context {found['sequence']:,}",
+    ]
+    host = f"on the host: {found['index']:,} bytes for pages and prefix tree"
+    return lines if "prefix_index" in found["memory"] else [*lines, host]
+
+
+def _pool(group: dict[str, Any]) -> str:
+    window = f" window of {group['window']}" if group["window"] else ""
+    return f"{group['units']} {'records' if group['kind'] == 'state' else 'pages'} ({group['kind']}{window})"
+
+
+def _speed(found: dict[str, Any]) -> list[str]:
+    if not found["ceilings"]:
+        return []
+    return [
+        f"ceiling: memory of {found['bandwidth'] / 1e9:,.1f} GB/s; each sequence at {found['context']} tokens",
+        f"  {'rows':>4} {'bytes/step':>18} {'ms':>10} {'tokens/s':>10}",
+        *(
+            f"  {each['rows']:>4} {each['bytes']:>18,} {each['ms']:>10.3f} {each['tokens_per_s']:>10,.1f}"
+            for each in found["ceilings"]
+        ),
+    ]

@@ -1,0 +1,42 @@
+"""What a plan needs to know of a device, also of one that is not in this machine. No torch here."""
+
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What a plan needs to know of a device. Sizes in bytes, `bandwidth` in bytes a second (0: to be measured).
+
+    `pool` bounds a KV pool of which no size is asked for, `reserve` stays free.
+    """
+
+    name: str
+    memory: int
+    bandwidth: float
+    chunk: int  # rows of a prefill chunk
+    pool: int
+    graphs: int
+    reserve: int
+
+
+def cpu(memory: int) -> Device:
+    """This machine with `memory` bytes available.
+
+    The reserve holds Python and torch (0.2 GiB once imported), the ids of open requests and oneDNN's scratch pads.
+    """
+    return Device("cpu", memory, bandwidth=0.0, chunk=64, pool=1 << 30, graphs=0, reserve=512 << 20)
+
+
+def _gpu(name: str, memory: float, bandwidth: float) -> Device:
+    """Assumed until measured: 40 MB a captured graph, and 1 GiB for the context, its modules and library workspaces."""
+    graphs = 5 * 40_000_000  # buckets 1, 2, 4, 8, 16
+    return Device(name, int(memory), bandwidth, chunk=512, pool=sys.maxsize, graphs=graphs, reserve=1 << 30)
+
+
+# Memory is about what the driver reports of an idle device, bandwidth what the data sheet says.
+GPUS = {
+    "h100": _gpu("h100", 85.0e9, 3.35e12),
+    "h200": _gpu("h200", 150.1e9, 4.8e12),
+    "b200": _gpu("b200", 191.5e9, 8.0e12),
+}

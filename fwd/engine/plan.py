@@ -1,0 +1,282 @@
+"""What a model takes of a device, in bytes, before any weight is read, and how fast that memory lets it go. No torch.
+
+The engine allocates exactly what stands here when it loads, and nothing in the decode path.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from fwd.engine.device import Device
+from fwd.engine.prefix import NODE_BYTES
+from fwd.engine.scheduler import MAX_ROWS
+from fwd.errors import ConfigError
+from fwd.models.layout import KV_ITEMSIZE, CacheLayout, Group, KVFormat, Latent, Paged, State, groups
+from fwd.models.spec import ITEMSIZE, ModelSpec
+
+PAGE_SIZE = 16  # tokens
+STEP_ROWS = (1, 2, 4, 8)  # of which ceilings are given
+UNIT_BYTES = 56  # what a pool remembers of a page or record: four list entries and an int
+FP8_BLOCK = 16  # kernels read fp8 vectors in blocks of 16 bytes
+PIECES = 256  # at most, in which attention splits a context (DESIGN §4)
+PIECE = 4096  # tokens, of a piece on the CPU
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything a loaded model takes of a device, for `max_seqs` sequences of up to `context` tokens.
+
+    `units` are the pages (or records of states) of each group, in the order of `groups`.
+    """
+
+    spec: ModelSpec  # in the dtype it runs in
+    device: Device
+    kv: KVFormat
+    max_seqs: int
+    context: int
+    units: tuple[int, ...]
+    page_size: int = PAGE_SIZE
+
+    @property
+    def chunk(self) -> int:
+        """Rows of a prefill chunk."""
+        return self.device.chunk
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """What shares pages."""
+        return groups(self.spec.cache)
+
+    @property
+    def pages(self) -> int:
+        """Pages of the first paged group, which is the full one where there is one."""
+        return next((units for group, units in zip(self.groups, self.units, strict=True) if group.kind != "state"), 0)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the whole KV pool."""
+        return sum(_pool_items(self).values())
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of KV a token takes, in all layers, as long as it is in their windows."""
+        return sum(group.unit_bytes(1, self.kv) for group in self.groups if group.kind != "state")
+
+    @property
+    def items(self) -> dict[str, int]:
+        """Bytes by kind, all of them on the device; a packed matrix counts without padding of its own."""
+        return {
+            f"weights_{self.spec.dtype}": _weights(self.spec),
+            f"head_{_head_dtype(self)}": _head(self),
+            "rope": self.context * self.spec.head_dim * 4,  # cos and sin, float32 [context, 2, head_dim/2]
+            **_pool_items(self),
+            "steps": _step_buffers(self, MAX_ROWS, self.max_seqs) + _step_buffers(self, self.chunk, 1),
+            "workspace": max(_workspace(self, MAX_ROWS), _workspace(self, self.chunk)) + _logits(self),
+            **({"prefix_index": self.index_bytes} if self.device.name == "cpu" else {}),
+            "graphs": self.device.graphs,
+            "drafter": 0,
+        }
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of host memory for the books on pages and for the prefix tree when all pages are in it."""
+        return max(self.units) * NODE_BYTES + sum(self.units) * UNIT_BYTES
+
+    @property
+    def total(self) -> int:
+        """Bytes that the engine takes."""
+        return sum(self.items.values())
+
+    @property
+    def needed(self) -> int:
+        """Bytes that must be available: the reserve and the total, or what the head takes while it is packed."""
+        return max(self.total, _weights(self.spec) + _head(self) + _unpacked_head(self)) + self.device.reserve
+
+
+def plan(
+    spec: ModelSpec, device: Device, *, context: int = 0, max_seqs: int = 16, kv_dtype: str = "auto", kv_bytes: int = 0
+) -> Plan:
+    """Plan a model, `spec` being in the dtype it will run in, so that it fits.
+
+    `context` 0 is the model's own or the largest that fits; `kv_bytes` 0 is what the device's `pool` says, or what one
+    context that was asked for takes. Raises `ConfigError` for what the model cannot take, and for what does not fit,
+    naming what would.
+    """
+    if context > spec.max_context:
+        raise ConfigError(f"context: {context} is more than the {spec.max_context} tokens of the model")
+    draft = Plan(spec, device, kv_format(spec, kv_dtype), max_seqs, 0, ())
+    pool = kv_bytes or max(device.pool, _sized(draft, context).kv_bytes)
+
+    def fits(sized: Plan) -> bool:
+        return sized.kv_bytes <= pool and sized.needed <= device.memory
+
+    largest = _most(1, spec.max_context, lambda tokens: fits(_sized(draft, tokens)))
+    if not 0 < (context or largest) <= largest:
+        raise _refusal(draft, context, pool, largest)
+    whole = _pages(context or largest)
+    most = _most(whole, max_seqs * whole, lambda pages: fits(_sized(draft, context or largest, pages)))
+    return _sized(draft, context or largest, most)
+
+
+def kv_format(spec: ModelSpec, kv_dtype: str) -> KVFormat:
+    """What the pages of a model are kept in; raises `ConfigError` for a `kv_dtype` that it cannot take."""
+    match spec.dtype if kv_dtype == "auto" else kv_dtype:
+        case "float32" | "bfloat16" | "fp8" as kv:
+            pass
+        case other:
+            raise ConfigError(f"kv-dtype: unknown {other!r}: use auto, {', '.join(KV_ITEMSIZE)}")
+    paged = [layout for layout in spec.cache if not isinstance(layout, State)]
+    if kv_dtype not in {"auto", "float32"} and not paged:
+        raise ConfigError(
+            f"kv-dtype: the model keeps states only, which are float32: {kv_dtype} is for pages, leave it out"
+        )
+    width = next((_width(layout) for layout in paged if _width(layout) % FP8_BLOCK), 0)
+    if kv == "fp8" and width:
+        raise ConfigError(
+            f"kv-dtype: fp8 needs vectors of a multiple of {FP8_BLOCK}, the model has {width}: use bfloat16"
+        )
+    return kv
+
+
+class Ceiling(NamedTuple):
+    """What a decode step of `rows` sequences cannot be faster than."""
+
+    rows: int
+    bytes: int
+    ms: float
+    tokens_per_s: float
+
+
+def ceilings(plan: Plan, bandwidth: float) -> list[Ceiling]:
+    """The bytes a step must read at the plan's context over `bandwidth` (bytes a second), for some numbers of rows."""
+    sizes = [(rows, plan.spec.step_bytes(rows, plan.context, plan.kv)) for rows in STEP_ROWS]
+    return [Ceiling(rows, size, size / bandwidth * 1e3, rows * bandwidth / size) for rows, size in sizes]
+
+
+def _most(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The largest number in low … high that fits, low − 1 if none does. None above one that does not fit fits."""
+    return low - 1 + bisect_left(range(low, high + 1), x=True, key=lambda number: not fits(number))
+
+
+def _refusal(draft: Plan, asked: int, pool: int, largest: int) -> ConfigError:
+    """Why not even one sequence of the context asked for fits, and what would."""
+    device, wanted = draft.device, asked or min(PAGE_SIZE, draft.spec.max_context)
+    sized = _sized(draft, wanted)
+    if sized.needed <= device.memory:
+        held = _most(1, wanted, lambda tokens: _sized(draft, tokens).kv_bytes <= pool)
+        return ConfigError(f"kv_bytes: {pool} hold {held} tokens; raise it to {sized.kv_bytes} for {wanted} tokens")
+    there = f"and {device.name} has {device.memory:,}"
+    if largest:
+        return ConfigError(f"context: {wanted} tokens need {sized.needed:,} bytes {there}: {largest} tokens would fit")
+    return ConfigError(f"the model does not fit: it needs {_sized(draft, 1).needed:,} bytes at least {there}")
+
+
+def _sized(draft: Plan, context: int, pages: int = 0) -> Plan:
+    """The draft for `context` tokens, with `pages` in the full group, or with what one context takes."""
+    sized = replace(draft, context=context, units=())
+    return replace(sized, units=tuple(_units(sized, group, pages or _pages(context)) for group in sized.groups))
+
+
+def _units(plan: Plan, group: Group, pages: int) -> int:
+    match group.kind:
+        case "full":
+            return pages
+        case "sliding":
+            return plan.max_seqs * (_window_pages(plan, group.window) + _kept_pages(plan, group.window))
+        case "state":
+            return _records(plan.max_seqs)
+
+
+def _window_pages(plan: Plan, window: int) -> int:
+    """Pages of one sequence: a window and a chunk that begin and end inside pages, and never more than a context."""
+    return min((window + plan.chunk) // plan.page_size + 2, _pages(plan.context) + 1)
+
+
+def _kept_pages(plan: Plan, window: int) -> int:
+    """Pages by which the prefix cache lets one more sequence go on: the window before its end."""
+    return min(window // plan.page_size + 2, _pages(plan.context) + 1)
+
+
+def _records(max_seqs: int) -> int:
+    """Records: the current ones, one a row of a step, two for a chunk in flight, and snapshots to go on from."""
+    return max_seqs + MAX_ROWS + 2 * max_seqs + 4 * max_seqs
+
+
+def _pages(tokens: int) -> int:
+    return -(-tokens // PAGE_SIZE)
+
+
+def _width(layout: CacheLayout) -> int:
+    """Values of one vector of a paged layout."""
+    match layout:
+        case Paged():
+            return layout.head_dim
+        case Latent():
+            return layout.width
+        case State():
+            return 0
+
+
+def _pool_items(plan: Plan) -> dict[str, int]:
+    return {
+        f"kv_{group.kind}{f'_{group.window}' if group.window else ''}": units
+        * group.unit_bytes(plan.page_size, plan.kv)
+        for group, units in zip(plan.groups, plan.units, strict=True)
+    }
+
+
+def _matrix(spec: ModelSpec, dtype: str) -> int:
+    """Bytes of an embedding or a head."""
+    return spec.vocab * spec.hidden * ITEMSIZE[dtype]
+
+
+def _weights(spec: ModelSpec) -> int:
+    """Bytes of the weights but the head."""
+    return spec.weight_bytes() - (0 if spec.tied else _matrix(spec, spec.dtype))
+
+
+def _head_dtype(plan: Plan) -> str:
+    """The reference keeps the head in float32, since products of narrower matrices are rounded to their dtype."""
+    return "float32" if plan.device.name == "cpu" else plan.spec.dtype
+
+
+def _head(plan: Plan) -> int:
+    """Bytes of the head as it is streamed, which a tied model has beside the embedding that it is a copy of."""
+    return _matrix(plan.spec, _head_dtype(plan))
+
+
+def _unpacked_head(plan: Plan) -> int:
+    """Bytes beside the weights while the head is packed: what was read of it, and the same in the head's dtype."""
+    spec, head = plan.spec, _head_dtype(plan)
+    return (0 if spec.tied else _matrix(spec, spec.dtype)) + (0 if spec.dtype == head else _matrix(spec, head))
+
+
+def _step_buffers(plan: Plan, rows: int, sequences: int) -> int:
+    """int64 [rows]: ids, positions, sequences, parents, records, slots per paged group; block tables in int32."""
+    paged = sum(group.kind != "state" for group in plan.groups)
+    states = len(plan.groups) - paged
+    return 8 * rows * (4 + paged + 2 * states) + 4 * paged * sequences * _pages(plan.context)
+
+
+def _workspace(plan: Plan, rows: int) -> int:
+    """Activations of one layer's widest moment, and what attention splits or gathers."""
+    spec = plan.spec
+    width = 4 * spec.hidden + spec.qkv_width + spec.heads * spec.head_dim + 3 * spec.intermediate
+    return rows * width * ITEMSIZE[spec.dtype] + (_gathered(plan, rows) if plan.device.name == "cpu" else _split(plan))
+
+
+def _split(plan: Plan) -> int:
+    """float32 [rows, heads, pieces, head_dim + 2]: the sum, maximum and weighted values of each piece."""
+    return MAX_ROWS * plan.spec.heads * PIECES * (plan.spec.head_dim + 2) * 4
+
+
+def _gathered(plan: Plan, rows: int) -> int:
+    """One piece of keys and values, and its scores of all rows, in float32."""
+    spec, cells = plan.spec, min(plan.context, PIECE)
+    return 4 * cells * (2 * spec.kv_heads * spec.head_dim + rows * spec.heads)
+
+
+def _logits(plan: Plan) -> int:
+    """float32 [rows, vocab]: the logits, and the sampler's copy."""
+    return 2 * MAX_ROWS * plan.spec.vocab * 4
