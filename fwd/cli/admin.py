@@ -46,7 +46,14 @@ def _engine_rows(engine: EngineInfo) -> list[tuple[str, str]]:
             f"{engine.device} ({engine.kernel_set}), {engine.dtype}, {engine.threads} threads, pid {engine.pid}",
         ),
         ("weights", f"{engine.architecture}, {size}, {engine.weights_hash}"),
+        *([("memory", _memory(engine))] if engine.memory else []),
     ]
+
+
+def _memory(engine: EngineInfo) -> str:
+    """The plan that the engine allocated."""
+    items = ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in engine.memory.items() if size)
+    return f"{sum(engine.memory.values()) / 1e6:.1f} MB: {items}"
 
 
 @click.command()
