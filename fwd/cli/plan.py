@@ -43,8 +43,7 @@ def _planned(config: Config, gpu: str | None) -> "Plan":
     from fwd.engine.device import GPUS, cpu  # noqa: PLC0415  # the engine half, only where it is needed
     from fwd.engine.memory import available  # noqa: PLC0415
     from fwd.engine.plan import plan as make  # noqa: PLC0415
-    from fwd.models.load import run_spec  # noqa: PLC0415
-    from fwd.models.spec import read_spec  # noqa: PLC0415
+    from fwd.models.spec import read_spec, run_spec  # noqa: PLC0415
 
     return make(
         run_spec(read_spec(config.folder), config.dtype),

@@ -17,9 +17,8 @@ from fwd.engine.runner import ModelRunner
 from fwd.engine.space import Space
 from fwd.kernels.select import select
 from fwd.models.load import load as load_model
-from fwd.models.load import run_spec
 from fwd.models.model import Model
-from fwd.models.spec import ModelSpec, read_spec
+from fwd.models.spec import ModelSpec, read_spec, run_spec
 from fwd.protocol.frames import Channel
 from fwd.protocol.messages import EngineInfo, Load, ToEngine
 

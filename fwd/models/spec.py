@@ -5,7 +5,7 @@ Fields that would change the mathematics in an unsupported way are refused by na
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,6 +138,15 @@ def read_spec(folder: Path) -> ModelSpec:
     if not isinstance(config, dict):
         raise ModelError(f"{path}: expected a JSON object, found {type(config).__name__}")
     return parse_spec(config)
+
+
+def run_spec(spec: ModelSpec, dtype: str) -> ModelSpec:
+    """Return the spec in the dtype it will run in: `auto` is the checkpoint's. Raises ModelError for any other."""
+    match spec.dtype if dtype == "auto" else dtype:
+        case "float32" | "bfloat16" as name:
+            return replace(spec, dtype=name)
+        case other:
+            raise ModelError(f"{other} is not supported: use --dtype bfloat16 or float32")
 
 
 def parse_spec(config: dict[str, Any]) -> ModelSpec:
