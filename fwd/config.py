@@ -18,12 +18,13 @@ Positive = Annotated[float, Meta(gt=0)]
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything that can be set. Sizes are in bytes, times in seconds, `context` and `max_queue` in tokens/requests.
+    """Everything that can be set. Sizes are in bytes, times in seconds, `context` and `max_queue` in tokens.
 
     `model` is a Hugging Face folder or `demo`. `http` holds `HOST:PORT`, `unix:PATH` or `none`. `kv_bytes` bounds the
-    KV pool; `context` 0 is the model's own, or what the pool holds if that is less. `threads` 0 is one, and one a core
-    for a model over 64 MiB. `keys` is a file with one lower-case SHA-256 of a key a line; `hosts` are Host headers
-    allowed besides the addresses bound.
+    KV pool; 0 is 1 GiB on the CPU, and on a GPU what the plan leaves. `context` 0 is the model's own, or what the pool
+    holds if that is less. `max_queue` bounds what waits for the engine, except for one request alone. `threads` 0 is
+    one, and one a core for a model over 64 MiB. `state_dir` holds what outlives the daemon. `keys` is a file with one
+    lower-case SHA-256 of a key a line; `hosts` are Host headers allowed besides the addresses bound.
     """
 
     model: str = "demo"
@@ -37,7 +38,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_bytes: Annotated[int, Meta(ge=0)] = 0
     draft_model: str = ""
     max_seqs: Annotated[int, Meta(ge=1, le=16)] = 16
-    max_queue: Annotated[int, Meta(ge=1, le=8192)] = 256
+    max_queue: Annotated[int, Meta(ge=1, le=2**40)] = 1 << 20
     max_body: Annotated[int, Meta(ge=1024, le=1 << 30)] = 32 << 20
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     keys: str = ""
@@ -64,6 +65,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def socket_path(self) -> Path:
         """Where the fwd protocol listens (DESIGN §7)."""
         return Path(self.uds) if self.uds else default_socket()
+
+    @property
+    def state_path(self) -> Path | None:
+        """The state directory: `state_dir`, else the first of systemd's `$STATE_DIRECTORY`, else none."""
+        first = self.state_dir or os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+        return Path(first) if first else None
 
 
 def default_socket() -> Path:

@@ -34,6 +34,7 @@ from fwd.protocol.messages import (
     Message,
     Ping,
     Pong,
+    Prefilling,
     PromptLogprobs,
     Ready,
     Reason,
@@ -77,8 +78,9 @@ class Script(Struct, forbid_unknown_fields=True):
 
     Tokens are `text` (repeated) or drawn by hash from `low` … `vocab` − 1; the one at index `eos_at` is `eos`.
     A frame carries `per_frame[step]` tokens. A step is made whenever there is work, or with `pace="ping"` one for each
-    ping. The load waits until the file `hold` exists. A running prompt that holds an id in `poison` kills.
-    `hashes[life]` is the weights' hash.
+    ping. A prompt is read `chunk` tokens a step, 0: whole in the first one. `cached` is what each answer says about the
+    prefix cache, and `memory` the plan. The load waits until the file `hold` exists. A running prompt that holds an id
+    in `poison` kills. `hashes[life]` is the weights' hash.
     """
 
     vocab: int = 4096
@@ -89,6 +91,9 @@ class Script(Struct, forbid_unknown_fields=True):
     eos: int = 0
     eos_at: int = -1
     per_frame: tuple[int, ...] = (1,)
+    chunk: int = 0
+    cached: Timing = Timing()
+    memory: dict[str, int] = {}
     pace: Literal["free", "ping"] = "free"
     loading: int = 2
     hold: str = ""
@@ -172,6 +177,7 @@ class Row:
     number: int
     length: int
     steps: int = 0
+    read: int = 0
     scored: int = 1
 
     @classmethod
@@ -193,17 +199,22 @@ class Row:
         return token(self.script, self.number, len(self.ids), self.submit.limits)
 
     def end(self) -> Finished | None:
-        limits = self.submit.limits
-        timing = Timing(steps=self.steps)
+        limits, timing = self.submit.limits, self.timing()
         if self.ids and self.ids[-1] in limits.stop_ids and len(self.ids) > limits.min_tokens:
             return Finished(id=self.submit.id, reason="stop", stop_id=self.ids[-1], timing=timing)
         if len(self.ids) >= self.length:
             return Finished(id=self.submit.id, reason="length", timing=timing)
         return None
 
+    def timing(self) -> Timing:
+        return msgspec.structs.replace(self.script.cached, steps=self.steps)
+
     def step(self, count: int) -> Iterator[Message]:
-        """The frames of one step that commits up to `count` tokens."""
+        """The frames of one step that reads a chunk or commits up to `count` tokens."""
         self.steps += 1
+        self.read = min(len(self.prompt), self.read + (self.script.chunk or len(self.prompt)))
+        if self.read < len(self.prompt):
+            return
         yield from self.scores()
         start = len(self.ids)
         while len(self.ids) < start + count and self.end() is None:
@@ -251,6 +262,7 @@ class FakeEngine:
         self.rows: dict[int, Row] = {}
         self.steps = 0
         self.sent = 0
+        self.computed = 0
         self.standing = False
 
     def run(self) -> None:
@@ -297,6 +309,7 @@ class FakeEngine:
             chunk=64,
             page_size=16,
             pages=self.script.pages,
+            memory=self.script.memory,
             max_seqs=self.load.max_seqs,
             pid=os.getpid(),
         )
@@ -308,8 +321,8 @@ class FakeEngine:
             case Submit():
                 self.rows[message.id] = Row.of(self.script, message)
             case Cancel():
-                if self.rows.pop(message.id, None):
-                    self.channel.send(Finished(id=message.id, reason="cancelled"))
+                if row := self.rows.pop(message.id, None):
+                    self.channel.send(Finished(id=message.id, reason="cancelled", timing=row.timing()))
             case Ping():
                 if self.script.pace == "ping" and not self.standing:
                     self.step()
@@ -330,24 +343,31 @@ class FakeEngine:
             waiting=len(self.rows) - running,
             pages_free=self.script.pages - running,
             pages_total=self.script.pages,
+            computed=self.computed,
+            prefilling=[
+                Prefilling(id=row.submit.id, done=row.read, total=len(row.prompt))
+                for row in self.running()
+                if row.read < len(row.prompt)
+            ],
         )
 
     def step(self) -> None:
         """One step for every running row, sent in one go; the fault comes after exactly its number of tokens."""
         frames: list[Message] = []
-        for row in self.running():
+        for row in (rows := self.running()):
             left = self.fault.after - self.sent if self.fault else sys.maxsize
-            poisoned = not set(self.script.poison).isdisjoint(row.prompt)
+            poisoned = any(token in row.prompt for token in self.script.poison)
             if poisoned or left <= 0:
                 self.channel.send(*frames)
                 self.suffer("kill" if poisoned or not self.fault else self.fault.kind, row)
                 return
-            before = len(row.ids)
+            before, read = len(row.ids), row.read
             frames += row.step(min(left, self.script.per_frame[self.steps % len(self.script.per_frame)]))
             self.sent += len(row.ids) - before
+            self.computed += len(row.ids) - before + row.read - read
             if row.end():
                 del self.rows[row.submit.id]
-        self.steps += bool(frames)
+        self.steps += bool(rows)
         self.channel.send(*frames)
 
     def suffer(self, kind: str, row: Row) -> None:

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from fwd.api import health, models, requests
 from fwd.api.access import Access
+from fwd.api.body import INBOX, Inbox
 from fwd.api.context import CREATED, METRICS, RUNNING, SERVICE
 from fwd.api.exposition import CONTENT_TYPE
 from fwd.api.metrics import Metrics
@@ -19,6 +20,7 @@ from fwd.api.running import Running
 from fwd.api.server_log import ServerLog
 from fwd.front.service import Service
 
+BODIES = 4  # of the greatest size: how much of requests may be on its way at a time
 RUNNER: dict[str, Any] = {
     "logger": ServerLog(),
     "handler_cancellation": True,
@@ -36,6 +38,7 @@ def build(service: Service) -> web.Application:
     app[SERVICE] = service
     app[METRICS] = Metrics(service)
     app[RUNNING] = Running()
+    app[INBOX] = Inbox(BODIES * service.config.max_body)
     app[CREATED] = int(time.time())
     app.on_response_prepare.append(name_response)
     app.cleanup_ctx.append(_watched)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from aiohttp import web
+from msgspec.structs import asdict
 
 from fwd.api.context import SERVICE
 from fwd.api.replies import reply
@@ -34,10 +35,18 @@ async def get_health(request: web.Request) -> web.Response:
         "engine": {
             "steps": keeper.pong.steps,
             "progress_age_s": round(keeper.progress_age, 3),
+            "tokens_per_second": round(keeper.pace.rate, 1),
             "pages_free": status.pages_free,
+            "pages_cached": status.pages_cached,
             "pages_total": status.pages_total,
         },
-        "queue": {"running": status.running, "waiting": status.waiting, "limit": service.config.max_queue},
+        "queue": {
+            "running": status.running,
+            "waiting": status.waiting,
+            "tokens": status.queue_tokens,
+            "limit": status.queue_limit,
+        },
+        "prefilling": [asdict(prefill) for prefill in keeper.pong.prefilling],
         "restarts": keeper.restarts,
         "resumes": keeper.resumes,
     }

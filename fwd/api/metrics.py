@@ -3,13 +3,13 @@
 import asyncio
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from fwd import __version__
 from fwd.api.exposition import Histogram, Kind, Sample, family
 from fwd.front.service import Service
 from fwd.front.streams import Stream
-from fwd.protocol.messages import EngineInfo
+from fwd.protocol.messages import CacheMiss, EngineInfo, Timing
 
 TICK = 0.25
 REASONS = {"stop": "stop", "length": "length", "cancelled": "abort"}  # vLLM's words
@@ -34,6 +34,7 @@ class Metrics:
         self._errors: Counter[str] = Counter()
         self._prompt_tokens = 0
         self._cached_tokens = 0
+        self._missed: Counter[str] = Counter(dict.fromkeys(filter(None, get_args(CacheMiss)), 0))
         self._lag = 0.0
         self._first_token = Histogram()
         self._latency = Histogram()
@@ -67,7 +68,12 @@ class Metrics:
         elif stream.finished:
             self._reasons[REASONS[stream.finished.reason]] += 1
             self._observe(stream, (stream.ended or stream.created) - stream.created)
-            self._cached_tokens += stream.finished.timing.cached_tokens
+            self._account(stream, stream.finished.timing)
+
+    def _account(self, stream: Stream, timing: Timing) -> None:
+        self._cached_tokens += timing.cached_tokens
+        if timing.cache_miss:
+            self._missed[timing.cache_miss] += max(0, len(stream.prompt) - timing.cached_tokens)
 
     def _observe(self, stream: Stream, seconds: float) -> None:
         self._latency.observe(seconds)
@@ -81,13 +87,21 @@ class Metrics:
     def _state(self) -> Iterator[Metric]:
         status = self._service.status()
         info = status.engine or EngineInfo()
-        used = 1 - status.pages_free / status.pages_total if status.pages_total else 0.0
+        free, cached = status.pages_free, status.pages_cached
+        held = max(0, status.pages_total - free - cached)
+        pages = [("", {"state": state}, count) for state, count in (("free", free), ("cached", cached), ("held", held))]
+        memory = [("", {"kind": kind}, size) for kind, size in info.memory.items()]
+        used = held / status.pages_total if status.pages_total else 0.0
         build = {"version": __version__, "device": info.device, "dtype": info.dtype, "kernel_set": info.kernel_set}
         yield Metric("fwd_build_info", "gauge", "Build and device.", [("", build, 1)])
         yield _value("fwd_ready", "gauge", "The engine is ready.", status.state == "ready")
         yield _value("fwd_requests_running", "gauge", "Requests in the engine.", status.running, "num_requests_running")
         yield _value("fwd_requests_waiting", "gauge", "Requests that wait.", status.waiting, "num_requests_waiting")
+        yield _value("fwd_queue_tokens", "gauge", "Tokens of requests that have not begun.", status.queue_tokens)
+        yield _value("fwd_queue_limit_tokens", "gauge", "How many may wait.", status.queue_limit)
         yield _value("fwd_kv_usage_ratio", "gauge", "Share of KV pages in use.", used, "kv_cache_usage_perc")
+        yield Metric("fwd_pages", "gauge", "KV pages by who holds them.", pages)
+        yield Metric("fwd_memory_bytes", "gauge", "Planned memory.", memory)
         yield _value("fwd_event_loop_lag_seconds", "gauge", "How late the event loop wakes.", self._lag)
 
     def _engine(self) -> Iterator[Metric]:
@@ -103,10 +117,14 @@ class Metrics:
         made = self._service.tokens_out + open_tokens
         reasons = [("", {"finished_reason": reason}, count) for reason, count in self._reasons.items()]
         errors = [("", {"code": code}, count) for code, count in self._errors.items()]
+        missed = [("", {"cause": cause}, count) for cause, count in self._missed.items()]
+        shed = [("", {"reason": code}, count) for code, count in self._service.shed.items()]
         yield Metric("fwd_requests_total", "counter", "Ended requests.", reasons, "vllm:request_success_total")
         yield Metric("fwd_request_errors_total", "counter", "Requests that failed.", errors)
         yield _value("fwd_prompt_tokens_total", "counter", "Tokens read.", self._prompt_tokens, "prompt_tokens_total")
         yield _value("fwd_cached_tokens_total", "counter", "Prompt tokens from the cache.", self._cached_tokens)
+        yield Metric("fwd_prefix_miss_tokens_total", "counter", "Prompt tokens not in the cache.", missed)
+        yield Metric("fwd_shed_total", "counter", "Requests told to come again.", shed)
         yield _value("fwd_generation_tokens_total", "counter", "Tokens made.", made, "generation_tokens_total")
 
     def _times(self) -> Iterator[Metric]:

@@ -8,9 +8,9 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from fwd.api.access import Access
-from fwd.api.context import REQUEST_ID
+from fwd.api.context import REQUEST_ID, SERVICE
 from fwd.api.replies import error_reply
-from fwd.errors import BadRequestError, BodyTooLargeError, FwdError, MethodNotAllowedError, NotFoundError
+from fwd.errors import BadRequestError, FwdError, MethodNotAllowedError, NotFoundError
 
 log = structlog.get_logger("fwd.http")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -26,6 +26,7 @@ def border(access: Access) -> Middleware:
             access.check(request)
             return await handler(request)
         except FwdError as error:
+            request.app[SERVICE].count_shed(error)
             return error_reply(error)
         except (web.HTTPException, web.RequestPayloadError) as error:
             response = error_reply(_translated(error, request))
@@ -54,8 +55,6 @@ def _request_id(request: web.Request) -> str:
 
 def _translated(error: web.HTTPException | web.RequestPayloadError, request: web.Request) -> FwdError:
     match error:
-        case web.HTTPRequestEntityTooLarge():
-            return BodyTooLargeError(f"the body is larger than {request.client_max_size} bytes, which is the limit")
         case web.HTTPMethodNotAllowed():
             allowed = ", ".join(sorted(error.allowed_methods))
             return MethodNotAllowedError(f"{request.method} is not possible on {request.path}: use {allowed}")

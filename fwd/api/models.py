@@ -6,13 +6,15 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from fwd.api.body import read_body
+from fwd.api.body import reading
 from fwd.api.context import CREATED, SERVICE, serving
 from fwd.api.openai.parameters import ModelName
 from fwd.api.replies import reply
 from fwd.errors import BadRequestError
+from fwd.front.bounds import over_context
 from fwd.front.prompts import Chat
-from fwd.front.service import Service, over_context
+from fwd.front.service import Service
+from fwd.protocol.ids import unpack_ids
 from fwd.protocol.messages import TokenId
 from fwd.text.tokenizer import Tokenizer
 
@@ -57,9 +59,9 @@ async def get_model(request: web.Request) -> web.Response:
 
 async def post_tokenize(request: web.Request) -> web.Response:
     """Ids of a text or a chat, as a request with it would see them."""
-    body = await read_body(request, _tokenize)
-    service = serving(request, body.model)
-    ids = await _encode(service, body)
+    async with reading(request, _tokenize) as body:
+        service = serving(request, body.model)
+        ids = await _encode(service, body)
     answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": service.info().context}
     if body.return_token_strs:
         answer["token_strs"] = await asyncio.to_thread(_texts, service.prompts.tokenizer, ids)
@@ -68,8 +70,8 @@ async def post_tokenize(request: web.Request) -> web.Response:
 
 async def post_detokenize(request: web.Request) -> web.Response:
     """The text of ids, special tokens included."""
-    body = await read_body(request, _detokenize)
-    service = serving(request, body.model)
+    async with reading(request, _detokenize) as body:
+        service = serving(request, body.model)
     info, count = service.info(), len(body.tokens)
     if count > info.context:
         raise over_context(info, f"you sent {count} tokens", "tokens")
@@ -91,15 +93,14 @@ async def _encode(service: Service, body: TokenizeBody) -> list[int]:
         return await service.prompts.tokenizer.encode_async(
             body.prompt or "", add_special_tokens=body.add_special_tokens is not False
         )
-    return await service.prompts.chat(
-        Chat(
-            messages=body.messages,
-            tools=body.tools,
-            add_generation_prompt=body.add_generation_prompt is not False,
-            continue_final=bool(body.continue_final_message),
-            kwargs=body.chat_template_kwargs or {},
-        )
+    chat = Chat(
+        messages=body.messages,
+        tools=body.tools,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final=bool(body.continue_final_message),
+        kwargs=body.chat_template_kwargs or {},
     )
+    return list(unpack_ids(await service.prompts.chat(chat)))
 
 
 def _card(request: web.Request) -> dict[str, Any]:

@@ -2,23 +2,25 @@
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 from aiohttp import web
 
 DONE = b"data: [DONE]\n\n"
-PING = b": ping\n\n"
+PING = "ping"
 _HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class EventStream:
-    """Writes events; after `keep_alive` seconds of silence a comment, which clients skip and proxies count."""
+    """Writes events; after `keep_alive` seconds of silence a `comment`, which clients skip and proxies count."""
 
-    def __init__(self, request: web.Request, keep_alive: float) -> None:
+    def __init__(self, request: web.Request, keep_alive: float, comment: Callable[[], str] = lambda: PING) -> None:
         self.response = web.StreamResponse(headers=_HEADERS)
         self._request = request
         self._keep_alive = keep_alive
+        self._comment = comment
         self._loop = asyncio.get_running_loop()
         self._last = self._loop.time()
 
@@ -42,6 +44,6 @@ class EventStream:
             while True:
                 silent = self._loop.time() - self._last
                 if silent >= self._keep_alive:
-                    await self.send(PING)
+                    await self.send(f": {self._comment()}\n\n".encode())
                 else:
                     await asyncio.sleep(self._keep_alive - silent)

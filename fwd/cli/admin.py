@@ -5,7 +5,7 @@ import click
 from fwd.cli.common import client, emit, progress
 from fwd.cli.options import json_option, uds_option
 from fwd.errors import EngineError, NotFoundError, NotReadyError
-from fwd.protocol.messages import EngineInfo, Status
+from fwd.protocol.messages import EngineInfo, RequestInfo, Status
 
 CODES = {"ready": 0, "failed": EngineError.exit_code}
 
@@ -33,18 +33,17 @@ def _rows(found: Status) -> list[tuple[str, str]]:
         ("listening", ", ".join(found.listening)),
         ("daemon", f"fwd {found.version}, pid {found.pid}, up {found.uptime_s:.0f} s, {found.restarts} restarts"),
         ("requests", f"{found.running} running, {found.waiting} waiting, {found.tokens_out} tokens so far"),
-        ("pages", f"{found.pages_free} of {found.pages_total} free"),
+        ("queue", f"{found.queue_tokens} of at most {found.queue_limit} tokens wait"),
+        ("pages", f"{found.pages_free} of {found.pages_total} free, {found.pages_cached} hold the prefix cache"),
     ]
     return [*rows, *_engine_rows(found.engine)] if found.engine else rows
 
 
 def _engine_rows(engine: EngineInfo) -> list[tuple[str, str]]:
     size = f"{engine.parameters / 1e6:.1f} M parameters, {engine.weight_bytes / 1e6:.1f} MB, context {engine.context}"
+    dtypes = f"{engine.dtype}, KV {engine.kv_dtype or 'the same'}"
     return [
-        (
-            "engine",
-            f"{engine.device} ({engine.kernel_set}), {engine.dtype}, {engine.threads} threads, pid {engine.pid}",
-        ),
+        ("engine", f"{engine.device} ({engine.kernel_set}), {dtypes}, {engine.threads} threads, pid {engine.pid}"),
         ("weights", f"{engine.architecture}, {size}, {engine.weights_hash}"),
         *([("memory", _memory(engine))] if engine.memory else []),
     ]
@@ -66,10 +65,14 @@ def ps(uds: str | None, as_json: bool) -> None:
     if as_json:
         emit({"requests": found})
         return
-    click.echo(f"{'ID':>6}  {'STATE':<8} {'PROMPT':>7} {'OUTPUT':>7} {'AGE':>8}  PRIORITY")
+    click.echo(f"{'ID':>6}  {'STATE':<12} {'PROMPT':>7} {'OUTPUT':>7} {'AGE':>8}  PRIORITY")
     for row in found:
         tokens = f"{row.prompt_tokens:>7} {row.output_tokens:>7}"
-        click.echo(f"{row.id:>6}  {row.state:<8} {tokens} {row.age_s:>7.1f}s  {row.priority}")
+        click.echo(f"{row.id:>6}  {_state(row):<12} {tokens} {row.age_s:>7.1f}s  {row.priority}")
+
+
+def _state(row: RequestInfo) -> str:
+    return f"prefill {row.prefilled / row.prompt_tokens:.0%}" if row.state == "prefill" else row.state
 
 
 @click.command()

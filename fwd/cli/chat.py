@@ -1,6 +1,7 @@
 """`fwd chat`: a conversation that is kept in memory only."""
 
 import asyncio
+import secrets
 import signal
 import sys
 from typing import Any
@@ -31,7 +32,8 @@ def chat(system: str | None, uds: str | None, as_json: bool, **sampling: Any) ->
         name = wait_ready(daemon).name
     first = [{"role": "system", "content": system}] if system else []
     with asyncio.Runner() as runner:
-        talk = Talk(AsyncClient(load({"uds": uds}).socket_path), first, given(sampling), silent=as_json)
+        options = {**given(sampling), "cache_key": secrets.token_hex(8)}  # keeps the conversation in the prefix cache
+        talk = Talk(AsyncClient(load({"uds": uds}).socket_path), first, options, silent=as_json)
         # NOTE: not runner.run, which would take Ctrl-C away from input()
         runner.get_loop().run_until_complete(talk.open())
         _converse(talk, runner.get_loop(), name)

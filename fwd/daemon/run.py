@@ -140,4 +140,5 @@ def _load_message(config: Config) -> Load:
         kv_dtype=config.kv_dtype,
         kv_bytes=config.kv_bytes,
         threads=config.threads,
+        state_dir=str(config.state_path.resolve()) if config.state_path else "",
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -9,6 +10,7 @@ import structlog
 
 from fwd.errors import ConfigError, EngineError, FwdError, ModelError, from_wire
 from fwd.front.process import COMMAND, EngineProcess
+from fwd.front.queue import Pace, Queue
 from fwd.front.roster import Roster
 from fwd.front.streams import JournalError, Stream
 from fwd.protocol.messages import (
@@ -37,8 +39,9 @@ MAX_BACKOFF = 10.0
 class Keeper:
     """One model's engine. Streams given to it finish whatever happens to the process, or fail with their own error.
 
-    `restarts` counts deaths by kind. `on_change` is called on every change of `state`. `ping_interval`, `hang_timeout`
-    and `load_timeout` are seconds; a hang is counted in unanswered pings, so a suspended machine is no hang.
+    `restarts` counts deaths by kind, `pace` is how fast the engine computes. `on_change` is called on every change of
+    `state`. `ping_interval`, `hang_timeout` and `load_timeout` are seconds; a hang is counted in unanswered pings, so a
+    suspended machine is no hang.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Keeper:
         self.restarts: dict[str, int] = {}
         self.error: FwdError | None = None
         self.process: EngineProcess | None = None
+        self.pace = Pace()
         self._command = command
         self._ping_interval = ping_interval
         self._patience = {"ready": hang_timeout, "loading": load_timeout}
@@ -99,6 +103,10 @@ class Keeper:
         """End a stream for its reader now, by default as cancelled; the engine is told and stops within a step."""
         self._roster.cancel(stream, result or Finished(id=stream.id, reason="cancelled"))
 
+    def close(self, stream: Stream, result: Finished) -> None:
+        """End a stream whose answer is complete as soon as the engine has given its account of it."""
+        self._roster.close(stream, result)
+
     async def drained(self) -> None:
         """Return when no stream is open."""
         await self._roster.drained()
@@ -107,6 +115,11 @@ class Keeper:
     def resumes(self) -> int:
         """How many times a stream was taken from a dead engine to go on with the next."""
         return self._roster.resumes
+
+    @property
+    def queue(self) -> Queue:
+        """The open streams that the engine has not begun."""
+        return self._roster.queue
 
     @property
     def progress_age(self) -> float:
@@ -191,10 +204,12 @@ class Keeper:
             self._attempts = 0
 
     def _on_pong(self, pong: Pong) -> None:
-        busy = pong.running + pong.waiting
+        busy = bool(pong.running + pong.waiting)
         if pong.steps != self.pong.steps or not busy:
             self._silent = 0.0
         self.pong = pong
+        self.pace.observe(time.monotonic(), pong.computed, busy=busy)
+        self._roster.show_prefills(pong.prefilling)
 
     def _on_ready(self, info: EngineInfo) -> None:
         if self.info and info.weights_hash != self.info.weights_hash:
@@ -202,6 +217,7 @@ class Keeper:
         self.info = info
         self._refusals = 0
         self.pong = Pong(seq=0, pages_free=info.pages, pages_total=info.pages)
+        self.pace.restart()
         self._accepting = True
         self._silent = 0.0
         self._set("ready", "")

@@ -17,7 +17,6 @@ from fwd.front.generation import Generation
 from fwd.front.service import Service
 from fwd.front.streams import Stream
 from fwd.protocol.connection import Connection
-from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import (
     VERSION,
     Accepted,
@@ -144,6 +143,7 @@ class Session:
             self._fail(FwdError("internal error"), tag=tag)
 
     def _fail(self, error: FwdError, *, number: int = 0, tag: int | None = None) -> None:
+        self._service.count_shed(error)
         self._link.send(Failed(id=number, code=error.code, message=error.message, param=error.param, tag=tag))
         if isinstance(error, BadFrameError):
             self._link.finish(error)
@@ -232,6 +232,7 @@ class Session:
         if prompt.body.nbytes > service.config.max_body:
             limit = service.config.max_body
             raise BodyTooLargeError(f"the prompt is larger than {limit} bytes: shorten it, or raise `max_body`")
+        service.check_queue()
         ids = await service.prompts.body(prompt.kind, prompt.body)
         stop_ids = service.prompts.stop_ids(prompt.limits.stop_ids, ignore_eos=prompt.ignore_eos)
         with self._opened(_submit(prompt, ids, stop_ids)) as stream:
@@ -242,7 +243,7 @@ class Session:
                     self._link.send(Text(id=stream.id, text=piece.text, tokens=piece.end - piece.start))
             except FwdError:
                 assert stream.error
-            service.finish(stream)
+            await service.finish(stream)
             self._end(stream, generation.finish_reason)
 
     def _end(self, stream: Stream, reason: Reason | None = None) -> None:
@@ -254,15 +255,17 @@ class Session:
             self._link.send(msgspec.structs.replace(finished, reason=reason or finished.reason))
 
 
-def _submit(prompt: Prompt, ids: list[int], stop_ids: tuple[int, ...]) -> Submit:
+def _submit(prompt: Prompt, ids: memoryview, stop_ids: tuple[int, ...]) -> Submit:
     return Submit(
         id=prompt.id,
-        prompt=pack_ids(ids),
+        prompt=ids,
         sampling=prompt.sampling,
         limits=msgspec.structs.replace(prompt.limits, stop_ids=stop_ids),
         seed=prompt.seed,
         priority=prompt.priority,
+        cache_key=prompt.cache_key,
         draft=prompt.draft,
+        cache=prompt.cache,
     )
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -10,10 +11,13 @@ from typing import Any, Self
 import msgspec
 
 from fwd.errors import BadRequestError, OverloadedError
+from fwd.protocol.ids import pack_ids
+from fwd.protocol.messages import EMPTY
 from fwd.text.template import ChatTemplate
 from fwd.text.tokenizer import Tokenizer
 
 RENDER_SECONDS = 10.0
+PIECE = 1 << 15
 RENDERERS = 2  # threads of their own: a template that does not end holds up other chats only
 
 
@@ -28,7 +32,7 @@ class Chat(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Prompts:
-    """Tokenizer and chat template of the served model, used off the event loop."""
+    """Tokenizer and chat template of the served model, used off the event loop. Ids come as packed int32s."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self.tokenizer = tokenizer
@@ -38,27 +42,30 @@ class Prompts:
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read tokenizer and template of a model folder; raises `ModelError` naming the file at fault."""
+        import numpy as np  # noqa: F401, PLC0415  # `fwd.front.bounds` uses it, on the event loop
+
         tokenizer = Tokenizer.load(folder)
         assert tokenizer.text_table  # made on first use, which would be on the event loop
         return cls(tokenizer, ChatTemplate.load(folder))
 
-    async def text(self, text: str) -> list[int]:
+    async def text(self, text: str) -> memoryview:
         """Ids of plain text; special tokens in it are text."""
-        return await self.tokenizer.encode_async(text)
+        ids = await self.tokenizer.encode_async(text)
+        return pack_ids(ids) if len(ids) <= PIECE else await asyncio.to_thread(_packed, ids)
 
-    async def chat(self, chat: Chat) -> list[int]:
+    async def chat(self, chat: Chat) -> memoryview:
         """Ids of a rendered chat.
 
         Raises `BadRequestError` if the template refuses it or takes too long, `OverloadedError` if others do.
         """
-        return await self._rendered(lambda: self._render(chat))
+        return await self._rendered(lambda: _packed(self._render(chat)))
 
-    async def body(self, kind: str, body: memoryview) -> list[int]:
+    async def body(self, kind: str, body: memoryview) -> memoryview:
         """Ids of the body of a `Prompt` message; raises `BadRequestError` as `chat` does."""
         try:
             if kind == "text":
                 return await self.text(str(body, "utf-8"))
-            return await self._rendered(lambda: self._render(msgspec.json.decode(body, type=Chat)))
+            return await self._rendered(lambda: _packed(self._render(msgspec.json.decode(body, type=Chat))))
         except (UnicodeDecodeError, msgspec.MsgspecError) as error:
             raise BadRequestError(f"the body of the prompt is not {kind}: {error}", param="body") from error
 
@@ -67,7 +74,7 @@ class Prompts:
         own = () if ignore_eos else self.tokenizer.eos_ids
         return tuple(dict.fromkeys((*own, *extra)))
 
-    async def _rendered(self, work: Callable[[], list[int]]) -> list[int]:
+    async def _rendered(self, work: Callable[[], memoryview]) -> memoryview:
         """The result of `work`, done in one of the threads for rendering."""
         try:
             await asyncio.wait_for(self._renderers.acquire(), RENDER_SECONDS)
@@ -91,12 +98,20 @@ class Prompts:
         )
 
 
-def _in_thread(work: Callable[[], list[int]], done: Callable[[], None]) -> asyncio.Future[list[int]]:
+def _packed(ids: list[int]) -> memoryview:
+    """As `pack_ids`, in pieces: in a thread, so that the event loop gets its turn between two of them."""
+    packed = array("i")
+    for begin in range(0, len(ids), PIECE):
+        packed.extend(ids[begin : begin + PIECE])
+    return memoryview(packed).cast("B")
+
+
+def _in_thread(work: Callable[[], memoryview], done: Callable[[], None]) -> asyncio.Future[memoryview]:
     """Do `work` in a thread that the process does not wait for at its end; `done` is called when it is over."""
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[list[int]] = loop.create_future()
+    future: asyncio.Future[memoryview] = loop.create_future()
 
-    def settle(result: list[int], error: Exception | None) -> None:
+    def settle(result: memoryview, error: Exception | None) -> None:
         done()
         if error and not future.done():
             future.set_exception(error)
@@ -104,7 +119,7 @@ def _in_thread(work: Callable[[], list[int]], done: Callable[[], None]) -> async
             future.set_result(result)
 
     def run() -> None:
-        result: list[int] = []
+        result = EMPTY
         failure: Exception | None = None
         try:
             result = work()

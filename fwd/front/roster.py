@@ -1,11 +1,14 @@
 """The open streams of one engine: which of them it has now, and who is to blame when it dies."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+from msgspec.structs import replace
 
 from fwd.errors import EngineError, FwdError, OverloadedError, PoisonedError
+from fwd.front.queue import Queue
 from fwd.front.streams import Stream
-from fwd.protocol.messages import Cancel, Finished, Message, PromptLogprobs, Tokens
+from fwd.protocol.messages import Cancel, Finished, Message, Prefilling, PromptLogprobs, Tokens
 
 SUSPECT_AFTER = 2
 RETRY_SECONDS = 1.0
@@ -17,14 +20,16 @@ class Roster:
     A stream is suspect after `SUSPECT_AFTER` deaths without a new token in between. While there are suspects exactly
     one of them runs, until it brings a token; one whose engine died before, and was given nothing else in its life, is
     failed as `poisoned`. An ended stream counts as running until the engine has let go of it, so that its last step
-    cannot be blamed on another. `resumes` counts the streams taken back.
+    cannot be blamed on another. `resumes` counts the streams taken back; `queue` holds those that have not begun.
     """
 
     def __init__(self) -> None:
         self.resumes = 0
+        self.queue = Queue()
         self._send: Callable[[Message], None] | None = None
         self._open: dict[int, Stream] = {}
         self._running: dict[int, Stream] = {}
+        self._closing: dict[int, Finished] = {}
         self._given = 0
         self._empty = asyncio.Event()
 
@@ -49,23 +54,27 @@ class Roster:
     def disconnect(self) -> None:
         """The engine is dead: take back what it had, and fail the one that is certainly to blame."""
         self._send = None
+        for number, result in list(self._closing.items()):
+            self._end(self._open[number], result)
         running = [stream for stream in self._running.values() if not stream.done]
         self._running.clear()
         self.resumes += len(running)
         for stream in running:
-            guilty = stream.stalls >= SUSPECT_AFTER and self._given == 1
-            stream.stalls += 1
-            stream.resumes += 1
-            if guilty:
-                self._end(
-                    stream,
-                    PoisonedError(f"request {stream.id} killed the engine {stream.stalls} times without a token"),
-                )
+            self._take_back(stream)
+        self.queue.refill(self._open.values())
+
+    def _take_back(self, stream: Stream) -> None:
+        guilty = stream.stalls >= SUSPECT_AFTER and self._given == 1
+        stream.interrupt()
+        if guilty:
+            text = f"request {stream.id} killed the engine {stream.stalls} times without a token"
+            self._end(stream, PoisonedError(text))
 
     def add(self, stream: Stream) -> None:
         """Run a stream, now or when there is an engine for it."""
         self._open[stream.id] = stream
         self._empty.clear()
+        self.queue.enter(stream)
         self._release()
 
     def cancel(self, stream: Stream, result: Finished | FwdError) -> None:
@@ -75,12 +84,22 @@ class Roster:
             self._send(Cancel(id=stream.id))
         self._release()
 
+    def close(self, stream: Stream, result: Finished) -> None:
+        """End an open stream whose answer is complete, with the engine's account of it if there is an engine."""
+        self._closing[stream.id] = result
+        if self._send and stream.id in self._running:
+            self._send(Cancel(id=stream.id))
+        else:
+            self._end(stream, result)
+            self._release()
+
     def append(self, tokens: Tokens) -> bool:
         """Journal new tokens; whether they belong to a stream the engine has. Raises `JournalError`."""
         stream = self._running.get(tokens.id)
         if stream is None:
             return False
         suspect = stream.stalls >= SUSPECT_AFTER
+        self._begin(stream)
         stream.append(tokens)
         if suspect:
             self._acquit(stream)
@@ -89,15 +108,31 @@ class Roster:
     def append_prompt(self, scores: PromptLogprobs) -> None:
         """Journal scores of prompt tokens. Raises `JournalError`."""
         if stream := self._running.get(scores.id):
+            self._begin(stream)
             stream.append_prompt(scores)
+
+    def show_prefills(self, prefilling: Sequence[Prefilling]) -> None:
+        """Take note of how far prompts are read; `prefilling` is all of them."""
+        for stream in self._running.values():
+            stream.prefilling = None
+        for prefill in prefilling:
+            if prefill.id in self._running:
+                self._begin(self._running[prefill.id])
+                self._running[prefill.id].prefilling = prefill
 
     def finish(self, number: int, result: Finished | FwdError) -> bool:
         """The engine let go of a stream: it ended, or waits while suspects are tried. Whether the engine had it."""
         stream = self._running.pop(number, None)
         if stream is None:
             return False
-        waits = isinstance(result, Finished) and result.reason == "cancelled" and not stream.done
-        if not waits:
+        closing = self._closing.get(number)
+        if closing and isinstance(result, Finished):
+            self._closing[number] = replace(closing, timing=result.timing)
+        waits = isinstance(result, Finished) and result.reason == "cancelled" and not (stream.done or closing)
+        if waits:
+            stream.begun = False
+            self.queue.enter(stream)
+        else:
             self._end(stream, result)
         self._release()
         return True
@@ -150,8 +185,16 @@ class Roster:
         else:
             self._end(stream, OverloadedError(f"the prompt cannot be handed over: {error.strerror}", retry_after=1))
 
+    def _begin(self, stream: Stream) -> None:
+        if not stream.begun:
+            stream.begun = True
+            self.queue.leave(stream)
+
     def _end(self, stream: Stream, result: Finished | FwdError) -> None:
+        """End a stream; one whose answer was complete ended so, whatever came after."""
+        result = self._closing.pop(stream.id, result)
         self._open.pop(stream.id, None)
+        self.queue.leave(stream)
         if not self._open:
             self._empty.set()
         stream.end(result)

@@ -1,9 +1,11 @@
 """What HTTP and the local socket share: text in, streams out, and one look at the whole daemon."""
 
 import asyncio
+import contextlib
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
@@ -13,25 +15,29 @@ from msgspec.structs import replace
 from fwd import __version__
 from fwd.config import Config
 from fwd.errors import (
-    BadRequestError,
-    ContextLengthError,
     DeadlineError,
     EngineError,
+    FwdError,
     ModelNotFoundError,
     NotReadyError,
     OverloadedError,
 )
+from fwd.front.bounds import bounded
 from fwd.front.prompts import Prompts
+from fwd.front.queue import MAX_OPEN, queue_tokens, retry_after
 from fwd.front.streams import Stream
 from fwd.front.supervisor import Supervisor
-from fwd.protocol.ids import unpack_ids
 from fwd.protocol.messages import EngineInfo, Finished, RequestInfo, Requests, Status, Submit
 
 log = structlog.get_logger("fwd.request")
+SETTLE = 0.5  # seconds for the engine's account of an answer that a stop string ended
 
 
 class Service:
-    """The daemon without its sockets. `stop` is set by whoever runs it; `observers` hear of every ended stream."""
+    """The daemon without its sockets. `stop` is set by whoever runs it; `observers` hear of every ended stream.
+
+    `shed` counts by wire code the requests that were refused for what will pass.
+    """
 
     def __init__(self, config: Config, supervisor: Supervisor) -> None:
         self.config = config
@@ -42,6 +48,7 @@ class Service:
         self.stop: Callable[[], None] = lambda: None
         self.observers: list[Callable[[Stream], None]] = []
         self.tokens_out = 0
+        self.shed = Counter({OverloadedError.code: 0, NotReadyError.code: 0})
         self._ids = count(1)
         self._streams: dict[int, Stream] = {}
         self._started = time.monotonic()
@@ -80,17 +87,46 @@ class Service:
                 f"no model {name!r} here: this daemon serves {self.config.served_name!r}", param="model"
             )
 
+    def check_queue(self, tokens: int = 1, requests: int = 1) -> None:
+        """Raise `OverloadedError` if there is no room for so much; into an empty queue any one request fits."""
+        keeper = self.supervisor.active
+        waiting, limit, rate = keeper.queue.tokens, self.config.max_queue, keeper.pace.rate
+        if waiting and waiting + tokens > limit:
+            seconds = retry_after(waiting + tokens - limit, rate)
+            raise OverloadedError(
+                f"the queue is full: {waiting} tokens wait, {tokens} more are over its limit of {limit}: "
+                f"try again in {seconds} s",
+                retry_after=seconds,
+            )
+        if len(self._streams) + requests > MAX_OPEN:
+            seconds = retry_after(waiting * requests / MAX_OPEN, rate)
+            raise OverloadedError(
+                f"{len(self._streams)} requests are open, of at most {MAX_OPEN}: try again in {seconds} s",
+                retry_after=seconds,
+            )
+
+    def count_shed(self, error: FwdError) -> None:
+        """Count a request that was answered by `error`, if that says to come again."""
+        if error.code in self.shed:
+            self.shed[error.code] += 1
+
     def open(self, submit: Submit) -> Stream:
-        """Admit a request and run it. The id is given here, and the seed when there is none.
+        """Admit one request and run it, as `open_all` does."""
+        (stream,) = self.open_all([submit])
+        return stream
+
+    def open_all(self, submits: Sequence[Submit]) -> list[Stream]:
+        """Admit all of these requests or none, and run them. Ids are given here, and seeds where there are none.
 
         Raises `NotReadyError`, `OverloadedError`, `ContextLengthError` or `BadRequestError` before anything is queued.
+        Choices of one prompt share the object in `prompt`, and its place in the queue.
         """
         info = self.info()
-        submit = _bounded(submit, info)
-        if len(self._streams) >= self.config.max_queue:
-            raise OverloadedError(
-                f"{len(self._streams)} requests are open, which is the limit: try again", retry_after=1
-            )
+        submits = bounded(submits, info)
+        self.check_queue(queue_tokens(submits), len(submits))
+        return [self._run(submit) for submit in submits]
+
+    def _run(self, submit: Submit) -> Stream:
         seed = secrets.randbits(63) if submit.seed is None else submit.seed
         stream = Stream(replace(submit, id=next(self._ids), seed=seed))
         stream.on_end.append(self._ended)
@@ -107,9 +143,16 @@ class Service:
         """End an open stream; an ended one is left as it is."""
         self.supervisor.cancel(stream)
 
-    def finish(self, stream: Stream) -> None:
-        """End an open stream whose text is complete, by a stop string that the engine knows nothing of."""
-        self.supervisor.cancel(stream, Finished(id=stream.id, reason="stop"))
+    async def finish(self, stream: Stream) -> None:
+        """End a stream whose text is complete, by a stop string that the engine knows nothing of.
+
+        Waits for the engine's account of it, which comes within a step, and at most `SETTLE` seconds.
+        """
+        self.supervisor.close(stream, Finished(id=stream.id, reason="stop"))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE):
+                await stream.wait_end()
+        self.cancel(stream)
 
     def requests(self) -> Requests:
         """The open requests, oldest first."""
@@ -140,6 +183,9 @@ class Service:
             restarts=sum(keeper.restarts.values()),
             requests=len(self._streams),
             tokens_out=self.tokens_out,
+            pages_cached=pong.pages_cached,
+            queue_tokens=keeper.queue.tokens,
+            queue_limit=self.config.max_queue,
         )
 
     def _limit(self, stream: Stream, deadline_ms: float) -> None:
@@ -160,12 +206,13 @@ class Service:
     def _describe(self, stream: Stream, now: float) -> RequestInfo:
         return RequestInfo(
             id=stream.id,
-            state="running" if self.supervisor.is_running(stream) else "waiting",
+            state="prefill" if stream.prefilling else "running" if stream.begun else "waiting",
             prompt_tokens=len(stream.prompt),
             output_tokens=len(stream.emitted),
             age_s=now - stream.created,
             priority=stream.submit.priority,
             resumes=stream.resumes,
+            prefilled=stream.prefilling.done if stream.prefilling else 0,
         )
 
     def _ended(self, stream: Stream) -> None:
@@ -182,39 +229,3 @@ class Service:
         )
         for observe in self.observers:
             observe(stream)
-
-
-def over_context(info: EngineInfo, asked: str, param: str) -> ContextLengthError:
-    """The context does not hold what was `asked`; agents match on these words."""
-    return ContextLengthError(
-        f"This model's maximum context length is {info.context} tokens. However, {asked}.", param=param
-    )
-
-
-def context_error(prompt: int, completion: int, info: EngineInfo) -> ContextLengthError:
-    """`prompt` and `completion` tokens do not fit together."""
-    asked = f"you requested {prompt + completion} tokens ({prompt} in the prompt, {completion} in the completion)"
-    return over_context(info, asked, "prompt" if prompt >= info.context else "max_tokens")
-
-
-def _bounded(submit: Submit, info: EngineInfo) -> Submit:
-    for field in ("adapter", "grammar"):
-        if getattr(submit, field):
-            raise BadRequestError(f"{field}: this build has none, leave it out", param=field)
-    tokens, given, limits = submit.prompt.nbytes // 4, submit.emitted.nbytes // 4, submit.limits
-    needed = max(1 if limits.max_tokens < 0 else limits.max_tokens, given)
-    if tokens + needed > info.context:
-        raise context_error(tokens, needed, info)
-    if not tokens:
-        raise BadRequestError("the prompt is empty: give at least one token", param="prompt")
-    _check_ids(unpack_ids(submit.prompt), info, "prompt")
-    _check_ids(unpack_ids(submit.emitted), info, "emitted")
-    _check_ids(list(submit.sampling.logit_bias), info, "logit_bias")
-    most = info.context - tokens if limits.max_tokens < 0 else limits.max_tokens
-    drawable = tuple(token for token in limits.stop_ids if token < info.vocab_size)
-    return replace(submit, limits=replace(limits, max_tokens=most, stop_ids=drawable))
-
-
-def _check_ids(ids: Sequence[int], info: EngineInfo, param: str) -> None:
-    if ids and not (min(ids) >= 0 and max(ids) < info.vocab_size):
-        raise BadRequestError(f"an id in {param!r} is outside the vocabulary 0…{info.vocab_size - 1}", param=param)

@@ -13,7 +13,7 @@ import msgspec
 
 from fwd.errors import FwdError
 from fwd.protocol.ids import pack_ids, unpack_ids
-from fwd.protocol.messages import Finished, PromptLogprobs, Submit, Tokens, TopLogprobs
+from fwd.protocol.messages import Finished, Prefilling, PromptLogprobs, Submit, Tokens, TopLogprobs
 
 
 class JournalError(Exception):
@@ -23,7 +23,8 @@ class JournalError(Exception):
 class Stream:
     """One choice of one request: its prompt, its journal and how it ended. All times are `time.monotonic` seconds.
 
-    `stalls` counts engine deaths since the last new token, `resumes` all deaths survived.
+    `stalls` counts engine deaths since the last new token, `resumes` all deaths survived. `begun` says that the engine
+    of the moment works on it, `prefilling` how far its prompt is read while that is what happens and known.
     """
 
     def __init__(self, submit: Submit) -> None:
@@ -45,6 +46,8 @@ class Stream:
         self.ended: float | None = None
         self.stalls = 0
         self.resumes = 0
+        self.begun = False
+        self.prefilling: Prefilling | None = None
         self.on_end: list[Callable[[Stream], None]] = []
         self._waiters: list[asyncio.Future[None]] = []
 
@@ -71,7 +74,14 @@ class Stream:
         self.logprobs.extend(tokens.logprobs)
         self.top.extend(tokens.top)
         self.stalls = 0
+        self.prefilling = None
         self._wake()
+
+    def interrupt(self) -> None:
+        """The engine died, and the stream has to wait for the next one."""
+        self.stalls += 1
+        self.resumes += 1
+        self.begun, self.prefilling = False, None
 
     def append_prompt(self, scores: PromptLogprobs) -> None:
         """Journal scores of prompt tokens; those that a resumed engine computes again are dropped."""
@@ -97,9 +107,17 @@ class Stream:
     async def wait(self, cursor: int) -> None:
         """Return when there are tokens after `cursor`, or the stream is done."""
         while len(self.emitted) <= cursor and not self.done:
-            waiter = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
-            await waiter
+            await self._change()
+
+    async def wait_end(self) -> None:
+        """Return when the stream is done."""
+        while not self.done:
+            await self._change()
+
+    async def _change(self) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
 
     def _wake(self) -> None:
         waiters, self._waiters = self._waiters, []

@@ -55,6 +55,11 @@ class Supervisor:
         if owner := self._owner.get(stream.id):
             owner.cancel(stream, result)
 
+    def close(self, stream: Stream, result: Finished) -> None:
+        """End an open stream whose answer is complete, with the engine's account of it if that comes."""
+        if owner := self._owner.get(stream.id):
+            owner.close(stream, result)
+
     def is_running(self, stream: Stream) -> bool:
         """An engine has the stream now."""
         owner = self._owner.get(stream.id)

@@ -351,10 +351,12 @@ class Status(Message, tag=50, frozen=True):
     requests: Count
     tokens_out: Count
     pages_cached: Count = 0
+    queue_tokens: Count = 0
+    queue_limit: Count = 0
 
 
 class RequestInfo(Message, frozen=True):
-    """One open request as `fwd ps` shows it."""
+    """One open request as `fwd ps` shows it; `state` is waiting, prefill (of `prefilled` prompt tokens) or running."""
 
     id: Id
     state: str
@@ -363,6 +365,7 @@ class RequestInfo(Message, frozen=True):
     age_s: float
     priority: Priority
     resumes: Count
+    prefilled: Count = 0
 
 
 class Requests(Message, tag=51, frozen=True):

@@ -13,23 +13,26 @@ from msgspec.structs import replace
 from fwd.api.context import REQUEST_ID, RUNNING, SERVICE
 from fwd.api.openai.parameters import Parameters
 from fwd.errors import BadRequestError
+from fwd.front.bounds import context_error
 from fwd.front.generation import Generation
-from fwd.front.service import Service, context_error
+from fwd.front.queue import MAX_OPEN
+from fwd.front.service import Service
 from fwd.front.streams import Stream
-from fwd.protocol.ids import pack_ids
+from fwd.protocol.ids import unpack_ids
 from fwd.protocol.messages import Submit
 
 SEED_BITS = 53  # what JavaScript can send back
 
 
 class Wanted(NamedTuple):
-    """What to open: `n` choices of each prompt. Log-probabilities −1 are off; `max_tokens` None is all the context.
+    """What to open: `n` choices of each prompt, in packed ids. Log-probabilities −1 are off.
 
-    `continues` says that the answer goes on in the prompt's own text; `deadline` is a time of the event loop.
+    `max_tokens` None is all the context; `continues` says that the answer goes on in the prompt's own text; `deadline`
+    is a time of the event loop.
     """
 
     parameters: Parameters
-    prompts: Sequence[Sequence[int]]
+    prompts: Sequence[memoryview]
     max_tokens: int | None
     logprobs: int = -1
     prompt_logprobs: int = -1
@@ -58,25 +61,24 @@ class Answer:
 
     def prompt(self, index: int) -> Sequence[int]:
         """The prompt of a generation, in ids."""
-        return self.wanted.prompts[index // self.n]
+        return unpack_ids(self.wanted.prompts[index // self.n])
 
     def open(self) -> None:
-        """Admit all choices or none; raises what `Service.open` raises."""
+        """Admit all choices or none; raises what `Service.open_all` raises."""
         parameters, prompts = self.wanted.parameters, self.service.prompts
         submit = Submit(
             sampling=parameters.sampling(self.wanted.logprobs),
             limits=replace(parameters.limits(prompts, self.wanted.max_tokens), deadline_ms=self._milliseconds_left()),
             seed=self.seed,
             priority=parameters.extension.priority,
+            cache_key=parameters.prompt_cache_key or "",
             prompt_logprobs=self.wanted.prompt_logprobs,
             draft=parameters.draft,
+            cache=parameters.cache_prompt is not False,
         )
-        try:
-            for ids in self.wanted.prompts:
-                self._open_choices(submit, pack_ids(ids))
-        except BaseException:
-            self.close()
-            raise
+        choices = [(ids, choice) for ids in self.wanted.prompts for choice in range(self.n)]
+        submits = [replace(submit, prompt=ids, choice=choice) for ids, choice in choices]
+        self.generations += map(self._generation, self.service.open_all(submits))
 
     def close(self) -> None:
         """Cancel what is still open."""
@@ -88,26 +90,22 @@ class Answer:
             return 0.0
         return max(1.0, 1e3 * (self.wanted.deadline - asyncio.get_running_loop().time()))
 
-    def _open_choices(self, submit: Submit, prompt: memoryview) -> None:
+    def _generation(self, stream: Stream) -> Generation:
         parameters = self.wanted.parameters
-        for choice in range(self.n):
-            stream = self.service.open(replace(submit, prompt=prompt, choice=choice))
-            self.generations.append(
-                Generation(
-                    stream,
-                    self.service.prompts.tokenizer,
-                    parameters.stops,
-                    include_stop=bool(parameters.include_stop_str_in_output),
-                    continues=self.wanted.continues,
-                )
-            )
+        return Generation(
+            stream,
+            self.service.prompts.tokenizer,
+            parameters.stops,
+            include_stop=bool(parameters.include_stop_str_in_output),
+            continues=self.wanted.continues,
+        )
 
 
-def check_total(service: Service, parameters: Parameters, prompts: int) -> None:
+def check_total(parameters: Parameters, prompts: int) -> None:
     """Raise `BadRequestError` for more choices than the daemon ever admits."""
-    total, most = parameters.choices * prompts, service.config.max_queue
-    if total > most:
-        raise BadRequestError(f"{total} choices in one request: at most {most}: send several requests", param="n")
+    total = parameters.choices * prompts
+    if total > MAX_OPEN:
+        raise BadRequestError(f"{total} choices in one request: at most {MAX_OPEN}: send several requests", param="n")
 
 
 def check_fit(service: Service, tokens: int, most: int | None) -> None:

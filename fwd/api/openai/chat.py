@@ -7,8 +7,7 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta
 
-from fwd.api.body import read_body
-from fwd.api.context import serving
+from fwd.api.context import entering, serving
 from fwd.api.openai.answer import Answer, Wanted, answering, check_total
 from fwd.api.openai.logprobs import chat_items, output_scores
 from fwd.api.openai.parameters import REFUSED, Parameters, Top, deadline, refuse
@@ -84,11 +83,11 @@ _decoder = msgspec.json.Decoder(ChatBody)
 async def post(request: web.Request) -> web.StreamResponse:
     """Answer a chat."""
     ends = deadline(request)
-    body = await read_body(request, _decoder)
-    body.check()
-    service = serving(request, body.model)
-    check_total(service, body, 1)
-    prompt = await service.prompts.chat(body.chat)
+    async with entering(request, _decoder) as body:
+        body.check()
+        service = serving(request, body.model)
+        check_total(body, 1)
+        prompt = await service.prompts.chat(body.chat)
     most = body.max_completion_tokens or body.max_tokens
     wanted = Wanted(body, [prompt], max_tokens=most, logprobs=body.scored, deadline=ends)
     with answering(request, wanted, "chatcmpl") as answer:

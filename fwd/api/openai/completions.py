@@ -1,33 +1,32 @@
 """`/v1/completions`: text or ids in, text out; with `echo` and `logprobs` it scores a given text."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
 from msgspec import Meta
 
-from fwd.api.body import read_body
-from fwd.api.context import serving
+from fwd.api.context import entering, serving
 from fwd.api.openai.answer import Answer, Wanted, answering, check_fit, check_total
 from fwd.api.openai.logprobs import Columns, output_scores, prompt_scores
 from fwd.api.openai.parameters import REFUSED, Parameters, Top, deadline, refuse
+from fwd.api.openai.prompts import read_prompts
 from fwd.api.openai.respond import respond
 from fwd.errors import BadRequestError
+from fwd.front.bounds import over_context
 from fwd.front.generation import Piece
-from fwd.front.service import Service, over_context
-from fwd.protocol.messages import TokenId
+from fwd.front.service import Service
 from fwd.text.detokenize import Detokenizer
 
 encode = msgspec.json.encode
-PromptPart = TokenId | str | list[TokenId]
 
 
 class CompletionBody(Parameters, kw_only=True):
-    """A completion request. `prompt` is a text, ids, or a list of either."""
+    """A completion request; `prompt` is what `read_prompts` takes."""
 
-    prompt: str | Annotated[list[PromptPart], Meta(min_length=1)]
+    prompt: msgspec.Raw
     logprobs: Top | None = None
     echo: bool | None = None
     best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
@@ -49,13 +48,20 @@ _decoder = msgspec.json.Decoder(CompletionBody)
 
 async def post(request: web.Request) -> web.StreamResponse:
     """Complete one or many prompts."""
+    body, wanted = await _read(request)
+    with answering(request, wanted, "cmpl") as answer:
+        return await respond(request, answer, CompletionDialect(answer, echo=bool(body.echo)))
+
+
+async def _read(request: web.Request) -> tuple[CompletionBody, Wanted]:
     ends = deadline(request)
-    body = await read_body(request, _decoder)
-    body.check()
-    service = serving(request, body.model)
-    prompts = await _prompts(service, body)
+    async with entering(request, _decoder) as body:
+        body.check()
+        service = serving(request, body.model)
+        prompts = await _prompts(service, body)
+    body.prompt = msgspec.Raw()  # it has been read, and may be large
     scored = -1 if body.logprobs is None else body.logprobs
-    wanted = Wanted(
+    return body, Wanted(
         body,
         prompts,
         max_tokens=body.max_tokens,
@@ -64,34 +70,18 @@ async def post(request: web.Request) -> web.StreamResponse:
         continues=True,
         deadline=ends,
     )
-    with answering(request, wanted, "cmpl") as answer:
-        return await respond(request, answer, CompletionDialect(answer, echo=bool(body.echo)))
 
 
-async def _prompts(service: Service, body: CompletionBody) -> list[list[int]]:
-    """Ids of every prompt; raises `BadRequestError` for a list of mixed kinds."""
-    parts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    _check_sizes(service, body, parts)
-    ids = [part for part in parts if isinstance(part, int)]
-    texts = [part for part in parts if isinstance(part, str)]
-    lists = [part for part in parts if isinstance(part, list)]
-    if len(parts) not in {len(ids), len(texts), len(lists)}:
-        raise BadRequestError("prompt: expected a text, ids, a list of texts or a list of id lists", param="prompt")
-    if ids:
-        return [ids]
-    return lists or [await service.prompts.text(text) for text in texts]
-
-
-def _check_sizes(service: Service, body: CompletionBody, parts: Sequence[PromptPart]) -> None:
-    """Refuse what can never be admitted, before any work that grows with it."""
-    if isinstance(parts[0], int):
-        check_fit(service, len(parts), body.max_tokens)
-    check_total(service, body, 1 if isinstance(parts[0], int) else len(parts))
-    for part in parts:
-        if isinstance(part, list):
-            check_fit(service, len(part), body.max_tokens)
-        elif isinstance(part, str):
-            _check_text(service, part)
+async def _prompts(service: Service, body: CompletionBody) -> list[memoryview]:
+    """Packed ids of every prompt; what can never be admitted is refused before any text is encoded."""
+    prompts = await read_prompts(bytes(body.prompt))
+    check_total(body, len(prompts))
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            _check_text(service, prompt)
+        else:
+            check_fit(service, prompt.nbytes // 4, body.max_tokens)
+    return [await service.prompts.text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 def _check_text(service: Service, text: str) -> None:

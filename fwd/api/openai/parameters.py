@@ -67,6 +67,8 @@ class Parameters(Struct, kw_only=True):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
+    prompt_cache_key: Annotated[str, Meta(max_length=256)] | None = None
+    cache_prompt: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     fwd: Extension | None = None

@@ -10,33 +10,39 @@ from fwd.protocol.messages import Timing
 
 def usage(answer: Answer) -> dict[str, Any]:
     """Token counts so far: a prompt counts once however many choices it has."""
-    prompt = sum(map(len, answer.wanted.prompts))
+    prompt = sum(ids.nbytes // 4 for ids in answer.wanted.prompts)
     completion = sum(generation.tokens for generation in answer.generations)
-    cached = sum(timing.cached_tokens for timing in timings(answer)[:: answer.n])
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": {"cached_tokens": cached_tokens(answer)},
     }
 
 
+def cached_tokens(answer: Answer) -> int:
+    """Prompt tokens that were in the cache when the request came: what its first choices found there."""
+    return sum(timing.cached_tokens for timing in timings(answer)[:: answer.n])
+
+
 def timings(answer: Answer) -> list[Timing]:
-    """The engine's account of each choice; empty where a stop string ended it before the engine did."""
+    """The engine's account of each choice; empty where the engine died before it gave it."""
     return [stream.finished.timing if stream.finished else Timing() for stream in answer.streams]
 
 
 def report(answer: Answer) -> dict[str, Any]:
     """The response extension `fwd` of a finished answer. Engine times are sums over the choices, in milliseconds."""
     spent = timings(answer)
+    missed = next((timing for timing in spent if timing.cache_miss), Timing())
     joules = [timing.joules for timing in spent if timing.joules is not None]
     return {
         "timings": _times(answer, spent),
         "tokens_per_second": _rate(answer),
         "drafted": dict(sum((Counter(timing.drafted) for timing in spent), Counter())),
         "accepted": dict(sum((Counter(timing.accepted) for timing in spent), Counter())),
-        "cached_tokens": sum(timing.cached_tokens for timing in spent),
-        "cache_miss": next((timing.cache_miss for timing in spent if timing.cache_miss), None),
+        "cached_tokens": cached_tokens(answer),
+        "cache_miss": missed.cache_miss or None,
+        "cache_differs_at": missed.differs_at if missed.differs_at >= 0 else None,
         "energy_joules": sum(joules) if joules else None,
         "resumes": sum(stream.resumes for stream in answer.streams),
         "receipt": {**constants(answer), "seed": answer.seed},
@@ -53,6 +59,7 @@ def constants(answer: Answer) -> dict[str, Any]:
         "tokenizer_hash": prompts.tokenizer.hash,
         "kernel_set": info.kernel_set,
         "dtype": info.dtype,
+        "kv_dtype": info.kv_dtype,
         "device": info.device,
         "chunk_size": info.chunk,
         "threads": info.threads,

@@ -12,7 +12,7 @@ from fwd.api.context import REQUEST_ID
 from fwd.api.openai.answer import Answer
 from fwd.api.openai.report import fingerprint, report, usage
 from fwd.api.replies import error_body
-from fwd.api.sse import DONE, EventStream
+from fwd.api.sse import DONE, PING, EventStream
 from fwd.errors import FwdError
 from fwd.front.generation import Generation, Piece
 
@@ -51,11 +51,17 @@ async def respond(request: web.Request, answer: Answer, dialect: Dialect) -> web
     """Read the answer to its end and send it as the client asked; raises the `FwdError` that ended a whole answer."""
     if not answer.wanted.parameters.stream:
         return await _whole(answer, dialect)
-    events = EventStream(request, answer.service.config.keep_alive)
+    events = EventStream(request, answer.service.config.keep_alive, lambda: _waiting(answer))
     with contextlib.suppress(ConnectionResetError):
         async with events:
             await ChunkWriter(request, answer, dialect, events).run()
     return events.response
+
+
+def _waiting(answer: Answer) -> str:
+    """What the comments in a silent stream say: how far the first prompt is that is being read."""
+    reads = (stream.prefilling for stream in answer.streams if stream.prefilling)
+    return next((f"prefill {read.done}/{read.total}" for read in reads), PING)
 
 
 async def _whole(answer: Answer, dialect: Dialect) -> web.Response:
@@ -68,7 +74,7 @@ async def _whole(answer: Answer, dialect: Dialect) -> web.Response:
 
 async def _text(answer: Answer, generation: Generation) -> str:
     text = "".join([piece.text async for piece in generation.pieces()])
-    answer.service.finish(generation.stream)
+    await answer.service.finish(generation.stream)
     return text
 
 
@@ -135,7 +141,7 @@ class ChunkWriter:
             self._count(piece)
             if choice := spell(index, piece):
                 await send(wrap(choice))
-        self._answer.service.finish(generation.stream)
+        await self._answer.service.finish(generation.stream)
         self._open -= 1
         self._usage = usage(self._answer) if self._continuous else None
         last = not (self._open or self._with_usage)

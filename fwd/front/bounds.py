@@ -1,0 +1,68 @@
+"""Whether a request can be served at all: ids of the vocabulary, a context that holds it, definite limits."""
+
+from collections.abc import Iterable, Sequence
+
+from msgspec.structs import replace
+
+from fwd.errors import BadRequestError, ContextLengthError
+from fwd.protocol.ids import unpack_ids
+from fwd.protocol.messages import EngineInfo, Submit
+
+INLINE = 1024
+
+
+def bounded(submits: Sequence[Submit], info: EngineInfo) -> list[Submit]:
+    """The requests with definite limits; each prompt is looked through once, however many choices it has.
+
+    Raises `ContextLengthError` or `BadRequestError`.
+    """
+    found = [_bounded(submit, info) for submit in submits]
+    for prompt in {id(submit.prompt): submit.prompt for submit in submits}.values():
+        _check_ids(_extremes(prompt), info, "prompt")
+    return found
+
+
+def over_context(info: EngineInfo, asked: str, param: str) -> ContextLengthError:
+    """The context does not hold what was `asked`; agents match on these words."""
+    return ContextLengthError(
+        f"This model's maximum context length is {info.context} tokens. However, {asked}.", param=param
+    )
+
+
+def context_error(prompt: int, completion: int, info: EngineInfo) -> ContextLengthError:
+    """`prompt` and `completion` tokens do not fit together."""
+    asked = f"you requested {prompt + completion} tokens ({prompt} in the prompt, {completion} in the completion)"
+    return over_context(info, asked, "prompt" if prompt >= info.context else "max_tokens")
+
+
+def _bounded(submit: Submit, info: EngineInfo) -> Submit:
+    for field in ("adapter", "grammar"):
+        if getattr(submit, field):
+            raise BadRequestError(f"{field}: this build has none, leave it out", param=field)
+    tokens, given, limits = submit.prompt.nbytes // 4, submit.emitted.nbytes // 4, submit.limits
+    needed = max(1 if limits.max_tokens < 0 else limits.max_tokens, given)
+    if tokens + needed > info.context:
+        raise context_error(tokens, needed, info)
+    if not tokens:
+        raise BadRequestError("the prompt is empty: give at least one token", param="prompt")
+    _check_ids(_extremes(submit.emitted), info, "emitted")
+    _check_ids(submit.sampling.logit_bias, info, "logit_bias")
+    most = info.context - tokens if limits.max_tokens < 0 else limits.max_tokens
+    drawable = tuple(token for token in limits.stop_ids if token < info.vocab_size)
+    return replace(submit, limits=replace(limits, max_tokens=most, stop_ids=drawable))
+
+
+def _extremes(packed: memoryview) -> Sequence[int]:
+    """The least and the greatest id; a prompt of a million takes a millisecond."""
+    ids = unpack_ids(packed)
+    if len(ids) <= INLINE:
+        return ids
+    import numpy as np  # noqa: PLC0415  # slow to import: `Prompts.load` has done it off the event loop
+
+    array = np.frombuffer(packed, np.int32)
+    return [int(array.min()), int(array.max())]
+
+
+def _check_ids(ids: Iterable[int], info: EngineInfo, param: str) -> None:
+    if not all(0 <= token < info.vocab_size for token in ids):
+        raise BadRequestError(f"an id in {param!r} is outside the vocabulary 0…{info.vocab_size - 1}", param=param)
