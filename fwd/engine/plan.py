@@ -20,7 +20,8 @@ STEP_ROWS = (1, 2, 4, 8)  # of which ceilings are given
 UNIT_BYTES = 56  # what a pool remembers of a page or record: four list entries and an int
 FP8_BLOCK = 16  # kernels read fp8 vectors in blocks of 16 bytes
 PIECES = 256  # at most, in which attention splits a context (DESIGN §4)
-PIECE = 4096  # tokens, of a piece on the CPU
+PIECE, PIECE_GRAIN = 4096, 64  # tokens of a piece on the CPU where there are fewer, and by which it grows
+SAMPLED_BYTES = 112  # per id of the vocabulary, while one row is sampled; measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Plan:
             "rope": self.context * self.spec.head_dim * 4,  # cos and sin, float32 [context, 2, head_dim/2]
             **_pool_items(self),
             "steps": _step_buffers(self, MAX_ROWS, self.max_seqs) + _step_buffers(self, self.chunk, 1),
-            "workspace": max(_workspace(self, MAX_ROWS), _workspace(self, self.chunk)) + _logits(self),
+            "workspace": _workspace(self),
             **({"prefix_index": self.index_bytes} if self.device.name == "cpu" else {}),
             "graphs": self.device.graphs,
             "drafter": 0,
@@ -161,15 +162,17 @@ def _most(low: int, high: int, fits: Callable[[int], bool]) -> int:
 
 def _refusal(draft: Plan, asked: int, pool: int, largest: int) -> ConfigError:
     """Why not even one sequence of the context asked for fits, and what would."""
-    device, wanted = draft.device, asked or min(PAGE_SIZE, draft.spec.max_context)
-    sized = _sized(draft, wanted)
-    if sized.needed <= device.memory:
-        held = _most(1, wanted, lambda tokens: _sized(draft, tokens).kv_bytes <= pool)
-        return ConfigError(f"kv_bytes: {pool} hold {held} tokens; raise it to {sized.kv_bytes} for {wanted} tokens")
+    device, least, sized = draft.device, _sized(draft, 1), _sized(draft, asked or 1)
     there = f"and {device.name} has {device.memory:,}"
-    if largest:
-        return ConfigError(f"context: {wanted} tokens need {sized.needed:,} bytes {there}: {largest} tokens would fit")
-    return ConfigError(f"the model does not fit: it needs {_sized(draft, 1).needed:,} bytes at least {there}")
+    if least.needed > device.memory:
+        return ConfigError(f"the model does not fit: it needs {least.needed:,} bytes at least {there}")
+    if sized.needed > device.memory and largest:
+        return ConfigError(f"context: {asked} tokens need {sized.needed:,} bytes {there}: {largest} tokens would fit")
+    wanted = sized if sized.needed <= device.memory else least
+    held = _most(1, wanted.context, lambda tokens: _sized(draft, tokens).kv_bytes <= pool)
+    return ConfigError(
+        f"kv_bytes: {pool} hold {held} tokens; raise it to {wanted.kv_bytes} for a context of {wanted.context}"
+    )
 
 
 def _sized(draft: Plan, context: int, pages: int = 0) -> Plan:
@@ -204,7 +207,11 @@ def _records(max_seqs: int) -> int:
 
 
 def _pages(tokens: int) -> int:
-    return -(-tokens // PAGE_SIZE)
+    return _ceil(tokens, PAGE_SIZE)
+
+
+def _ceil(amount: int, size: int) -> int:
+    return -(-amount // size)
 
 
 def _width(layout: CacheLayout) -> int:
@@ -254,29 +261,39 @@ def _unpacked_head(plan: Plan) -> int:
 
 def _step_buffers(plan: Plan, rows: int, sequences: int) -> int:
     """int64 [rows]: ids, positions, sequences, parents, records, slots per paged group; block tables in int32."""
-    paged = sum(group.kind != "state" for group in plan.groups)
+    paged = _paged(plan)
     states = len(plan.groups) - paged
     return 8 * rows * (4 + paged + 2 * states) + 4 * paged * sequences * _pages(plan.context)
 
 
-def _workspace(plan: Plan, rows: int) -> int:
-    """Activations of one layer's widest moment, and what attention splits or gathers."""
-    spec = plan.spec
-    width = 4 * spec.hidden + spec.qkv_width + spec.heads * spec.head_dim + 3 * spec.intermediate
-    return rows * width * ITEMSIZE[spec.dtype] + (_gathered(plan, rows) if plan.device.name == "cpu" else _split(plan))
+def _workspace(plan: Plan) -> int:
+    """What a step takes beside its buffers, at its widest moments; only a prefill chunk is wider than a decode step."""
+    spec, cpu = plan.spec, plan.device.name == "cpu"
+    width = 4 * spec.hidden + 4 * spec.qkv_width + 3 * spec.intermediate
+    activations = plan.chunk * width * 4  # of a layer, in float32 at most
+    logits = spec.vocab * (MAX_ROWS * 4 + SAMPLED_BYTES)
+    return activations + logits + (_gathered(plan) + _spans(plan) if cpu else _split(plan))
 
 
 def _split(plan: Plan) -> int:
-    """float32 [rows, heads, pieces, head_dim + 2]: the sum, maximum and weighted values of each piece."""
+    """float32 [rows, heads, pieces, head_dim + 2]: the weighted values of each piece, their maximum and their sum."""
     return MAX_ROWS * plan.spec.heads * PIECES * (plan.spec.head_dim + 2) * 4
 
 
-def _gathered(plan: Plan, rows: int) -> int:
-    """One piece of keys and values, and its scores of all rows, in float32."""
-    spec, cells = plan.spec, min(plan.context, PIECE)
-    return 4 * cells * (2 * spec.kv_heads * spec.head_dim + rows * spec.heads)
+def _gathered(plan: Plan) -> int:
+    """One piece of a chunk's context: keys and values, read and in float32, and for each row scores and two masks."""
+    spec = plan.spec
+    cells = min(plan.context + plan.chunk, max(PIECE, _ceil(plan.context, PIECES) + PIECE_GRAIN))
+    vectors = cells * spec.kv_heads * spec.head_dim * (3 * 4 + 2 * ITEMSIZE[spec.dtype])
+    scores = plan.chunk * cells * (spec.heads * 4 + 12)
+    masks = 2 * len(plan.groups) * plan.chunk * cells * spec.heads // spec.kv_heads * ITEMSIZE[spec.dtype]
+    return vectors + scores + masks
 
 
-def _logits(plan: Plan) -> int:
-    """float32 [rows, vocab]: the logits, and the sampler's copy."""
-    return 2 * MAX_ROWS * plan.spec.vocab * 4
+def _spans(plan: Plan) -> int:
+    """int64 [rows, pages] per paged group: where the rows of a decode step find what they attend to."""
+    return 8 * MAX_ROWS * _paged(plan) * _pages(plan.context)
+
+
+def _paged(plan: Plan) -> int:
+    return sum(group.kind != "state" for group in plan.groups)

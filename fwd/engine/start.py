@@ -1,5 +1,6 @@
 """From a `Load` to a running loop: plan, weights, cache."""
 
+import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -38,6 +39,7 @@ def start(
     model = load_model(
         Path(load.model), device=load.device, dtype=load.dtype, context=planned.context, progress=progress
     )
+    _trim_heap()
     runner = ModelRunner(model, planned)
     space = Space(planned.groups, planned.units, planned.page_size, chunk=planned.chunk, key=key)
     loop = Loop(channel, runner, space, max_seqs=planned.max_seqs, chunk=planned.chunk)
@@ -81,6 +83,11 @@ def _info(planned: Plan, model: Model, threads: int, load_ms: float) -> EngineIn
         kv_dtype=planned.kv,
         memory=planned.items,
     )
+
+
+def _trim_heap() -> None:
+    """Give back what unpacked matrices left behind: glibc keeps freed blocks under 32 MiB (malloc_trim(3))."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _threads(spec: ModelSpec) -> int:

@@ -1,0 +1,211 @@
+"""What is planned is what the engine then takes: to the byte in tensors, within 1 % in resident memory."""
+
+import gc
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from fwd.engine import start as starting
+from fwd.engine.keyfile import prefix_key
+from fwd.engine.start import start
+from fwd.errors import ConfigError, ModelError
+from fwd.models import load as loading
+from fwd.protocol.frames import Channel
+from fwd.protocol.ids import pack_ids
+from fwd.protocol.messages import Finished, Limits, Load, Submit, from_engine, to_engine
+
+SIZES = {  # multiples of 64: no packed matrix is padded
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+}
+SLIDING = {
+    "head_dim": 32,
+    "use_sliding_window": True,
+    "sliding_window": 128,
+    "layer_types": ["full_attention", "sliding_attention"] * 2,
+}
+KINDS = {
+    "untied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True),
+    "sliding": lambda: Qwen3Config(**SIZES, **SLIDING, tie_word_embeddings=True),
+}
+IN_ENGINE = "weights", "head", "rope", "kv", "steps"  # kinds that a load takes; the others come and go with the work
+BIG = LlamaConfig(
+    vocab_size=2048,
+    hidden_size=512,
+    intermediate_size=1408,
+    num_hidden_layers=24,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=512,
+    tie_word_embeddings=False,
+)
+LEAVES = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.device, torch.dtype)
+
+
+def write(config, folder, dtype=torch.float32):
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    torch.manual_seed(0)
+    return {kind: write(config(), tmp_path_factory.mktemp(kind)) for kind, config in KINDS.items()}
+
+
+def launch(folder, channel=None, **settings):
+    """The loop and what it says of itself."""
+    return start(Load(model=str(folder), **settings), channel, lambda *_: None, time.monotonic())
+
+
+def tensors(root):
+    """Every tensor that can be reached from an object."""
+    seen, todo, found = set(), [root], []
+    while todo:
+        one = todo.pop()
+        if id(one) in seen or isinstance(one, LEAVES):
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.Tensor):
+            found.append(one)
+        todo += gc.get_referents(one)
+    return found
+
+
+def held_bytes(root):
+    """Bytes of all storages that can be reached, and of packed matrices, which have none that torch shows."""
+    found = tensors(root)
+    packed = {id(one): torch.ops.mkldnn._nbytes(one) for one in found if one.is_mkldnn}
+    plain = [one.untyped_storage() for one in found if not one.is_mkldnn]
+    return sum(packed.values()) + sum({one.data_ptr(): one.nbytes() for one in plain if one.nbytes()}.values())
+
+
+def taken(memory):
+    return sum(size for kind, size in memory.items() if kind.split("_")[0] in IN_ENGINE)
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [{"context": 1024, "max_seqs": 16}, {"context": 333, "max_seqs": 3}], ids=str)
+def test_the_tensors_of_an_engine_are_those_planned(folders, kind, dtype, kv_dtype, sizes):
+    loop, info = launch(folders[kind], dtype=dtype, kv_dtype=kv_dtype, **sizes)
+    assert held_bytes(loop._runner) == taken(info.memory)
+    assert info.kv_dtype == (dtype if kv_dtype == "auto" else kv_dtype)
+    assert info.kv_bytes == sum(size for name, size in info.memory.items() if name.startswith("kv_"))
+    assert info.context == sizes["context"]
+    assert info.pages == sizes["max_seqs"] * -(-sizes["context"] // info.page_size)
+
+
+def test_a_buffer_that_nobody_planned_is_noticed(folders):
+    loop, info = launch(folders["tied"])
+    loop._runner.forgotten = torch.zeros(1)
+    assert held_bytes(loop._runner) == taken(info.memory) + 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"context": 1025}, "context: 1025 is more than the 1024 tokens of the model"),
+        ({"context": 1024, "kv_bytes": 40_000}, "kv_bytes: 40000 hold 16 tokens; raise it to 2097152"),
+        ({"kv_dtype": "int4"}, "kv-dtype: unknown 'int4'"),
+        ({"device": "cuda"}, "no cuda kernels"),
+        ({"state_dir": "/nowhere"}, "/nowhere/prefix.key"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_before_a_weight_is_read(folders, monkeypatch, settings, named):
+    monkeypatch.setattr(loading, "Checkpoint", None)
+    with pytest.raises(ConfigError, match=named):
+        launch(folders["untied"], **settings)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_a_weight_is_read(folders, monkeypatch):
+    monkeypatch.setattr(loading, "Checkpoint", None)
+    monkeypatch.setattr(starting, "available", lambda: 300 << 20)
+    with pytest.raises(ConfigError, match=r"the model does not fit: it needs [\d,]+ bytes at least and cpu has 314,"):
+        launch(folders["untied"])
+
+
+def test_a_dtype_that_is_not_known_is_refused(folders):
+    with pytest.raises(ModelError, match="float16 is not supported"):
+        launch(folders["untied"], dtype="float16")
+
+
+def test_the_key_of_the_prefix_cache_is_kept_where_there_is_a_state_directory(folders, tmp_path):
+    launch(folders["tied"], state_dir=str(tmp_path))
+    kept = (tmp_path / "prefix.key").read_bytes()
+    launch(folders["tied"], state_dir=str(tmp_path))
+    assert (tmp_path / "prefix.key").read_bytes() == kept == prefix_key(str(tmp_path))
+
+
+def anonymous():
+    """Bytes of resident memory that belong to no file: mapped weights are not among them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
+def answer(loop, theirs):
+    """Let the loop answer one request of a whole context."""
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    prompt = pack_ids([index % 2048 for index in range(450)])
+    theirs.send(Submit(id=1, prompt=prompt, limits=Limits(max_tokens=50)))
+    while not isinstance(theirs.receive(), Finished):
+        pass
+    theirs.close()
+    thread.join()
+
+
+def measure(folder, dtype):
+    """In a process of its own: what it grows by, at the start with the cache touched and after some work."""
+    torch.set_num_threads(2)
+    torch.mm(torch.ones(256, 256), torch.ones(256, 256))  # threads and libraries are there
+    ours, theirs = socket.socketpair()
+    before = anonymous()
+    loop, info = launch(folder, Channel(ours, to_engine), dtype=dtype, threads=2)
+    arena = max(tensors(loop._runner), key=lambda one: 0 if one.is_mkldnn else one.untyped_storage().nbytes())
+    torch.empty(0, dtype=torch.uint8).set_(arena.untyped_storage()).zero_()
+    loaded = anonymous() - before
+    answer(loop, Channel(theirs, from_engine))
+    sys.stdout.write(json.dumps({"loaded": loaded, "worked": anonymous() - before, "memory": info.memory}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resident_memory_is_what_is_planned(tmp_path, dtype):
+    """1 % of it is more than what oneDNN compiles when it first runs, which the reserve is for."""
+    write(BIG, tmp_path, getattr(torch, dtype))
+    command = [sys.executable, __file__, str(tmp_path), dtype]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    memory = found["memory"]
+    assert taken(memory) > 300e6
+    assert found["loaded"] == pytest.approx(taken(memory), rel=0.01)
+    assert found["worked"] == pytest.approx(sum(memory.values()), rel=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_device_memory_is_what_is_planned(tmp_path, dtype):
+    write(BIG, tmp_path, getattr(torch, dtype))
+    before = torch.cuda.memory_allocated()
+    _, info = launch(tmp_path, device="cuda", dtype=dtype)
+    assert torch.cuda.memory_allocated() - before == pytest.approx(taken(info.memory), rel=0.01)
+
+
+if __name__ == "__main__":
+    measure(*sys.argv[1:])
