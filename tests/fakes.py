@@ -304,6 +304,7 @@ class FakeEngine:
             context=self.script.context,
             device="cpu",
             dtype="float32",
+            kv_dtype="float32",
             kernel_set="fake",
             build="fake",
             chunk=64,

@@ -205,7 +205,7 @@ def test_a_prompt_longer_than_the_context(folder, run):
 
 @pytest.mark.parametrize("prompt", [[20] * 51, [[20], [20] * 51], "x" * 501, ["x", "x" * 501]])
 def test_what_cannot_fit_is_refused_before_any_work_on_it(folder, run, monkeypatch, prompt):
-    for work in ("fwd.api.openai.answer.pack_ids", "fwd.front.prompts.Prompts.text"):
+    for work in ("fwd.front.service.Service.open_all", "fwd.front.prompts.Prompts.text"):
         monkeypatch.setattr(work, lambda *_: 1 / 0)
 
     async def scenario():
@@ -253,15 +253,15 @@ def test_tokenize_needs_one_of_two(refused):
     refused([("/tokenize", {}, 400, "prompt"), ("/tokenize", {"prompt": "x", "messages": SAY}, 400, "prompt")])
 
 
-def test_more_choices_than_the_queue_holds(refused):
+def test_more_choices_than_are_ever_open(refused, monkeypatch):
+    monkeypatch.setattr("fwd.api.openai.prompts.MAX_OPEN", 8)
     refused(
         [
-            (CHAT, body_of(CHAT, n=9), 400, "n"),
             (COMPLETE, body_of(COMPLETE, prompt=["x"] * 5, n=2), 400, "n"),
             (COMPLETE, body_of(COMPLETE, prompt=["x"] * 9), 400, "n"),
-            (COMPLETE, body_of(COMPLETE, prompt=["x"] * 9 + [5]), 400, "n"),
-        ],
-        max_queue=8,
+            (COMPLETE, body_of(COMPLETE, prompt=[[20]] * 9), 400, "n"),
+            (COMPLETE, body_of(COMPLETE, prompt=["x"] * 9 + [5]), 400, "prompt"),
+        ]
     )
 
 

@@ -250,10 +250,10 @@ def test_a_bug_is_an_internal_error_without_a_trace(folder, run):
     async def scenario():
         async with serving(folder, script("x")) as server:
 
-            def broken(_submit):
+            def broken(_submits):
                 raise ZeroDivisionError("secret")
 
-            server.service.open = broken
+            server.service.open_all = broken
             for stream in (False, True):
                 status, body, headers = await server.post(CHAT, {**GOOD, "stream": stream})
                 error = {"message": "internal error", "type": "server_error", "param": None, "code": "internal_error"}

@@ -76,6 +76,7 @@ def test_the_receipt_names_what_the_tokens_depend_on(folder, run):
                 "tokenizer_hash": prompts.tokenizer.hash,
                 "kernel_set": "fake",
                 "dtype": "float32",
+                "kv_dtype": "float32",
                 "device": "cpu",
                 "chunk_size": 64,
                 "threads": 0,

@@ -7,11 +7,10 @@ import signal
 
 import fakes
 import pytest
-from aiohttp import web
 from apiserver import NAME, events, ids, script, serving, text, until
 
 from fwd.api import body as bodies
-from fwd.errors import DeadlineError
+from fwd.errors import DeadlineError, OverloadedError
 
 CHAT = "/v1/chat/completions"
 COMPLETE = "/v1/completions"
@@ -226,13 +225,13 @@ def test_a_body_that_does_not_arrive(folder, run, monkeypatch):
 
 def test_a_body_that_does_not_arrive_delays_no_stop(folder, run, monkeypatch):
     monkeypatch.setattr(bodies, "READ_SECONDS", NEVER)
-    reading, read = asyncio.Event(), web.BaseRequest.read
+    reading, received = asyncio.Event(), bodies._received
 
-    async def noted(request):
+    async def noted(*arguments):
         reading.set()
-        return await read(request)
+        return await received(*arguments)
 
-    monkeypatch.setattr(web.BaseRequest, "read", noted)
+    monkeypatch.setattr(bodies, "_received", noted)
 
     async def scenario():
         outside = contextlib.AsyncExitStack()
@@ -344,15 +343,116 @@ def test_pings_while_there_is_nothing_to_say(folder, run):
     run(scenario())
 
 
+def test_a_ping_tells_how_far_the_prompt_is(folder, run):
+    async def scenario():
+        engine = script(pace="ping", chunk=1)
+        async with (
+            serving(folder, engine, ping_interval=0.005, hang_timeout=30.0, keep_alive=0.002) as server,
+            server.session.post(server.url + COMPLETE, json=request(stream=True, prompt=[20] * 99)) as response,
+        ):
+            told = []
+            while len(told) < 3:
+                line = await response.content.readuntil(b"\n\n")
+                if line != b": ping\n\n":
+                    assert (line[:10], line[-5:]) == (b": prefill ", b"/99\n\n")
+                    told.append(int(line[10:-5]))
+            assert told == sorted(told)
+            assert 0 < told[-1] < 99
+            (shown,) = (await server.get("/health"))[1]["prefilling"]
+            assert shown["done"] >= told[-1]
+            (row,) = server.service.requests().requests
+            assert (row.state, row.prompt_tokens) == ("prefill", 99)
+            assert told[-1] <= row.prefilled < 99
+            await until(lambda: not server.keeper.pong.prefilling)
+            assert server.service.requests().requests[0].state == "running"
+
+    run(scenario())
+
+
 def test_a_full_queue_says_when_to_come_back(folder, run):
     async def scenario():
         async with serving(folder, still(), ping_interval=NEVER, max_queue=3) as server:
             async with sent(server, request(n=2)):
                 await opened(server, 2)
-                status, body, headers = await server.post(COMPLETE, request(n=2))
-                assert (status, body["error"]["code"], headers["Retry-After"]) == (429, "queue_full", "1")
-                assert len(list(server.service.streams)) == 2
+                assert server.keeper.queue.tokens == len(PROMPT)  # a prompt counts once
+                refused = await server.post(COMPLETE, request(n=2))
+                assert_shed(*refused, seconds=1)
+                assert (await server.get("/health"))[1]["queue"]["tokens"] == len(PROMPT)
+                async with sent(server, request(prompt=[20])):
+                    await opened(server, 3)
+                    assert_shed(*await server.post(COMPLETE, request(prompt=[20])), seconds=1)
+                await opened(server, 2)
             await server.idle()
+            assert server.keeper.queue.tokens == 0
+
+
+def assert_shed(status, body, headers, seconds):
+    assert (status, body["error"]["code"], body["error"]["type"]) == (429, "queue_full", "rate_limit_error")
+    assert int(headers["Retry-After"]) == seconds
+
+
+def test_the_wait_is_what_must_drain_over_the_measured_rate(folder, run):
+    async def scenario():
+        async with (
+            serving(folder, still(), ping_interval=NEVER, max_queue=100) as server,
+            sent(server, request(prompt=[20] * 100)),
+        ):
+            await opened(server)
+            for rate, tokens, seconds in ((10.0, 25, 3), (10.0, 1, 1), (0.5, 29, 58), (0.0, 1, 60), (1e9, 99, 1)):
+                server.keeper.pace.rate = rate
+                with pytest.raises(OverloadedError) as caught:
+                    server.service.check_queue(tokens)
+                assert caught.value.retry_after == seconds
+            server.keeper.pace.rate = 0.1
+            assert_shed(*await server.post(COMPLETE, request(prompt=[20] * 3)), seconds=10)
+
+    run(scenario())
+
+
+def test_a_full_queue_refuses_before_it_reads(folder, run, monkeypatch):
+    async def scenario():
+        async with serving(folder, still(), ping_interval=NEVER, max_queue=4) as server:
+            async with sent(server, request(prompt=[20] * 9)):  # longer than the queue, and alone in it
+                await opened(server)
+                monkeypatch.setattr(bodies, "_received", lambda *_: 1 / 0)
+                for path, asked in ((CHAT, {"messages": []}), (COMPLETE, request())):
+                    assert_shed(*await server.post(path, asked), seconds=1)
+                server.service.draining = True
+                monkeypatch.undo()
+                assert (await server.post(COMPLETE, request()))[1]["error"]["code"] == "not_ready"
+            await server.idle()
+
+    run(scenario())
+
+
+def test_what_the_engine_has_begun_waits_no_more(folder, run):
+    async def scenario():
+        engine = script(pace="ping", chunk=1)
+        async with serving(folder, engine, ping_interval=0.002, hang_timeout=30.0, max_queue=50) as server:
+            streaming = request(stream=True, prompt=[20] * 60, max_tokens=500)
+            async with sent(server, streaming):
+                await until(lambda: server.keeper.pong.prefilling)
+                assert server.keeper.queue.tokens == 0
+                async with sent(server, streaming | {"prompt": [21] * 50}):
+                    await opened(server, 2)
+                    await until(lambda: server.keeper.queue.tokens == 0)
+            await server.idle()
+
+    run(scenario())
+
+
+def test_bodies_on_their_way_are_bounded(folder, run):
+    async def scenario():
+        async with serving(folder, script(), max_body=1024) as server:
+            inbox = server.runner.app[bodies.INBOX]
+            with inbox.counted() as take:
+                take(inbox.most - 10)
+                assert_shed(*await server.post(COMPLETE, request()), seconds=1)
+            assert inbox.bytes == 0
+            assert (await server.post(COMPLETE, request()))[0] == 200
+            assert inbox.bytes == 0
+
+    run(scenario())
 
     run(scenario())
 
@@ -439,7 +539,8 @@ def test_health_tells_progress(folder, run):
             assert (status, body["ready"], body["model"]) == (200, True, NAME)
             assert body["engine"]["steps"] > 3
             assert body["engine"]["progress_age_s"] < 30
-            assert (body["queue"]["running"], body["queue"]["limit"]) == (1, 256)
+            assert body["queue"] == {"running": 1, "waiting": 0, "tokens": 0, "limit": 1 << 20}
+            assert body["engine"]["tokens_per_second"] > 0
             assert body["load"] == {"done_bytes": 1, "total_bytes": 2}
             await asked
 

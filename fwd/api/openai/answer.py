@@ -12,10 +12,8 @@ from msgspec.structs import replace
 
 from fwd.api.context import REQUEST_ID, RUNNING, SERVICE
 from fwd.api.openai.parameters import Parameters
-from fwd.errors import BadRequestError
 from fwd.front.bounds import context_error
 from fwd.front.generation import Generation
-from fwd.front.queue import MAX_OPEN
 from fwd.front.service import Service
 from fwd.front.streams import Stream
 from fwd.protocol.ids import unpack_ids
@@ -99,13 +97,6 @@ class Answer:
             include_stop=bool(parameters.include_stop_str_in_output),
             continues=self.wanted.continues,
         )
-
-
-def check_total(parameters: Parameters, prompts: int) -> None:
-    """Raise `BadRequestError` for more choices than the daemon ever admits."""
-    total = parameters.choices * prompts
-    if total > MAX_OPEN:
-        raise BadRequestError(f"{total} choices in one request: at most {MAX_OPEN}: send several requests", param="n")
 
 
 def check_fit(service: Service, tokens: int, most: int | None) -> None:

@@ -8,7 +8,7 @@ from aiohttp import web
 from msgspec import Meta
 
 from fwd.api.context import entering, serving
-from fwd.api.openai.answer import Answer, Wanted, answering, check_total
+from fwd.api.openai.answer import Answer, Wanted, answering
 from fwd.api.openai.logprobs import chat_items, output_scores
 from fwd.api.openai.parameters import REFUSED, Parameters, Top, deadline, refuse
 from fwd.api.openai.respond import respond
@@ -86,7 +86,6 @@ async def post(request: web.Request) -> web.StreamResponse:
     async with entering(request, _decoder) as body:
         body.check()
         service = serving(request, body.model)
-        check_total(body, 1)
         prompt = await service.prompts.chat(body.chat)
     most = body.max_completion_tokens or body.max_tokens
     wanted = Wanted(body, [prompt], max_tokens=most, logprobs=body.scored, deadline=ends)

@@ -9,10 +9,10 @@ from aiohttp import web
 from msgspec import Meta
 
 from fwd.api.context import entering, serving
-from fwd.api.openai.answer import Answer, Wanted, answering, check_fit, check_total
+from fwd.api.openai.answer import Answer, Wanted, answering, check_fit
 from fwd.api.openai.logprobs import Columns, output_scores, prompt_scores
 from fwd.api.openai.parameters import REFUSED, Parameters, Top, deadline, refuse
-from fwd.api.openai.prompts import read_prompts
+from fwd.api.openai.prompts import check_count, read_prompts
 from fwd.api.openai.respond import respond
 from fwd.errors import BadRequestError
 from fwd.front.bounds import over_context
@@ -75,7 +75,7 @@ async def _read(request: web.Request) -> tuple[CompletionBody, Wanted]:
 async def _prompts(service: Service, body: CompletionBody) -> list[memoryview]:
     """Packed ids of every prompt; what can never be admitted is refused before any text is encoded."""
     prompts = await read_prompts(bytes(body.prompt))
-    check_total(body, len(prompts))
+    check_count(body.choices * len(prompts))
     for prompt in prompts:
         if isinstance(prompt, str):
             _check_text(service, prompt)

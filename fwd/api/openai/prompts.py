@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from fwd.api.body import decoded
 from fwd.errors import BadRequestError
+from fwd.front.queue import MAX_OPEN
 from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import TokenId
 
@@ -46,13 +47,20 @@ def _read(raw: bytes) -> list[Prompt]:
 def _read_long(raw: bytes) -> list[Prompt]:
     """Ids in pieces where that is what there is; everything else, and every mistake, as it is read when it is short."""
     try:
-        if _is_flat(raw):
-            return [_read_ids(raw)]
+        if _is_flat(raw) and (ids := _read_ids(raw)):
+            return [ids]
         if raw.startswith(b"[["):
+            check_count(raw.count(b"[") - 1)
             return [_read_ids(bytes(part)) for part in _parts.decode(raw)]
     except msgspec.MsgspecError:
         pass
     return _read(raw)
+
+
+def check_count(choices: int) -> None:
+    """Raise `BadRequestError` for more choices than the daemon ever admits."""
+    if choices > MAX_OPEN:
+        raise BadRequestError(f"{choices} choices in one request: at most {MAX_OPEN}: send several requests", param="n")
 
 
 def _is_flat(raw: bytes) -> bool:
@@ -62,6 +70,8 @@ def _is_flat(raw: bytes) -> bool:
 
 def _read_ids(raw: bytes) -> memoryview:
     """The ids of a flat list of valid JSON; raises `MsgspecError` for anything else."""
+    if not raw.startswith(b"["):
+        raise msgspec.ValidationError("no list")
     ids, begin, last = array("i"), 1, raw.rindex(b"]")
     while begin < last:
         end = raw.find(b",", begin + INLINE, last)
