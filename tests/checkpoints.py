@@ -30,6 +30,20 @@ _SIZES = {
     "eos_token_id": 256,
     "initializer_range": 0.15,
 }
+_SLIDING = {**_SIZES, "num_hidden_layers": 3}
+_LONG = {  # one full-attention head and sliding layers, for contexts of a million tokens
+    **_SIZES,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 1 << 20,
+    "tie_word_embeddings": True,
+    "use_sliding_window": True,
+    "sliding_window": 64,
+    "max_window_layers": 1,
+}
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 KINDS = {
@@ -42,6 +56,18 @@ KINDS = {
     "yarn": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False, rope_parameters=_YARN),
     "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=False),
     "qwen3": lambda: Qwen3Config(**_SIZES, tie_word_embeddings=True, head_dim=32),
+    "qwen2-sliding": lambda: Qwen2Config(
+        **_SLIDING, tie_word_embeddings=False, use_sliding_window=True, sliding_window=24, max_window_layers=1
+    ),
+    "qwen3-sliding": lambda: Qwen3Config(
+        **_SLIDING,
+        tie_word_embeddings=True,
+        head_dim=32,
+        use_sliding_window=True,
+        sliding_window=17,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "long": lambda: Qwen3Config(**_LONG),
 }
 
 

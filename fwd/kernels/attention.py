@@ -67,21 +67,22 @@ def prefill_pieces(rows: Rows, kv: KV, group: int, dtype: torch.dtype) -> list[P
 
 
 def attend(q: Tensor, kv: KV, pieces: Sequence[Piece]) -> Tensor:
-    """Return softmax attention of q [kv_heads, queries, head_dim] over the pieces, in the same shape."""
+    """Return softmax attention of q [1, kv_heads, queries, head_dim] over the pieces, in the same shape."""
     if len(pieces) > 1:
         return _attend_split(q, kv, pieces)
-    keys, values = (x.transpose(0, 1).unsqueeze(0) for x in read(kv, pieces[0].span, q.dtype))
-    return F.scaled_dot_product_attention(q.unsqueeze(0), keys, values, pieces[0].mask).squeeze(0)
+    span, mask = pieces[0]
+    keys, values = read(kv, span, q.dtype)
+    return F.scaled_dot_product_attention(q, _by_head(keys), _by_head(values), mask)
 
 
 def _attend_split(q: Tensor, kv: KV, pieces: Sequence[Piece]) -> Tensor:
     """Online softmax (Milakov & Gimelshein 2018) in float32: each piece rescales what was summed before it."""
     wide = q.float() * q.shape[-1] ** -0.5
     out = torch.zeros_like(wide)
-    peak, total = out.new_full((*q.shape[:2], 1), _LOWEST), out.new_zeros((*q.shape[:2], 1))
+    peak, total = out.new_full((*q.shape[:-1], 1), _LOWEST), out.new_zeros((*q.shape[:-1], 1))
     for span, mask in pieces:
-        keys, values = (x.float().transpose(0, 1) for x in read(kv, span, q.dtype))  # [kv_heads, keys, head_dim]
-        scores = wide @ keys.transpose(1, 2)  # [kv_heads, queries, keys]
+        keys, values = (_by_head(x.float()) for x in read(kv, span, q.dtype))
+        scores = wide @ keys.transpose(2, 3)  # [1, kv_heads, queries, keys]
         if mask is not None:
             scores += mask
         before, peak = peak, torch.maximum(peak, scores.amax(dim=-1, keepdim=True))
@@ -89,6 +90,11 @@ def _attend_split(q: Tensor, kv: KV, pieces: Sequence[Piece]) -> Tensor:
         total = total.mul_(fade).add_(weights.sum(dim=-1, keepdim=True))
         out = out.mul_(fade).add_(weights @ values)
     return out.div_(total).to(q.dtype)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """Return [keys, kv_heads, head_dim] as [1, kv_heads, keys, head_dim]."""
+    return x.transpose(0, 1).unsqueeze(0)
 
 
 def _first_seen(position: int, window: int) -> int:

@@ -48,13 +48,8 @@ def locate_within(table: Table, page_size: int, wanted: range, known: range) -> 
 
 def write(kv: KV, slots: Tensor, keys: Tensor, values: Tensor) -> None:
     """Write the vectors [tokens, kv_heads, head_dim] of tokens to the cells `slots` (int64 [tokens])."""
-    for cache, scales, vectors in ((kv.keys, kv.key_scales, keys), (kv.values, kv.value_scales, values)):
-        if scales is None:
-            cache.index_copy_(0, slots, vectors.to(cache.dtype))
-        else:
-            numbers, scale = quantize(vectors)
-            cache.view(torch.uint8).index_copy_(0, slots, numbers.view(torch.uint8))
-            scales.index_copy_(0, slots, scale)
+    _write(kv.keys, kv.key_scales, slots, keys)
+    _write(kv.values, kv.value_scales, slots, values)
 
 
 def read(kv: KV, span: Span, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -77,11 +72,23 @@ def aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % _ALIGNED == 0 else x.clone()
 
 
+def _write(cache: Tensor, scales: Tensor | None, slots: Tensor, vectors: Tensor) -> None:
+    if scales is not None:
+        numbers, scale = quantize(vectors)
+        cache.view(torch.uint8).index_copy_(0, slots, numbers.view(torch.uint8))
+        scales.index_copy_(0, slots, scale)
+    elif cache.dtype == vectors.dtype:
+        cache.index_copy_(0, slots, vectors)
+    else:
+        cache.index_copy_(0, slots, vectors.to(cache.dtype))
+
+
 def _read(cache: Tensor, scales: Tensor | None, page_size: int, span: Span, dtype: torch.dtype) -> Tensor:
     found = _gather(cache, page_size, span)
     if scales is not None:
         found = found.float().mul_(_gather(scales, page_size, span).unsqueeze(-1))
-    found = found.to(dtype)
+    if found.dtype != dtype:
+        found = found.to(dtype)
     if span.before or span.after:
         return F.pad(found, (0, 0, 0, 0, span.before, span.after))
     return aligned(found)

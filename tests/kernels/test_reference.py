@@ -2,106 +2,13 @@
 
 import math
 import random
-from dataclasses import dataclass, field
 
 import pytest
 import torch
-from torch.nn import functional
+from blocks import DTYPES, SHAPES, Block, chunk_rows, decode_rows, same_bits, scattered_tables
 
 from fwd.errors import ConfigError
-from fwd.kernels.ops import KV, QKV, Norm, Rows
-from fwd.kernels.qtensor import QTensor
-from fwd.kernels.reference import Reference
 from fwd.kernels.select import select
-
-DTYPES = (torch.float32, torch.bfloat16)
-PAGE = 4
-# hidden, heads, kv_heads, head_dim, intermediate, extras: ordinary, odd in every dimension, wide, over torch's split
-SHAPES = [
-    (64, 4, 2, 16, 96, False),
-    (67, 3, 1, 10, 37, True),
-    (250, 5, 5, 18, 129, True),
-    (256, 8, 2, 64, 688, False),
-    (1030, 6, 3, 34, 2100, True),
-    (512, 4, 2, 64, 8200, False),
-]
-
-
-@dataclass
-class Block:
-    """A random decoder block over a cache of `sequences` sequences, and the ops run one after the other."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    seed: int
-    ops: Reference = field(default_factory=Reference)
-
-    def __post_init__(self):
-        hidden, heads, kv_heads, dim, inner, extras = self.shape
-        self.generator = torch.Generator().manual_seed(self.seed)
-        width = (heads + 2 * kv_heads) * dim
-        self.layer = QKV(
-            self.norm(hidden),
-            self.matrix(width, hidden),
-            self.random(width) if extras else None,
-            self.norm(dim) if extras else None,
-            self.norm(dim) if extras else None,
-            kv_heads,
-            dim,
-        )
-        self.output = self.matrix(hidden, heads * dim)
-        self.mlp_norm, self.gate_up = self.norm(hidden), self.matrix(2 * inner, hidden)
-        self.down, self.last_norm = self.matrix(hidden, inner), self.norm(hidden)
-        self.head = self.ops.pack_head(QTensor.plain(self.random(301, hidden)))
-        angles = torch.outer(torch.arange(64.0), 100.0 ** -torch.linspace(0, 1, dim // 2))
-        self.rope = torch.stack((angles.cos(), angles.sin()), dim=1)
-
-    def random(self, *shape):
-        return (torch.randn(shape, generator=self.generator) * 0.3).to(self.dtype)
-
-    def matrix(self, *shape):
-        return self.ops.pack(QTensor.plain(self.random(*shape)))
-
-    def norm(self, width):
-        return Norm(self.random(width) + 1, 1e-5)
-
-    def cache(self, pages, *, stale=math.nan):
-        shape = (pages * PAGE, self.shape[2], self.shape[3])
-        return KV(torch.full(shape, stale, dtype=self.dtype), torch.full(shape, stale, dtype=self.dtype), PAGE)
-
-    def run(self, hidden, rows, kv):
-        """One block and the head; returns hidden and logits of the given rows, padding cut off."""
-        count = len(hidden)
-        rows = rows.padded(self.ops.row_block)
-        x = functional.pad(hidden, (0, 0, 0, len(rows.positions) - count))
-        attend = self.ops.decode_attention if rows.chunk < 0 else self.ops.prefill_attention
-        mixed = attend(self.ops.qkv(x, self.layer, self.rope, rows, kv), rows, kv)
-        x = self.ops.linear(mixed, self.output, x)
-        x = self.ops.linear(self.ops.gate_up(x, self.mlp_norm, self.gate_up), self.down, x)
-        return torch.cat((x.float(), self.ops.head(x, self.last_norm, self.head)), dim=1)[:count]
-
-
-def decode_rows(places, tables):
-    """Rows at (sequence, position) of the given block tables."""
-    sequences, positions = (torch.tensor(column) for column in zip(*places, strict=True))
-    slots = tables[sequences, positions // PAGE] * PAGE + positions % PAGE
-    return Rows(positions, slots, sequences, tables, torch.full_like(positions, -1))
-
-
-def chunk_rows(index, size, valid, table, first=0):
-    positions = torch.arange(index * size, (index + 1) * size)
-    cells = table[0][(positions // PAGE).clamp(max=table.shape[1] - 1)] * PAGE + positions % PAGE
-    slots = torch.where((positions < valid) & (positions >= first), cells, -1)
-    return Rows(positions, slots, torch.zeros_like(positions), table, torch.full_like(positions, -1), index)
-
-
-def scattered_tables(sequences, pages, seed):
-    order = torch.randperm(sequences * pages, generator=torch.Generator().manual_seed(seed))
-    return order.view(sequences, pages)
-
-
-def same_bits(left, right):
-    return torch.equal(left.contiguous().view(torch.int32), right.contiguous().view(torch.int32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -179,7 +86,7 @@ def test_a_chunk_that_continues_a_cached_prefix_has_the_bits_of_a_cold_one():
     block, size = Block(SHAPES[0], torch.bfloat16, seed=12), 24
     hidden, table, kv = block.random(size, SHAPES[0][0]), scattered_tables(1, 6, seed=13), block.cache(6)
     cold = block.run(hidden, chunk_rows(0, size, size, table), kv)
-    hidden[:16] = 0.25  # rows of cached tokens are padding, whatever they hold
+    hidden[:16] = math.nan  # rows of cached tokens are padding, whatever they hold
     warm = block.run(hidden, chunk_rows(0, size, size, table, first=16), kv)
     assert same_bits(warm[16:], cold[16:])
 
@@ -188,10 +95,11 @@ def test_padding_rows_write_nothing():
     block = Block(SHAPES[0], torch.float32, seed=14)
     kv = block.cache(4, stale=7.0)
     rows = decode_rows([(0, 0), (1, 0), (0, 1)], scattered_tables(2, 2, seed=15))
-    rows.slots[1] = -1
+    slots = rows.cells[0].slots
+    rows.sequences[1] = slots[1] = -1
     block.run(block.random(3, SHAPES[0][0]), rows, kv)
     touched = (kv.keys != 7.0).flatten(1).any(dim=1)
-    assert touched.nonzero().flatten().tolist() == sorted(rows.slots[[0, 2]].tolist())
+    assert touched.nonzero().flatten().tolist() == sorted(slots[[0, 2]].tolist())
 
 
 def test_attention_is_softmax_attention():

@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fwd.errors import ModelError
+from fwd.models.layout import Paged
 from fwd.models.rope import frequencies, rope_table
-from fwd.models.spec import FAMILIES, ModelSpec, PagedLayout, RopeSpec, parse_spec, read_spec
+from fwd.models.spec import FAMILIES, ModelSpec, RopeSpec, parse_spec, read_spec
 
 BASE = {
     "architectures": ["LlamaForCausalLM"],
@@ -34,7 +35,8 @@ def test_a_plain_config():
     spec = parse_spec(BASE)
     assert (spec.head_dim, spec.qkv_width, spec.max_context, spec.dtype) == (16, 128, 512, "bfloat16")
     assert spec.rope == RopeSpec("default", 10000.0)
-    assert spec.cache == (PagedLayout("full", 2, 2, 16),)
+    assert spec.cache == (Paged((0, 1), 2, 16),)
+    assert spec.windows == (0, 0)
     assert not any((spec.tied, spec.qkv_bias, spec.output_bias, spec.qk_norm))
 
 
@@ -100,6 +102,71 @@ def test_rope_frequencies_are_those_of_transformers(parameters):
     assert rope.attention_factor == pytest.approx(factor)
 
 
+SLIDING = {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}
+FULL, SLIDES = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        SLIDING,
+        {**SLIDING, "max_window_layers": 0},
+        {**SLIDING, "max_window_layers": 28},
+        {**SLIDING, "layer_types": [SLIDES, FULL, SLIDES]},
+        {**SLIDING, "layer_types": [FULL] * 3},
+        {**SLIDING, "sliding_window": None},
+        {**SLIDING, "use_sliding_window": False},
+        {"sliding_window": 32, "max_window_layers": 0},
+        {"use_sliding_window": True, "max_window_layers": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("name", "reads"), [("Qwen2ForCausalLM", Qwen2Config), ("Qwen3ForCausalLM", Qwen3Config)])
+def test_windows_are_those_of_transformers(name, reads, change):
+    sizes = {**BASE, "num_hidden_layers": 3, "max_position_embeddings": 8192, "architectures": [name]}
+    config = reads(**sizes, **change)
+    expected = tuple(config.sliding_window if kind == SLIDES else 0 for kind in config.layer_types)
+    assert parse_spec({**sizes, **change}).windows == expected
+    assert parse_spec(config.to_dict() | {"architectures": [name]}).windows == expected
+
+
+@pytest.mark.parametrize(("window", "found"), [(511, (0, 511)), (512, (0, 0)), (1 << 20, (0, 0))])
+def test_a_window_over_the_whole_context_is_none(window, found):
+    qwen = {**BASE, "architectures": ["Qwen3ForCausalLM"]}
+    assert parse_spec({**qwen, **SLIDING, "sliding_window": window}).windows == found
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"layer_types": [FULL, SLIDES]}, "use_sliding_window is not true"),
+        ({**SLIDING, "layer_types": [FULL, "chunked_attention"]}, "full_attention or sliding_attention"),
+        ({**SLIDING, "layer_types": [FULL, []]}, "full_attention or sliding_attention"),
+        ({**SLIDING, "layer_types": [SLIDES]}, "layer_types names 1 layers, num_hidden_layers 2"),
+        ({**SLIDING, "sliding_window": 0}, "sliding_window"),
+        ({**SLIDING, "sliding_window": "32"}, "sliding_window"),
+        ({**SLIDING, "max_window_layers": -1}, "max_window_layers"),
+        ({**SLIDING, "use_sliding_window": "yes"}, "use_sliding_window"),
+    ],
+    ids=str,
+)
+def test_windows_that_cannot_be_honoured_are_refused_by_name(change, named):
+    with pytest.raises(ModelError) as refused:
+        parse_spec({**BASE, "architectures": ["Qwen2ForCausalLM"], **change})
+    assert named in refused.value.message
+
+
+def test_a_rope_table_of_a_million_positions_takes_little_more_than_its_own_memory():
+    code = (
+        "import resource, torch; from fwd.models.rope import *; peak = lambda: resource.getrusage(0).ru_maxrss << 10;"
+        "rope = RopeSpec('default', 1e6); rope_table(rope, 32, 10000); before = peak();"
+        "table = rope_table(rope, 32, 1 << 20); print(peak() - before - table.nbytes)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 16 << 20
+
+
 def test_an_entry_of_the_rope_table_does_not_depend_on_its_length():
     rope = RopeSpec("default", 10000.0)
     long = rope_table(rope, 18, 4099)
@@ -159,11 +226,13 @@ json_values = st.recursive(
 
 
 @given(
-    st.sampled_from([*BASE, "rope_parameters", "rope_scaling", "rope_theta", "head_dim", "layer_types"]), json_values
+    st.sampled_from([*BASE, *SLIDING, "rope_parameters", "rope_scaling", "rope_theta", "head_dim", "layer_types"]),
+    json_values,
+    st.sampled_from(sorted(FAMILIES)),
 )
-def test_any_value_gives_a_spec_or_a_model_error(key, value):
+def test_any_value_gives_a_spec_or_a_model_error(key, value, family):
     try:
-        spec = parse_spec({**BASE, key: value})
+        spec = parse_spec({**BASE, **(SLIDING if "Qwen" in family else {}), "architectures": [family], key: value})
     except ModelError as error:
         spec = error
     assert isinstance(spec, ModelSpec) or len(spec.message.splitlines()) == 1

@@ -1,0 +1,343 @@
+"""Windows, KV dtypes, pieces and chunks that begin in the middle: the right numbers, and the same bits every time."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from blocks import DTYPES, KV_DTYPES, PAGE, SHAPES, Block, chunk_rows, decode_rows, same_bits, scattered_tables
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fwd.kernels import attention, paged
+from fwd.kernels.ops import KV, Cells, Rows
+
+WINDOWS = (0, 1, 5, 33)
+FEW = (SHAPES[1], SHAPES[3])  # odd, wide
+CHUNK, END = 24, 68  # a chunk begins at no page's multiple of anything; the last one is cut
+
+
+@pytest.fixture(params=["one", "many", "longer"])
+def pieces(request, monkeypatch):
+    """One piece, pieces of 8 keys, or at most three pieces of growing length."""
+    if request.param != "one":
+        monkeypatch.setattr(attention, "PIECE", 8)
+    if request.param == "longer":
+        monkeypatch.setattr(attention, "PIECES", 3)
+        monkeypatch.setattr(attention, "_GRAIN", 4)
+    return request.param
+
+
+def seen(position, window):
+    return range(max(0, position + 1 - window) if window else 0, position + 1)
+
+
+def forget(table, first):
+    """A line of a block table whose pages before position `first` were given back: anything may stand there."""
+    out = table.clone()
+    out[:, : first // PAGE] = -1
+    return out
+
+
+def stored(kv, cells):
+    """Keys and values of cells in float64."""
+    keys, values = kv.keys[cells].double(), kv.values[cells].double()
+    if kv.key_scales is None:
+        return keys, values
+    return keys * kv.key_scales[cells].double()[..., None], values * kv.value_scales[cells].double()[..., None]
+
+
+def expected(q, kv, table, position):
+    """The definition, in float64, of one row's attention: q [heads, head_dim]."""
+    places = torch.tensor(list(seen(position, kv.window)))
+    keys, values = stored(kv, table[places // PAGE] * PAGE + places % PAGE)  # [cells, kv_heads, head_dim]
+    grouped = q.double().view(keys.shape[1], -1, q.shape[-1])
+    scores = torch.einsum("hgd,chd->hgc", grouped, keys) / q.shape[-1] ** 0.5
+    return torch.einsum("hgc,chd->hgd", scores.softmax(-1), values).reshape(-1)
+
+
+def filled(block, table, kv, count):
+    """Write positions 0…count−1 of sequence 0 by decode steps."""
+    for start in range(0, count, 16):
+        places = [(0, p) for p in range(start, min(start + 16, count))]
+        block.run(block.random(len(places), block.shape[0]), decode_rows(places, table), kv)
+
+
+def worst_error(shape, dtype, kv_dtype, window):
+    """The largest difference of decode and prefill rows from the definition, over its largest number."""
+    block, table = Block(shape, dtype, seed=21), scattered_tables(1, 20, seed=22)
+    kv = block.cache(20, kv=kv_dtype, window=window)
+    filled(block, table, kv, 2 * CHUNK)
+    rows = chunk_rows(2, CHUNK, END, table)
+    block.ops.qkv(block.random(CHUNK, shape[0]), block.layer, block.rope, rows, kv)
+    q, live = block.random(CHUNK, shape[1], shape[3]), END - 2 * CHUNK
+    chunk = block.ops.prefill_attention(q, rows, kv)[:live]
+    steps = decode_rows([(0, 2 * CHUNK + row) for row in range(live)], table)
+    block.ops._enter(steps, block.rope)
+    decoded = block.ops.decode_attention(q[:live], steps, kv)
+    truth = torch.stack([expected(q[row], kv, table[0], 2 * CHUNK + row) for row in range(live)])
+    return max(((found - truth).abs().max() / truth.abs().max()).item() for found in (chunk, decoded))
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", FEW, ids=str)
+def test_rows_attend_to_their_window_of_what_is_stored(shape, dtype, kv_dtype, window, pieces):
+    assert worst_error(shape, dtype, kv_dtype, window) < TOLERANCE[dtype]
+
+
+def test_a_window_off_by_one_is_seen(monkeypatch, pieces):
+    right = attention._first_seen
+    monkeypatch.setattr(attention, "_first_seen", lambda position, window: right(position, window and window + 1))
+    assert worst_error(FEW[0], torch.float32, "float32", 5) > TOLERANCE[torch.float32]
+
+
+def test_a_mask_off_by_one_is_seen(monkeypatch, pieces):
+    right = attention._mask
+    monkeypatch.setattr(attention, "_mask", lambda q, k, window, dtype: right(q, k, window + 1, dtype))
+    assert worst_error(FEW[0], torch.float32, "float32", 5) > TOLERANCE[torch.float32]
+
+
+def test_the_scale_of_a_neighbour_is_seen(monkeypatch, pieces):
+    right = paged._gather
+
+    def wrong(cache, page_size, span):
+        found = right(cache, page_size, span)
+        return found.roll(1, 0) if cache.dim() == 2 else found
+
+    monkeypatch.setattr(paged, "_gather", wrong)
+    assert worst_error(FEW[0], torch.float32, "fp8", 0) > TOLERANCE[torch.float32]
+
+
+def company_disagrees(shape, dtype, kv_dtype, window, seed):
+    """The first (rows, row) that has other bits than alone, or None. Cells and pages that no row sees are poisoned."""
+    block, chance = Block(shape, dtype, seed), random.Random(seed + 1)
+    contexts = [chance.choice((0, 3, 4, 7, 8, 15, 31, 40, 62)) for _ in range(16)]
+    whole, kv = scattered_tables(16, 16, seed + 2), block.cache(16 * 16, kv=kv_dtype, window=window)
+    written = [(sequence, p) for sequence, context in enumerate(contexts) for p in range(context)]
+    for start in range(0, len(written), 16):
+        places = written[start : start + 16]
+        block.run(block.random(len(places), shape[0]), decode_rows(places, whole), kv)
+    tables = torch.cat([forget(whole[i : i + 1], seen(context, window)[0]) for i, context in enumerate(contexts)])
+    hidden = block.random(16, shape[0])
+    alone = [block.run(hidden[i : i + 1], decode_rows([(i, contexts[i])], tables), kv) for i in range(16)]
+    assert all(row.isfinite().all() for row in alone)
+    for count in (2, 3, 5, 8, 16, 16):
+        order = chance.sample(range(16), count)
+        together = block.run(hidden[order], decode_rows([(i, contexts[i]) for i in order], tables), kv)
+        for row, index in enumerate(order):
+            if not same_bits(together[row : row + 1], alone[index]):
+                return count, row
+    return None
+
+
+@pytest.mark.parametrize("seed", [31], ids="seed{}".format)
+@pytest.mark.parametrize("window", [0, 5, 33])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", FEW, ids=str)
+def test_a_decode_row_has_the_same_bits_alone_and_in_any_company(shape, dtype, kv_dtype, window, pieces, seed):
+    assert company_disagrees(shape, dtype, kv_dtype, window, seed) is None
+
+
+def test_pieces_in_order_of_arrival_are_seen(monkeypatch):
+    monkeypatch.setattr(attention, "PIECE", 8)
+    right, arrival = attention._attend_split, random.Random(5)
+
+    def hasty(q, kv, pieces):
+        return right(q, kv, arrival.sample(pieces, len(pieces)))
+
+    monkeypatch.setattr(attention, "_attend_split", hasty)
+    assert company_disagrees(FEW[0], torch.float32, "float32", 0, seed=31) is not None
+
+
+@pytest.mark.parametrize("seed", [41], ids="seed{}".format)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", FEW, ids=str)
+def test_a_prefill_has_the_same_bits_wherever_it_begins(shape, dtype, kv_dtype, window, pieces, seed):
+    assert prefill_disagrees(shape, dtype, kv_dtype, window, seed) is None
+
+
+def prefill_disagrees(shape, dtype, kv_dtype, window, seed):
+    """The first row from which a prefill has other bits than one from 0, or None; what it must not read is poisoned."""
+    block, table = Block(shape, dtype, seed), scattered_tables(1, 18, seed + 1)
+    cold, hidden = block.cache(18, kv=kv_dtype, window=window), block.random(3 * CHUNK, shape[0])
+    whole = [block.run(part, chunk_rows(i, CHUNK, END, table), cold) for i, part in enumerate(hidden.split(CHUNK))]
+    for first in (1, 4, 23, 24, 25, 40, 47, 48, 60, END - 1):
+        kept = [p for p in seen(first, window) if p < first]
+        warm, line = behind_poison(block, cold, kv_dtype, table, kept), forget(table, seen(first, window)[0])
+        for index in range(first // CHUNK, 3):
+            rows = chunk_rows(index, CHUNK, END, line, first=first)
+            live = rows.sequences >= 0
+            part = torch.where(live[:, None], hidden[index * CHUNK : (index + 1) * CHUNK], math.nan)
+            if not same_bits(block.run(part, rows, warm)[live], whole[index][live]):
+                return first
+    return None
+
+
+def behind_poison(block, source, kv_dtype, table, kept):
+    """A cache that holds the cells of positions `kept` and NaN everywhere else."""
+    kv, places = block.cache(18, kv=kv_dtype, window=source.window), torch.tensor(kept, dtype=torch.int64)
+    cells = table[0][places // PAGE] * PAGE + places % PAGE
+    for name in ("keys", "values", "key_scales", "value_scales"):
+        if (to := getattr(kv, name)) is not None:
+            to[cells] = getattr(source, name)[cells]
+    return kv
+
+
+def test_a_cell_that_is_read_behind_the_window_is_seen(monkeypatch):
+    right = attention.locate_within
+
+    def greedy(table, page_size, wanted, known):
+        return right(table, page_size, wanted, range(max(0, known.start - 1), known.stop))
+
+    monkeypatch.setattr(attention, "locate_within", greedy)
+    assert prefill_disagrees(FEW[0], torch.float32, "float32", 5, seed=41) is not None
+
+
+@pytest.mark.parametrize("extent", ["start", "end"])
+def test_keys_left_out_at_an_end_are_seen(monkeypatch, extent):
+    right = attention.split
+
+    def cut(start, stop):
+        return right(start + 2, stop) if extent == "start" else right(start, stop - 2)
+
+    whole = worst_error(FEW[0], torch.float32, "float32", 16)
+    monkeypatch.setattr(attention, "split", cut)
+    assert whole < TOLERANCE[torch.float32] < worst_error(FEW[0], torch.float32, "float32", 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_groups_of_one_step_have_pages_and_windows_of_their_own(dtype, pieces):
+    block, windows = Block(SHAPES[0], dtype, seed=51), (0, 7, 20)
+    tables = [scattered_tables(2, 18, seed=52 + group) for group in range(3)]
+    layers = [0, 1, 2, 1, 0]  # each layer's group
+    hidden = block.random(2 * CHUNK, SHAPES[0][0])
+
+    def outputs(tables, group_of):
+        kvs = [block.cache(36, window=windows[group], group=group_of[group]) for group in layers]
+        chunk = block.run(hidden[:CHUNK], chunk_rows(0, CHUNK, CHUNK, *tables), *kvs)
+        places = [(0, CHUNK + p) for p in range(16)]
+        return torch.cat((chunk, block.run(hidden[CHUNK : CHUNK + 16], decode_rows(places, *tables), *kvs)))
+
+    apart = outputs(tables, (0, 1, 2))
+    assert apart.isfinite().all()
+    assert same_bits(apart, outputs([tables[2], tables[0], tables[1]], (1, 2, 0))), "groups are only names"
+    assert same_bits(apart, outputs(tables[:1], (0, 0, 0))), "layers of any windows may share pages"
+
+
+def test_chains_of_rows_see_what_their_step_writes(pieces):
+    block, table = Block(SHAPES[0], torch.bfloat16, seed=61), scattered_tables(1, 8, seed=62)
+    hidden, single, chained = block.random(16, SHAPES[0][0]), *(block.cache(8, kv="fp8", window=5) for _ in range(2))
+    steps = [block.run(hidden[p : p + 1], decode_rows([(0, p)], table), single) for p in range(16)]
+    assert same_bits(block.run(hidden, decode_rows([(0, p) for p in range(16)], table), chained), torch.cat(steps))
+
+
+floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(st.lists(st.lists(floats, min_size=3, max_size=3), min_size=1, max_size=5))
+def test_finite_vectors_are_finite_in_fp8_and_near(rows):
+    vectors = torch.tensor(rows)
+    numbers, scales = paged.quantize(vectors)
+    assert scales.isfinite().all()
+    assert (scales > 0).all()
+    back = numbers.float() * scales[:, None]
+    assert back.isfinite().all()
+    largest = vectors.abs().amax(1, keepdim=True)
+    # a normal number keeps 4 bits, a subnormal one steps by 2⁻⁹ of the scale; below, float32 itself has no more digits
+    bound = torch.maximum(vectors.abs() / 16, largest / 448 / 1024) + 450 * 2**-149
+    assert ((back.double() - vectors).abs() <= bound.double() * 1.0001).all()
+    alone = [paged.quantize(vector[None]) for vector in vectors]
+    assert all(torch.equal(one[1], scales[i : i + 1]) for i, one in enumerate(alone)), "of its own vector only"
+
+
+def test_a_zero_vector_has_scale_one_and_the_largest_number_is_448():
+    numbers, scales = paged.quantize(torch.tensor([[0.0, -0.0], [7.0, -14.0]]))
+    assert scales.tolist() == [1.0, 14 / 448]
+    assert numbers.float().tolist() == [[0.0, -0.0], [224.0, -448.0]]
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_what_is_written_is_rounded_once_from_the_models_dtype(kv_dtype):
+    block, table = Block(SHAPES[0], torch.float32, seed=71), scattered_tables(1, 4, seed=72)
+    exact, kv = block.cache(4), block.cache(4, kv=kv_dtype)
+    rows, hidden = decode_rows([(0, p) for p in range(12)], table), block.random(12, SHAPES[0][0])
+    for cache in (exact, kv):
+        block.ops.qkv(hidden, block.layer, block.rope, rows, cache)
+    cells, pairs = (
+        rows.cells[0].slots,
+        ((exact.keys, kv.keys, kv.key_scales), (exact.values, kv.values, kv.value_scales)),
+    )
+    for whole, found, scales in pairs:
+        if kv_dtype == "fp8":
+            numbers, scale = paged.quantize(whole[cells])
+            assert torch.equal(found[cells].float(), numbers.float())
+            assert torch.equal(scales[cells], scale)
+        else:
+            assert torch.equal(found[cells], whole[cells].to(found.dtype))
+
+
+@given(st.integers(0, 1 << 24), st.integers(1, 1 << 24))
+def test_pieces_cover_a_row_in_order_and_are_at_most_256(start, count):
+    pieces = list(attention.split(start, start + count))
+    assert pieces[0].start == start
+    assert pieces[-1].stop == start + count
+    assert all(left.stop == right.start for left, right in itertools.pairwise(pieces))
+    assert len(pieces) <= 256
+    assert [len(piece) for piece in pieces] == [len(piece) for piece in attention.split(0, count)]
+    assert len({len(piece) for piece in pieces[:-1]}) <= 1
+
+
+def test_a_context_of_a_page_is_one_piece_and_a_million_tokens_are_256():
+    assert len(list(attention.split(0, 4096))) == 1
+    assert [len(piece) for piece in attention.split(0, 1 << 20)] == [4096] * 256
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that is computed."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in given:
+            self.size = max(self.size, out.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("chunk", [-1, (1 << 14) - 1])
+def test_a_million_tokens_take_the_working_memory_of_one_piece(chunk):
+    block, context, page = Block(SHAPES[0], torch.float32, seed=81), 1 << 20, 16
+    generator = torch.Generator().manual_seed(82)
+    kv = KV(*(torch.randn(context, 2, 16, generator=generator) for _ in range(2)), page)
+    table = torch.randperm(context // page, generator=generator)[None]
+    rows = far_rows(chunk, context, page, table)
+    q = block.random(len(rows.positions), 4, 16)
+    block.ops._enter(rows, block.rope)
+    with Largest() as largest:
+        attend = block.ops.decode_attention if chunk < 0 else block.ops.prefill_attention
+        found = attend(q, rows, kv)
+    assert largest.size <= 4096 * 4 * max(2 * 16, 4 * len(q)), "a piece of keys, or a piece of scores"
+    cells = (table[0][:, None] * page + torch.arange(page)).flatten()
+    keys, values = kv.keys[cells].double(), kv.values[cells].double()
+    scores = torch.einsum("hgd,chd->hgc", q[-1].double().view(2, 2, 16), keys) / 4
+    truth = torch.einsum("hgc,chd->hgd", scores.softmax(-1), values)
+    torch.testing.assert_close(found[-1].double(), truth.flatten(), atol=1e-5, rtol=1e-4)
+
+
+def far_rows(chunk, context, page, table):
+    """The last row of a context as a decode row, or its last chunk of 64."""
+    positions = torch.arange(context - 64 if chunk >= 0 else context - 4, context)
+    slots = table[0][positions // page] * page + positions % page
+    cells = (Cells(slots, table.int()),)
+    return Rows(positions, torch.zeros_like(positions), torch.full_like(positions, -1), cells, chunk=chunk)
