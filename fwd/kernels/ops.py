@@ -79,8 +79,10 @@ class Copy(NamedTuple):
 class KV:
     """Keys and values of one layer; a cell is one token: cell = page · page_size + offset. Contents start undefined.
 
-    In fp8 (e4m3) a vector is value · scale, where scale = max|x| / 448 of that token and head (1 for a zero vector),
-    written once with the token.
+    The KV dtype is float32, bfloat16 or fp8, whatever the model's. Vectors are rounded to it (to nearest, ties to even)
+    from the model's dtype as they are written, once, and to the model's dtype as attention reads them. In fp8 (e4m3) a
+    cell holds x / scale, clamped to ±448 and rounded; scale = max|x| / 448 of that token and head, 1 where that is 0.
+    What is read is number · scale in float32, rounded to the model's dtype.
     """
 
     keys: Tensor  # [cells, kv_heads, head_dim], the KV dtype
