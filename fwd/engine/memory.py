@@ -1,16 +1,34 @@
-"""How much memory this machine still has for us: the kernel's own estimate, or what our control groups leave."""
+"""The memory of this machine: how much of it there is for us, and how a load takes it."""
 
+import contextlib
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
 MOUNTS = (Path("sys/fs/cgroup"), Path("sys/fs/cgroup/unified"), Path("sys/fs/cgroup/memory"))
 LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 CACHES = ("inactive_file", "active_file")  # the page cache a group holds, which it gives up before it runs out
 
 
 def available(root: Path = Path("/")) -> int:
     """Return bytes that can be taken without swapping, in any of the groups this process is in (cgroups 1 and 2)."""
     return min([_estimate(root), *(_left(group) for group in _groups(root))])
+
+
+@contextlib.contextmanager
+def blocks_apart() -> Iterator[None]:
+    """Map each block from 64 KiB on by itself, so that what is freed leaves no holes in the heap (mallopt(3)).
+
+    Afterwards the heap serves blocks up to 32 MiB and keeps what is freed, for the same blocks of the next step.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 64 << 10)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
 
 
 def _estimate(root: Path) -> int:

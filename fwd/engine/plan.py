@@ -21,6 +21,7 @@ UNIT_BYTES = 56  # what a pool remembers of a page or record: four list entries 
 FP8_BLOCK = 16  # kernels read fp8 vectors in blocks of 16 bytes
 PIECES = 256  # at most, in which attention splits a context (DESIGN §4)
 PIECE, PIECE_GRAIN = 4096, 64  # tokens of a piece on the CPU where there are fewer, and by which it grows
+GATHERED_BYTES = 48  # per number of a key: it and its value read from pages in any order, widened, copied; measured
 SAMPLED_BYTES = 112  # per id of the vocabulary, while one row is sampled; measured
 
 
@@ -281,10 +282,10 @@ def _split(plan: Plan) -> int:
 
 
 def _gathered(plan: Plan) -> int:
-    """One piece of a chunk's context: keys and values, read and in float32, and for each row scores and two masks."""
+    """One piece of a chunk's context: its keys and values, and for each row scores and two masks."""
     spec = plan.spec
     cells = min(plan.context + plan.chunk, max(PIECE, _ceil(plan.context, PIECES) + PIECE_GRAIN))
-    vectors = cells * spec.kv_heads * spec.head_dim * (3 * 4 + 2 * ITEMSIZE[spec.dtype])
+    vectors = cells * spec.kv_heads * spec.head_dim * GATHERED_BYTES
     scores = plan.chunk * cells * (spec.heads * 4 + 12)
     masks = 2 * len(plan.groups) * plan.chunk * cells * spec.heads // spec.kv_heads * ITEMSIZE[spec.dtype]
     return vectors + scores + masks

@@ -1,6 +1,5 @@
 """From a `Load` to a running loop: plan, weights, cache."""
 
-import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from fwd import __version__
 from fwd.engine.device import cpu
 from fwd.engine.keyfile import prefix_key
 from fwd.engine.loop import Loop
-from fwd.engine.memory import available
+from fwd.engine.memory import available, blocks_apart
 from fwd.engine.plan import Plan, plan
 from fwd.engine.runner import ModelRunner
 from fwd.engine.space import Space
@@ -36,11 +35,11 @@ def start(
     planned, key = plan_load(load), prefix_key(load.state_dir)
     threads = load.threads or _threads(planned.spec)
     torch.set_num_threads(threads)
-    model = load_model(
-        Path(load.model), device=load.device, dtype=load.dtype, context=planned.context, progress=progress
-    )
-    _trim_heap()
-    runner = ModelRunner(model, planned)
+    with blocks_apart():
+        model = load_model(
+            Path(load.model), device=load.device, dtype=load.dtype, context=planned.context, progress=progress
+        )
+        runner = ModelRunner(model, planned)
     space = Space(planned.groups, planned.units, planned.page_size, chunk=planned.chunk, key=key)
     loop = Loop(channel, runner, space, max_seqs=planned.max_seqs, chunk=planned.chunk)
     return loop, _info(planned, model, threads, (time.monotonic() - started) * 1e3)
@@ -83,11 +82,6 @@ def _info(planned: Plan, model: Model, threads: int, load_ms: float) -> EngineIn
         kv_dtype=planned.kv,
         memory=planned.items,
     )
-
-
-def _trim_heap() -> None:
-    """Give back what unpacked matrices left behind: glibc keeps freed blocks under 32 MiB (malloc_trim(3))."""
-    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _threads(spec: ModelSpec) -> int:

@@ -13,6 +13,7 @@ from fwd.engine import plan as planning
 from fwd.engine.device import GPUS, cpu
 from fwd.engine.plan import PAGE_SIZE, Plan, ceilings, kv_format, plan
 from fwd.errors import ConfigError
+from fwd.kernels import attention
 from fwd.models.layout import Latent, Paged, State
 from fwd.models.spec import ModelSpec, parse_spec
 
@@ -287,6 +288,11 @@ def test_a_kind_that_is_forgotten_is_noticed(monkeypatch, item):
     before = plan(SPECS["full"], cpu(8 << 30)).total
     monkeypatch.setattr(planning, item, lambda *_: 0)
     assert plan(SPECS["full"], cpu(8 << 30)).total < before
+
+
+def test_attention_splits_a_context_as_is_planned():
+    assert (planning.PIECE, planning.PIECE_GRAIN) == (attention.PIECE, attention._GRAIN)
+    assert planning.PIECES == attention.PIECES
 
 
 def test_the_plan_needs_no_torch():
