@@ -82,7 +82,7 @@ def test_blocks_that_are_freed_while_a_model_loads_leave_no_holes():
         "def resident(): return int(open('/proc/self/statm').read().split()[1])\n"
         "before = resident()\n"
         "with blocks_apart():\n"
-        "    large = np.ones(4 << 20); del large\n"  # glibc itself would serve such blocks from the heap from now on
+        "    large = np.ones(2 << 20); del large\n"  # glibc itself would serve such blocks from the heap from now on
         "    kept = [np.ones(64 << 10) for _ in range(256)][::2]\n"
         "print((resident() - before) * 4096 / sum(block.nbytes for block in kept))\n"
     )
