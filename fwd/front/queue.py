@@ -24,14 +24,14 @@ class Queue:
         self._lines: dict[int, _Line] = {}
 
     def enter(self, stream: Stream) -> None:
-        """Let a stream wait."""
-        key, tokens = id(stream.submit.prompt), len(stream.emitted)
+        """Let a stream wait; one that waits already is counted anew."""
+        self.leave(stream)
+        key = id(stream.submit.prompt)
         if key not in self._lines:
-            self._lines[key] = _Line()
-            tokens += len(stream.prompt)
-        self._lines[key].waiting.add(stream.id)
-        self._lines[key].tokens += tokens
-        self.tokens += tokens
+            self._lines[key] = _Line(len(stream.prompt))
+            self.tokens += len(stream.prompt)
+        self._lines[key].waiting[stream.id] = len(stream.emitted)
+        self.tokens += len(stream.emitted)
 
     def leave(self, stream: Stream) -> None:
         """The stream has begun, or ended before it could."""
@@ -39,10 +39,10 @@ class Queue:
         line = self._lines.get(key)
         if line is None or stream.id not in line.waiting:
             return
-        line.waiting.remove(stream.id)
+        self.tokens -= line.waiting.pop(stream.id)
         if stream.begun or not line.waiting:
             del self._lines[key]
-            self.tokens -= line.tokens
+            self.tokens -= line.prompt + sum(line.waiting.values())
 
     def refill(self, streams: Iterable[Stream]) -> None:
         """The engine is gone: these wait, and no others."""
@@ -53,11 +53,11 @@ class Queue:
 
 
 class _Line:
-    """The waiting choices of one prompt, by id, and the tokens they count for."""
+    """The waiting choices of one prompt of `prompt` tokens: by id, how many tokens each had been given."""
 
-    def __init__(self) -> None:
-        self.waiting: set[int] = set()
-        self.tokens = 0
+    def __init__(self, prompt: int) -> None:
+        self.prompt = prompt
+        self.waiting: dict[int, int] = {}
 
 
 class Pace:

@@ -7,8 +7,9 @@ import threading
 
 import pytest
 from census import open_descriptors
-from fakes import Script, answer, expected
-from rig import LETTERS, serving
+from fakes import Fault, Script, answer, expected
+from msgspec.structs import replace
+from rig import LETTERS, MODEL, serving
 
 from fwd.config import Config
 from fwd.front import local
@@ -33,6 +34,7 @@ from fwd.protocol.messages import (
     Stop,
     Submit,
     Text,
+    Timing,
     Tokens,
     from_daemon,
 )
@@ -299,13 +301,60 @@ def test_open_requests_of_a_connection_are_bounded(uds, monkeypatch):
         channel.close()
 
 
-def test_open_requests_of_the_daemon_are_bounded(uds):
-    with serving(uds, PACED, Config(model="fake", max_queue=2)) as daemon:
+def test_what_waits_in_the_daemon_is_bounded(uds):
+    stands = Script(vocab=127, low=32, always=Fault("stand"))
+    with serving(uds, stands, Config(model="fake", max_queue=5)) as daemon:
         channel = dial(daemon)
-        channel.send(*(submit(tag, max_tokens=4000) for tag in range(1, 4)))
+        for tag in range(MODEL.max_seqs):
+            channel.send(submit(tag, max_tokens=4000))
+            until(channel, Accepted)
+            daemon.wait(daemon.keeper.until(lambda: daemon.keeper.queue.tokens == 0))
+        channel.send(*(submit(tag, max_tokens=4000) for tag in range(90, 93)))
+        failed = until(channel, Failed)[-1]
+        assert (failed.code, failed.tag) == ("queue_full", 92)
+        assert "4 tokens wait" in failed.message
+        assert "try again in 60 s" in failed.message  # an engine that stands computes nothing
+        channel.send(StatusQuery())
+        status = until(channel, Status)[-1]
+        assert (status.queue_tokens, status.queue_limit) == (4, 5)
+        assert daemon.call(lambda: daemon.service.shed["queue_full"]) == 1
+        channel.close()
+
+
+def test_a_prompt_is_refused_before_it_is_encoded(uds):
+    stands = Script(vocab=127, low=32, always=Fault("stand"))
+    with serving(uds, stands, Config(model="fake", max_queue=1)) as daemon:
+        channel = dial(daemon)
+        daemon.call(lambda: setattr(daemon.keeper.queue, "tokens", 1))
+        daemon.call(lambda: setattr(daemon.service.prompts, "body", None))
+        channel.send(Prompt(id=3, body=memoryview(b"hello")))
         failed = until(channel, Failed)[-1]
         assert (failed.code, failed.tag) == ("queue_full", 3)
+        daemon.call(lambda: setattr(daemon.keeper.queue, "tokens", 0))
         channel.close()
+
+
+def test_what_a_prompt_says_of_the_cache_reaches_the_engine(uds):
+    with serving(uds) as daemon:
+        channel, seen = dial(daemon), []
+        daemon.service.observers.append(lambda stream: seen.append(stream.resubmit()))
+        channel.send(Prompt(id=1, body=memoryview(b"hi"), limits=Limits(max_tokens=2), cache_key="mine", cache=False))
+        until(channel, Finished)
+        channel.send(submit(2, max_tokens=2, cache_key="raw"))
+        until(channel, Finished)
+        channel.close()
+    assert [(one.cache_key, one.cache) for one in seen] == [("mine", False), ("raw", True)]
+
+
+def test_a_stop_string_keeps_the_account_of_the_engine(uds):
+    told = Timing(cached_tokens=1, cache_miss="differs", differs_at=1)
+    with serving(uds, Script(vocab=127, low=32, text=tuple(b"one stop two"), cached=told)) as daemon:
+        channel = dial(daemon)
+        channel.send(Prompt(id=1, body=memoryview(b"hi"), limits=Limits(max_tokens=3000), stops=("stop",)))
+        finished = until(channel, Finished)[-1]
+        channel.close()
+    assert finished.reason == "stop"
+    assert replace(finished.timing, steps=0) == told
 
 
 def test_a_long_prompt_comes_as_a_memfd(uds):
