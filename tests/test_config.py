@@ -115,3 +115,15 @@ def test_where_the_socket_is(monkeypatch):
     monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/fwd:/run/other")
     assert Config().socket_path == Path("/run/fwd/fwd.sock")
     assert Config(uds="/x/y.sock").socket_path == Path("/x/y.sock")
+
+
+def test_where_the_state_is(monkeypatch):
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    assert Config().state_path is None
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/fwd:/var/lib/other")
+    assert Config().state_path == Path("/var/lib/fwd")
+    assert load({}, env={"FWD_STATE_DIR": "/x"}).state_path == Path("/x")
+
+
+def test_the_queue_takes_any_one_prompt():
+    assert Config().max_queue == 1 << 20

@@ -8,6 +8,7 @@ import pytest
 from apiserver import NAME, script, serving, until
 
 from fwd.api.exposition import Histogram, family
+from fwd.protocol.messages import Pong, Timing
 
 COMPLETE = "/v1/completions"
 LINE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)\{((?:[a-z_]+="[^"]*",?)*)\} (\S+)')
@@ -73,6 +74,45 @@ def test_what_runs_is_shown(folder, run):
             asked.cancel()
             await server.idle()
             assert (await scrape(server))["fwd_requests_total", 'finished_reason="abort"'] == 1
+
+    run(scenario())
+
+
+def test_what_the_cache_did_is_counted(folder, run):
+    async def scenario():
+        told = Timing(cached_tokens=3, cache_miss="evicted", differs_at=-1)
+        engine = script(cached=told, memory={"weights": 1000, "kv": 500}, pages=10)
+        async with serving(folder, engine) as server:
+            await server.post(COMPLETE, request(prompt=[20] * 10))
+            found = await scrape(server)
+            assert found["fwd_cached_tokens_total", ""] == 3
+            assert found["fwd_prefix_miss_tokens_total", 'cause="evicted"'] == 7
+            assert found["fwd_prefix_miss_tokens_total", 'cause="differs"'] == 0
+            assert found["fwd_memory_bytes", 'kind="weights"'] == 1000
+            assert found["fwd_memory_bytes", 'kind="kv"'] == 500
+            server.keeper.pong = Pong(seq=1, pages_total=10, pages_free=2, pages_cached=5)
+            found = await scrape(server)
+            assert [found["fwd_pages", f'state="{state}"'] for state in ("free", "cached", "held")] == [2, 5, 3]
+            assert found["fwd_kv_usage_ratio", ""] == found["vllm:kv_cache_usage_perc", ""] == 3 / 10
+
+    run(scenario())
+
+
+def test_the_queue_and_what_it_shed_are_shown(folder, run):
+    async def scenario():
+        async with serving(folder, script(pace="ping"), ping_interval=3600.0, max_queue=4) as server:
+            found = await scrape(server)
+            assert [found["fwd_shed_total", f'reason="{code}"'] for code in ("queue_full", "not_ready")] == [0, 0]
+            asked = asyncio.create_task(server.post(COMPLETE, request(prompt=[20] * 9)))
+            await until(lambda: server.keeper.queue.tokens == 9)
+            assert (await server.post(COMPLETE, request()))[0] == 429
+            server.service.draining = True
+            assert (await server.post(COMPLETE, request()))[0] == 503
+            found = await scrape(server)
+            assert (found["fwd_queue_tokens", ""], found["fwd_queue_limit_tokens", ""]) == (9, 4)
+            assert [found["fwd_shed_total", f'reason="{code}"'] for code in ("queue_full", "not_ready")] == [1, 1]
+            asked.cancel()
+            await server.idle()
 
     run(scenario())
 
