@@ -1,6 +1,7 @@
 """The verbs on a running daemon: what they print, as text and as JSON, and how they end."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -11,10 +12,11 @@ from fakes import expected
 from launch import daemon, launch
 
 from fwd.cli import VERBS, main
+from fwd.cli.admin import _state
 from fwd.cli.common import require_hope
 from fwd.errors import FwdError
 from fwd.protocol.client import GONE, Client
-from fwd.protocol.messages import Finished
+from fwd.protocol.messages import Finished, RequestInfo
 
 
 def oracle(prompt, seed, tokens):
@@ -116,6 +118,38 @@ def test_status(fwd, shared):
     lines = fwd("status", "--uds", shared.uds).stdout
     assert "ready" in lines
     assert f"pid {shared.child.pid}" in lines
+    assert f"0 of at most {1 << 20} tokens wait" in lines
+    assert "64 of 64 free, 0 hold the prefix cache" in lines
+
+
+def test_ps_shows_how_far_a_prompt_is(fwd, folder):
+    with daemon(script(pace="ping", chunk=1), folder) as running, Client(running.uds) as client:
+        events = client.events("hello" * 50)
+        next(events)
+        while (row := client.requests()[0]).state != "prefill":
+            pass
+        assert 0 <= row.prefilled < row.prompt_tokens == 250
+        shown = fwd("ps", "--uds", running.uds).stdout.splitlines()[1]
+        assert re.search(r" prefill +\d+% +250 +0 ", shown)
+        events.close()
+
+
+@pytest.mark.parametrize(
+    ("state", "prefilled", "shown"),
+    [("prefill", 40, "prefill 40%"), ("waiting", 0, "waiting"), ("running", 0, "running")],
+)
+def test_the_state_of_a_request(state, prefilled, shown):
+    row = RequestInfo(
+        id=1,
+        state=state,
+        prompt_tokens=100,
+        output_tokens=0,
+        age_s=1.0,
+        priority="interactive",
+        resumes=0,
+        prefilled=prefilled,
+    )
+    assert _state(row) == shown
 
 
 def test_ps_and_cancel(fwd, folder):
