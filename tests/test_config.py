@@ -7,6 +7,7 @@ import pytest
 
 from fwd import config
 from fwd.config import Config, load
+from fwd.daemon.run import _load_message
 from fwd.errors import ConfigError
 
 
@@ -123,6 +124,11 @@ def test_where_the_state_is(monkeypatch):
     monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/fwd:/var/lib/other")
     assert Config().state_path == Path("/var/lib/fwd")
     assert load({}, env={"FWD_STATE_DIR": "/x"}).state_path == Path("/x")
+    assert _load_message(Config()).state_dir == "/var/lib/fwd"
+    monkeypatch.delenv("STATE_DIRECTORY")
+    assert _load_message(Config()).state_dir == ""
+    monkeypatch.chdir("/tmp")
+    assert _load_message(Config(state_dir="here", kv_bytes=5)).state_dir == "/tmp/here"
 
 
 def test_the_queue_takes_any_one_prompt():

@@ -60,11 +60,6 @@ class Supervisor:
         if owner := self._owner.get(stream.id):
             owner.close(stream, result)
 
-    def is_running(self, stream: Stream) -> bool:
-        """An engine has the stream now."""
-        owner = self._owner.get(stream.id)
-        return owner is not None and owner.is_running(stream)
-
     async def stop(self) -> None:
         """Stop all engines."""
         await self.discard()

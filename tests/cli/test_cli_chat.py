@@ -10,6 +10,8 @@ import pytest
 from apiserver import script
 from launch import daemon, launch
 
+from fwd.protocol.requests import prompt_message
+
 
 @pytest.fixture(scope="module")
 def polite(folder):
@@ -48,6 +50,19 @@ def test_clear_forgets_all_but_the_system_message(fwd, polite):
 
 def test_it_streams_to_stdout(fwd, polite):
     assert fwd("chat", "--uds", polite.uds, input="one\ntwo").stdout == "Hello\nHello\n"
+
+
+def test_a_conversation_has_a_cache_key_of_its_own(fwd, polite, monkeypatch):
+    seen = []
+
+    def noted(tag, prompt, options):
+        seen.append(options["cache_key"])
+        return prompt_message(tag, prompt, options)
+
+    monkeypatch.setattr("fwd.protocol.client.prompt_message", noted)
+    for _ in range(2):
+        assert fwd("chat", "--uds", polite.uds, input="one\ntwo").exit_code == 0
+    assert seen[0] == seen[1] != seen[2] == seen[3]
 
 
 def test_a_refused_message_is_forgotten(fwd, polite):

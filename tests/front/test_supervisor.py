@@ -47,7 +47,7 @@ def test_swap(run):
             while not new.done:
                 await new.wait(len(new.emitted))
             assert not old.done
-            assert engines.is_running(old)
+            assert engines.second.is_running(old)
             os.kill(first, signal.SIGCONT)
             await swap
             assert_answered(SLOW, old)
