@@ -4,9 +4,10 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from fwd.engine.pages import PagedSpace
+from fwd.engine.pages import Copy
 from fwd.engine.request import Drawn, Request
 from fwd.engine.scheduler import Chunk, Scheduler, Span
+from fwd.engine.space import Space
 from fwd.errors import BadFrameError, NonFiniteError
 from fwd.protocol.frames import Channel
 from fwd.protocol.messages import (
@@ -18,6 +19,7 @@ from fwd.protocol.messages import (
     Message,
     Ping,
     Pong,
+    Prefilling,
     PromptLogprobs,
     Reason,
     Submit,
@@ -30,8 +32,11 @@ from fwd.protocol.messages import (
 class Runner(Protocol):
     """Executes work on the device."""
 
-    def prefill(self, chunk: Chunk) -> tuple[Drawn | None, Sequence[Drawn]]:
-        """Run one chunk: the first output token if the chunk ends a prompt without known output, and prompt scores."""
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Copy pages, in order, before what is launched next."""
+
+    def prefill(self, chunk: Chunk) -> tuple[Sequence[Drawn], Sequence[Drawn]]:
+        """Run one chunk: a drawn token for each of `chunk.drawing`, and scores of the prompt tokens that follow it."""
 
     def decode(self, spans: Sequence[Span]) -> Sequence[Drawn]:
         """Run one step: a drawn token for each span that draws, in their order."""
@@ -40,17 +45,15 @@ class Runner(Protocol):
 class Loop:
     """Serves one front over `channel` until it closes. `chunk` is the prefill chunk in tokens."""
 
-    def __init__(
-        self, channel: Channel[ToEngine], runner: Runner, space: PagedSpace, *, max_seqs: int, chunk: int
-    ) -> None:
+    def __init__(self, channel: Channel[ToEngine], runner: Runner, space: Space, *, max_seqs: int, chunk: int) -> None:
         self._channel = channel
         self._runner = runner
         self._space = space
-        self._chunk = chunk
         self._scheduler = Scheduler(space, max_seqs, chunk)
         self._requests: dict[int, Request] = {}
         self._out: list[Message] = []
         self.steps = 0
+        self.computed = 0
 
     def run(self) -> None:
         """Loop until end of file."""
@@ -89,46 +92,71 @@ class Loop:
         self._scheduler.add(request)
 
     def _pong(self, seq: int) -> Pong:
+        pool, scheduler = self._space.main, self._scheduler
         return Pong(
             seq=seq,
             steps=self.steps,
-            running=self._scheduler.running,
-            waiting=self._scheduler.waiting,
-            pages_free=self._space.free,
-            pages_total=self._space.total,
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            pages_free=pool.free,
+            pages_total=pool.total,
+            pages_cached=pool.cached,
+            computed=self.computed,
+            prefilling=[
+                Prefilling(id=each.id, done=(each.leader or each).computed, total=each.prompt)
+                for each in scheduler.prefilling
+            ],
         )
 
     def _step(self) -> None:
         work = self._scheduler.next()
-        assert work, "the scheduler holds requests and found nothing to run"
+        if not work:
+            assert not self._scheduler, "the scheduler holds requests and found nothing to run"
+            return
         self.steps += 1
+        if copies := self._space.take_copies():
+            self._runner.copy(copies)
         if isinstance(work, Chunk):
             self._prefill(work)
         else:
             self._decode(work)
 
     def _prefill(self, chunk: Chunk) -> None:
-        request = chunk.request
-        request.clock.started = request.clock.started or time.monotonic()
+        everyone = (chunk.request, *chunk.followers)
+        for request in everyone:
+            request.clock.started = request.clock.started or time.monotonic()
+        drawing = chunk.drawing
         drawn, scores = self._runner.prefill(chunk)
-        start = request.computed + 1
-        self._space.commit(request, min((chunk.number + 1) * self._chunk, request.prompt))
-        if scores:
-            self._score(request, start, scores)
+        self._commit_chunk(chunk)
+        for request in everyone:
+            if scores:
+                self._score(request, chunk.start + 1, scores)
+            if request.phase == "decode":
+                request.clock.prefilled = request.clock.prefilled or time.monotonic()
+                self._settle(request, drawn[drawing.index(request)] if request in drawing else None)
+
+    def _commit_chunk(self, chunk: Chunk) -> None:
+        request, space = chunk.request, self._space
+        self.computed += chunk.end - chunk.start
+        space.commit(request, chunk.end)
+        space.publish(request)
         if request.phase == "decode":
-            request.clock.prefilled = request.clock.prefilled or time.monotonic()
-            self._settle(request, drawn)
+            for follower in chunk.followers:
+                space.fork(request, follower)
 
     def _decode(self, spans: Sequence[Span]) -> None:
         drawn = iter(self._runner.decode(spans))
         for span in spans:
             span.request.clock.steps += 1
             draws = span.draws
+            self.computed += span.end - span.start
             self._space.commit(span.request, span.end)
             if draws:
                 self._settle(span.request, next(drawn))
 
     def _score(self, request: Request, start: int, scores: Sequence[Drawn]) -> None:
+        if request.id not in self._requests:
+            return
         if not all(score.finite for score in scores):
             self._fail_non_finite(request)
             return
@@ -178,6 +206,7 @@ class Loop:
     def _finish(self, request: Request, reason: Reason, stop_id: int = -1) -> None:
         self._out.append(Finished(id=request.id, reason=reason, stop_id=stop_id, timing=_timing(request)))
         self._drop(request)
+        self._scheduler.retain(request)
 
     def _drop(self, request: Request) -> None:
         self._scheduler.remove(request)
@@ -198,4 +227,7 @@ def _timing(request: Request) -> Timing:
         prefill_ms=(prefilled - started) * 1e3,
         decode_ms=(now - prefilled) * 1e3,
         steps=clock.steps,
+        cached_tokens=max(0, request.cached),
+        cache_miss=request.miss,
+        differs_at=request.differs_at,
     )

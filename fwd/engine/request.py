@@ -1,15 +1,20 @@
 """The one structure that scheduler, pages, step and sampler share."""
 
-from itertools import count
-from typing import Literal, NamedTuple
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from fwd.protocol.ids import unpack_ids
-from fwd.protocol.messages import Submit, TopLogprobs
+from fwd.errors import BadFrameError
+from fwd.protocol.messages import CacheMiss, Submit, TopLogprobs
+
+if TYPE_CHECKING:
+    from fwd.engine.pages import BlockTable
+    from fwd.engine.prefix import Node
 
 Phase = Literal["prefill", "decode"]
-
-
-_versions = count(1)
 
 
 class Drawn(NamedTuple):
@@ -29,22 +34,29 @@ class Request:
 
     Four lengths, in tokens: `computed` (KV committed) ≤ `length` (known ids) ≤ `limit`, and `prompt` ≤ `length`, the
     border between what is prefilled and what goes through the decode path. Known ids beyond `computed` are replayed
-    after a resume or a preemption; in steady decode there is exactly one. `pages` is the block table, and
-    `pages_version` names its content.
+    after a resume or a preemption; in steady decode there is exactly one.
+
+    While it is `placed` it holds `tables`, a block table per paged group, and `record`, its recurrent state (−1:
+    empty); `staged` are records that the rows of the next launch write. `node` is where its first `published` pages end
+    in the prefix tree; `fresh_at` is the version of the tree that was looked at, −1 once it computes. `cached` tokens
+    were found there when it was first placed (−1: never was), and `miss` and `differs_at` say why not more.
+    A request with a `leader` waits for that one to prefill the prompt they share.
     """
 
     def __init__(self, submit: Submit) -> None:
         self.id = submit.id
         self.submit = submit
-        self.ids = [*unpack_ids(submit.prompt), *unpack_ids(submit.emitted)]
+        self.ids = _ids(submit.prompt, submit.emitted)
         self.prompt = len(self.ids) - len(submit.emitted) // 4
         self.limit = max(self.prompt + submit.limits.max_tokens, self.length)
-        self.computed = 0
-        self.pages: list[int] = []
-        self.pages_version = next(_versions)
         self.stop_ids = frozenset(submit.limits.stop_ids)
         self.clock = Clock()
-        self.check()
+        self.history = History()
+        self.leader: Request | None = None
+        self.cached = -1
+        self.miss: CacheMiss = ""
+        self.differs_at = -1
+        self.displace()
 
     @property
     def length(self) -> int:
@@ -71,22 +83,36 @@ class Request:
         """Tokens drawn so far, replayed ones included."""
         return self.length - self.prompt
 
-    def new_pages(self) -> None:
-        """The block table changed: a number that no table had before says so."""
-        self.pages_version = next(_versions)
+    @cached_property
+    def prefill_key(self) -> tuple[bytes, str, int]:
+        """Requests with the same key need the same prefill."""
+        digest = blake2b(self.submit.prompt, digest_size=16).digest()
+        return digest, self.submit.adapter, self.submit.prompt_logprobs
+
+    def found(self, tokens: int, miss: CacheMiss, differs_at: int) -> None:
+        """Note what the prefix cache held; what is found again after a preemption does not count."""
+        if self.clock.started is None:
+            self.cached, self.miss, self.differs_at = tokens, miss, differs_at
 
     def advance(self, computed: int) -> None:
         """KV is committed up to position `computed`."""
         self.computed = computed
         self.check()
 
-    def append(self, ids: list[int]) -> None:
+    def append(self, ids: Sequence[int]) -> None:
         """Commit drawn tokens."""
-        self.ids += ids
+        self.ids.extend(ids)
         self.check()
 
-    def restart(self) -> None:
-        """Forget the KV: everything is prefilled and replayed again."""
+    def displace(self) -> None:
+        """Forget the KV and where it was: everything is prefilled and replayed again."""
+        self.placed = False
+        self.tables: tuple[BlockTable, ...] = ()
+        self.record = -1
+        self.staged: list[int] = []
+        self.node: Node | None = None
+        self.published = 0
+        self.fresh_at = -1
         self.computed = 0
         self.check()
 
@@ -94,6 +120,22 @@ class Request:
         """Assert the order of the lengths."""
         assert 0 <= self.computed <= self.length <= self.limit, (self.id, self.computed, self.length, self.limit)
         assert 0 < self.prompt <= self.length, (self.id, self.prompt, self.length)
+
+
+class History:
+    """The ids a request has seen and how often it made them, counted as they come: what penalties are about."""
+
+    def __init__(self) -> None:
+        self._read = 0
+        self._seen: set[int] = set()
+        self._counts: Counter[int] = Counter()
+
+    def read(self, ids: Sequence[int], prompt: int) -> tuple[set[int], Counter[int]]:
+        """Return the ids in prompt or output, and the count of each id in the output; `ids` only grow."""
+        self._seen.update(ids[self._read :])
+        self._counts.update(ids[max(self._read, prompt) :])
+        self._read = len(ids)
+        return self._seen, self._counts
 
 
 class Clock:
@@ -104,3 +146,13 @@ class Clock:
         self.started: float | None = None
         self.prefilled: float | None = None
         self.steps = 0
+
+
+def _ids(*views: memoryview) -> "array[int]":
+    """The ids of packed views, joined; raises `BadFrameError` if one is not whole int32s."""
+    ids = array("i")
+    for view in views:
+        if view.nbytes % 4:
+            raise BadFrameError(f"{view.nbytes} bytes are no whole number of int32 token ids")
+        ids.frombytes(view)
+    return ids

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from fwd.engine.pages import Copy
+from fwd.engine.plan import Plan
 from fwd.engine.request import Drawn
 from fwd.engine.sampler import drawn
 from fwd.engine.scheduler import MAX_ROWS, Chunk, Span
@@ -12,25 +14,29 @@ from fwd.models.model import Model
 
 
 class ModelRunner:
-    """Owns the cache and the two steps: decode rows, and one prefill chunk of `chunk` rows."""
+    """Owns the cache and the two steps: decode rows, and one prefill chunk; all of the plan's sizes."""
 
-    def __init__(self, model: Model, *, pages: int, page_size: int, max_seqs: int, chunk: int) -> None:
+    def __init__(self, model: Model, plan: Plan) -> None:
         block = model.ops.row_block
-        assert chunk % MAX_ROWS == 0
+        assert plan.chunk % MAX_ROWS == 0
         assert MAX_ROWS % block == 0
         self._model = model
-        self._chunk = chunk
-        self._cache = model.new_cache(pages, page_size)
-        self._decode = Step(MAX_ROWS, max_seqs, pages, page_size, block)
-        self._prefill = Step(chunk, 1, pages, page_size, block)
+        self._chunk = plan.chunk
+        self._cache = model.new_cache(plan.units, plan.page_size, plan.kv)
+        self._decode = Step(plan, MAX_ROWS, plan.max_seqs, block)
+        self._prefill = Step(plan, plan.chunk, 1, block)
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Copy pages, in order, before what is launched next."""
+        self._cache.copy(copies)
 
     @torch.inference_mode()
-    def prefill(self, chunk: Chunk) -> tuple[Drawn | None, Sequence[Drawn]]:
-        """Run one chunk: the first output token if the prompt ends here and no output is known, and prompt scores."""
-        launch = self._prefill.prefill(chunk, self._chunk)
+    def prefill(self, chunk: Chunk) -> tuple[Sequence[Drawn], Sequence[Drawn]]:
+        """Run one chunk: a drawn token for each of `chunk.drawing`, and scores of the prompt tokens that follow it."""
+        launch = self._prefill.prefill(chunk)
         hidden = self._model.forward(launch.ids, launch.rows, self._cache)
         scores = self._scores(chunk, hidden) if chunk.request.submit.prompt_logprobs >= 0 else []
-        return next(iter(self._draw(launch, hidden)), None), scores
+        return self._draw(launch, hidden), scores
 
     @torch.inference_mode()
     def decode(self, spans: Sequence[Span]) -> Sequence[Drawn]:
@@ -45,12 +51,12 @@ class ModelRunner:
 
     def _scores(self, chunk: Chunk, hidden: torch.Tensor) -> list[Drawn]:
         """Scores of the prompt tokens that the rows of the chunk predict."""
-        request, start = chunk.request, chunk.number * self._chunk
-        targets = request.ids[start + 1 : min(start + self._chunk + 1, request.prompt)]
+        request, first = chunk.request, chunk.start - chunk.number * self._chunk
+        targets = request.ids[chunk.start + 1 : min(chunk.end + 1, request.prompt)].tolist()
         top = request.submit.prompt_logprobs
         scores: list[Drawn] = []
         for row in range(0, len(targets), MAX_ROWS):
             wanted = targets[row : row + MAX_ROWS]
-            logits = self._model.logits(hidden[row : row + MAX_ROWS])[: len(wanted)]
+            logits = self._model.logits(hidden[first + row : first + row + len(wanted)])
             scores += drawn(self._model.ops.score(logits, wanted, [top] * len(wanted)))
         return scores

@@ -13,7 +13,8 @@ def draw(request: Request) -> Draw:
     submit = request.submit
     sampling = submit.sampling
     assert submit.seed is not None
-    history = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
+    penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
+    seen, counts = request.history.read(request.ids, request.prompt) if penalties else ((), {})
     return Draw(
         seed=choice_seed(submit.seed, submit.choice),
         position=request.length,
@@ -26,8 +27,8 @@ def draw(request: Request) -> Draw:
         frequency_penalty=sampling.frequency_penalty,
         bias=sampling.logit_bias,
         banned=submit.limits.stop_ids if request.output < submit.limits.min_tokens else (),
-        prompt=request.ids[: request.prompt] if history else (),
-        output=request.ids[request.prompt :] if history else (),
+        seen=seen,
+        counts=counts,
         top_logprobs=sampling.logprobs,
     )
 

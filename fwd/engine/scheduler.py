@@ -1,19 +1,38 @@
 """What runs next: one prefill chunk, or one decode step of up to `MAX_ROWS` rows."""
 
 from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from fwd.engine.pages import PagedSpace
+from msgspec.structs import replace
+
 from fwd.engine.request import Request
+from fwd.engine.space import Space
+from fwd.protocol.ids import pack_ids
+from fwd.protocol.messages import EMPTY, Limits
 
 MAX_ROWS = 16
+REFILLS = 32
 
 
 class Chunk(NamedTuple):
-    """Prefill chunk `number` of the request's prompt."""
+    """Prefill positions [start, end) of the prompt, which lie in chunk `number` of the grid.
+
+    `followers` wait for the same prompt and are given what the request computes.
+    """
 
     request: Request
     number: int
+    start: int
+    end: int
+    followers: tuple[Request, ...] = ()
+
+    @property
+    def drawing(self) -> list[Request]:
+        """Those whose first output token is drawn from the last row."""
+        if self.end < self.request.prompt:
+            return []
+        return [each for each in (self.request, *self.followers) if each.prompt == each.length < each.limit]
 
 
 class Span(NamedTuple):
@@ -32,22 +51,26 @@ class Span(NamedTuple):
 class Scheduler:
     """First come, first served, interactive before background; prefill chunks between decode steps.
 
-    A running stream waits for at most one chunk. When pages run out the youngest request of the lowest class is
-    preempted: it gives its pages back and is prefilled and replayed later, so its reader sees a pause only.
+    A running stream waits for at most one chunk. Requests with the same prompt share one prefill. When pages run out
+    the youngest request of the lowest class is preempted, and a background request makes room for an interactive one:
+    it gives its pages back and is prefilled and replayed later, so its reader sees a pause only. While nothing else is
+    to be done, finished answers are prefilled on the chunk grid, for the next turn to find them in the prefix tree.
     """
 
-    def __init__(self, space: PagedSpace, max_seqs: int, chunk: int) -> None:
+    def __init__(self, space: Space, max_seqs: int, chunk: int) -> None:
         assert max_seqs <= MAX_ROWS
         self._space = space
         self._max_seqs = max_seqs
         self._chunk = chunk
         self._waiting: tuple[deque[Request], deque[Request]] = (deque(), deque())
         self._running: list[Request] = []
+        self._refills: deque[Request] = deque(maxlen=REFILLS)
         self._chunk_last = False
+        self._refused = (-1, -1)
 
     @property
     def running(self) -> int:
-        """Requests that hold pages."""
+        """Requests that hold pages, or wait for one that prefills their prompt."""
         return len(self._running)
 
     @property
@@ -55,47 +78,110 @@ class Scheduler:
         """Requests that hold none."""
         return sum(map(len, self._waiting))
 
+    @property
+    def prefilling(self) -> Iterable[Request]:
+        """Running requests whose prompt is not computed yet."""
+        return (request for request in self._running if request.phase == "prefill")
+
     def __bool__(self) -> bool:
-        return bool(self._running) or any(self._waiting)
+        return bool(self._running or any(self._waiting) or self._refills)
 
     def add(self, request: Request) -> None:
         """Queue a request."""
+        self._stop_refill()
         self._waiting[request.background].append(request)
 
     def remove(self, request: Request) -> None:
-        """Take a request out, whatever its state, and free its pages."""
+        """Take a request out, whatever its state, and free what it holds."""
         if request in self._running:
-            self._running.remove(request)
-            self._space.release(request)
+            self._displace(request)
         else:
             self._waiting[request.background].remove(request)
+
+    def retain(self, request: Request) -> None:
+        """Remember an ended answer that a next turn can use: it is prefilled when nothing else is to be done."""
+        grain = self._space.grain
+        if request.submit.cache and request.length // grain > request.prompt // grain:
+            submit = replace(request.submit, id=0, prompt=pack_ids(request.ids), emitted=EMPTY, prompt_logprobs=-1)
+            self._refills.append(Request(replace(submit, limits=Limits(max_tokens=0))))
 
     def next(self) -> Chunk | list[Span]:
         """The next work; an empty list when there is none."""
         self._admit()
-        if self._chunk_last or not self._prefills():
+        if not self._running:
+            return self._refill() or []
+        chunk = None if self._chunk_last else self._prefill()
+        if chunk is None:
             self._chunk_last = False
             if spans := self._spans():
                 return spans
-        self._chunk_last = True
-        if not (prefills := self._prefills()):
-            return []
-        first = min(prefills, key=lambda request: request.background)
-        return Chunk(first, first.computed // self._chunk)
-
-    def _prefills(self) -> list[Request]:
-        return [request for request in self._running if request.phase == "prefill"]
+            chunk = self._prefill()
+        self._chunk_last = chunk is not None
+        return chunk or []
 
     def _admit(self) -> None:
         for queue in self._waiting:
-            while queue and len(self._running) < self._max_seqs and self._place(queue[0]):
+            while queue and self._place(queue[0]):
                 self._running.append(queue.popleft())
             if queue:
                 return
 
     def _place(self, request: Request) -> bool:
-        """Reserve the known ids and one more; on the chunk grid the cells of padding rows are never written."""
-        return self._space.reserve(request, min(request.length + 1, request.limit))
+        """Give a waiting request what it needs to run, at the cost of background work where it may."""
+        while not self._try_place(request):
+            victim = None if request.background else self._youngest(background=True)
+            if victim is None:
+                return False
+            self._preempt(victim)
+        return True
+
+    def _try_place(self, request: Request) -> bool:
+        attempt = (request.id, self._space.released)
+        if len(self._running) >= self._max_seqs or attempt == self._refused:
+            return False
+        request.leader = next((each for each in self._running if _leads(each, request)), None)
+        if request.leader or self._space.admit(request, min(request.length + 1, request.limit)):
+            return True
+        self._refused = (request.id, self._space.released)
+        return False
+
+    def _youngest(self, *, background: bool = False) -> Request | None:
+        """The running request that gives way first; with `background` only one of that class."""
+        ranked = [request for request in self._running if request.background or not background]
+        return max(ranked, key=lambda request: (request.background, request.clock.arrived), default=None)
+
+    def _prefill(self) -> Chunk | None:
+        """A chunk of the oldest prompt of the highest class."""
+        while leaders := [request for request in self.prefilling if request.leader is None]:
+            request = min(leaders, key=lambda request: request.background)
+            self._space.refresh(request)
+            if self._secure(request, self._end(request)):
+                return self._chunk_of(request, tuple(each for each in self._running if each.leader is request))
+        return None
+
+    def _refill(self) -> Chunk | None:
+        """A chunk of an answer that ended, while there are such and pages for them."""
+        while self._refills:
+            request = self._refills[0]
+            if request.placed or self._space.admit(request, request.prompt):
+                done = request.computed // self._space.grain == request.prompt // self._space.grain
+                if not done and self._space.prepare(request, self._end(request)):
+                    return self._chunk_of(request)
+                self._space.release(request)
+            self._refills.popleft()
+        return None
+
+    def _stop_refill(self) -> None:
+        """What it has published stays; the rest is done another time."""
+        if self._refills and self._refills[0].placed:
+            self._space.release(self._refills[0])
+
+    def _end(self, request: Request) -> int:
+        """Where the chunk ends that the request computes next."""
+        return min((request.computed // self._chunk + 1) * self._chunk, request.prompt)
+
+    def _chunk_of(self, request: Request, followers: tuple[Request, ...] = ()) -> Chunk:
+        return Chunk(request, request.computed // self._chunk, request.computed, self._end(request), followers)
 
     def _spans(self) -> list[Span]:
         """One row for everyone who decodes, the rest of the rows for whoever has ids to replay, oldest first."""
@@ -106,17 +192,34 @@ class Scheduler:
             rows = min(request.pending, 1 + spare)
             spare -= rows - 1
             spans.append(Span(request, request.computed, request.computed + rows))
-        secured = [span for span in spans if self._secure(span)]
-        return [span for span in secured if span.request.pages]
+        secured = [span for span in spans if self._secure(span.request, span.end)]
+        return [span for span in secured if span.request.placed]
 
-    def _secure(self, span: Span) -> bool:
-        """Find pages for the span, preempting whom it must; False if that was the request itself."""
-        while span.request.pages and not self._space.reserve(span.request, span.end):
-            self._preempt(max(self._running, key=lambda request: (request.background, request.clock.arrived)))
-        return bool(span.request.pages)
+    def _secure(self, request: Request, end: int) -> bool:
+        """Make ready to compute up to `end`, preempting whom it must; False if that was the request itself."""
+        while request.placed and not self._space.prepare(request, end):
+            victim = self._youngest()
+            assert victim, "a request alone always has what it needs"
+            self._preempt(victim)
+        return request.placed
 
     def _preempt(self, request: Request) -> None:
-        self._running.remove(request)
-        self._space.release(request)
-        request.restart()
+        self._displace(request)
         self._waiting[request.background].appendleft(request)
+
+    def _displace(self, request: Request) -> None:
+        """Take a request out of those that run; who waited for its prefill goes back to the queue."""
+        self._running.remove(request)
+        if request.placed:
+            self._space.release(request)
+        for follower in [each for each in reversed(self._running) if each.leader is request]:
+            self._running.remove(follower)
+            self._waiting[follower.background].appendleft(follower)
+        request.leader = None
+
+
+def _leads(leader: Request, request: Request) -> bool:
+    """`leader` prefills the prompt of `request`, and none of its scores are sent yet if they are wanted."""
+    if leader.leader or leader.phase == "decode" or leader.prefill_key != request.prefill_key:
+        return False
+    return request.submit.prompt_logprobs < 0 or leader.computed == 0

@@ -4,9 +4,9 @@ Activations travel between ops in the model's dtype; norms, softmax and sums run
 Row-invariance: a row's bits depend neither on the number of rows beside it, nor on its index, nor on its neighbours.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
@@ -67,14 +67,6 @@ class Rows:
         )
 
 
-class Copy(NamedTuple):
-    """Copy page `source` of a group to page `target`, in all layers of the group."""
-
-    group: int
-    source: int
-    target: int
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class KV:
     """Keys and values of one layer; a cell is one token: cell = page · page_size + offset. Contents start undefined.
@@ -107,8 +99,8 @@ class KVCache:
 
     layers: tuple[KV, ...]
 
-    def copy(self, copies: Iterable[Copy]) -> None:
-        """Copy pages, in order."""
+    def copy(self, copies: Iterable[tuple[int, int, int]]) -> None:
+        """Copy pages, in order: each (group, source, target) in all layers of the group."""
         for group, source, target in copies:
             for kv in self.layers:
                 if kv.group == group:
@@ -151,7 +143,7 @@ class Draw:
     frequency_penalty: float = 0.0  # subtracted per occurrence in output
     bias: Mapping[int, float] = field(default_factory=dict)  # added to logits
     banned: Sequence[int] = ()  # never drawn (stop ids before min_tokens)
-    seen: Sequence[int] = ()  # ids in prompt or output, each once, in any order; read only for the repetition penalty
+    seen: Collection[int] = ()  # ids in prompt or output, each once, in any order; read only for the repetition penalty
     counts: Mapping[int, int] = field(default_factory=dict)  # of each id in output; read only for the other penalties
     top_logprobs: int = -1  # N most likely ids wanted; −1: none
 

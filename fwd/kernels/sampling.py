@@ -42,12 +42,12 @@ def adjust(logits: Logits, draw: Draw) -> Logits:
         return logits
     out = logits.copy()
     if draw.repetition_penalty != 1.0:
-        seen = np.union1d(_ids(draw.prompt), _ids(draw.output))
+        seen = _ids(list(draw.seen))
         penalty = np.float32(draw.repetition_penalty)
         out[seen] = np.where(out[seen] > 0, out[seen] / penalty, out[seen] * penalty)
     if counted:
-        ids, counts = np.unique(_ids(draw.output), return_counts=True)
-        out[ids] -= np.float32(draw.frequency_penalty) * counts.astype(np.float32) + np.float32(draw.presence_penalty)
+        ids, counts = _ids(list(draw.counts)), np.asarray(list(draw.counts.values()), dtype=np.float32)
+        out[ids] -= np.float32(draw.frequency_penalty) * counts + np.float32(draw.presence_penalty)
     for token, bias in draw.bias.items():
         out[token] += np.float32(bias)
     out[_ids(draw.banned)] = -np.inf
