@@ -1,12 +1,24 @@
-"""A model that is a hash: it checks that every cell it reads holds the token and position that belong there."""
+"""A model that is a hash: it checks that every cell and record it reads holds what belongs there, however it came there.
+
+What a cell holds is its position, the tokens up to it, and whether a prefill or a decode row made it: prompt positions
+must be prefill-made and output positions decode-made, whoever computed them.
+"""
 
 import hashlib
+from collections import defaultdict
 
 from fwd.engine.request import Drawn
 from fwd.engine.scheduler import MAX_ROWS
+from fwd.models.layout import Group
 from fwd.protocol.messages import TopLogprobs
 
 VOCAB = 97
+FULL = Group("full", 0, ())
+STATE = Group("state", 0, ())
+
+
+def sliding(window):
+    return Group("sliding", window, ())
 
 
 def next_token(ids, seed, choice=0):
@@ -27,25 +39,41 @@ def oracle(prompt, seed, tokens, stop_ids=(), choice=0):
 class MockRunner:
     """`fail(request)` makes the rows of a request non-finite; `before` is called before each launch."""
 
-    def __init__(self, page_size, chunk, fail=lambda _: False, before=lambda: None):
+    def __init__(self, page_size, chunk, groups=(FULL,), fail=lambda _: False, before=lambda: None):
         self.page_size, self.chunk = page_size, chunk
-        self.cells = {}
+        self.paged = [group for group in groups if group.kind != "state"]
+        self.states = any(group.kind == "state" for group in groups)
+        self.cells = [defaultdict(lambda: None) for _ in self.paged]
+        self.records = {}
         self.fail, self.before = fail, before
         self.launches = []
+        self.copied = 0
+
+    def copy(self, copies):
+        for group, source, target in copies:
+            self.copied += 1
+            cells, size = self.cells[group], self.page_size
+            for offset in range(size):
+                cells[target * size + offset] = cells[source * size + offset]
 
     def prefill(self, chunk):
         self.before()
-        request, start = chunk.request, chunk.number * self.chunk
-        assert request.computed == start, "prefill goes chunk by chunk from where the KV ends"
-        end = min(start + self.chunk, request.prompt)
-        self._write(request, start, end)
-        self.launches.append(("prefill", request.id, end - start))
+        request = chunk.request
+        assert chunk.start == request.computed, "prefill goes on from where the KV ends"
+        assert chunk.start // self.chunk == chunk.number == (chunk.end - 1) // self.chunk, "a chunk of the grid"
+        assert chunk.end == min((chunk.number + 1) * self.chunk, request.prompt)
+        assert all(follower.prefill_key == request.prefill_key for follower in chunk.followers)
+        self._write(request, chunk.start, chunk.end)
+        self._check(request, chunk.start, chunk.end)
+        if self.states:
+            self._check_record(request, request.record, chunk.start)
+            self.records[request.staged[0]] = _content(request, chunk.end - 1)
+        self.launches.append(("prefill", request.id, chunk.end - chunk.start))
         scores = []
         if request.submit.prompt_logprobs >= 0:
-            targets = request.ids[start + 1 : min(end + 1, request.prompt)]
+            targets = request.ids[chunk.start + 1 : min(chunk.end + 1, request.prompt)]
             scores = [self._drawn(request, token) for token in targets]
-        draws = end == request.prompt and not request.output and request.length < request.limit
-        return (self._draw(request, end) if draws else None), scores
+        return [self._draw(each) for each in chunk.drawing], scores
 
     def decode(self, spans):
         self.before()
@@ -56,20 +84,49 @@ class MockRunner:
         for span in spans:
             assert span.start == span.request.computed >= span.request.prompt
             self._write(span.request, span.start, span.end)
-        return [self._draw(span.request, span.end) for span in spans if span.draws]
+        for span in spans:
+            self._check(span.request, span.start, span.end)
+            if self.states:
+                self._chain(span)
+        return [self._draw(span.request) for span in spans if span.draws]
 
-    def _cell(self, request, position):
-        return request.pages[position // self.page_size] * self.page_size + position % self.page_size
+    def _chain(self, span):
+        request = span.request
+        reads = [request.record, *request.staged[:-1]]
+        assert len(request.staged) == span.end - span.start
+        for position, read, write in zip(range(span.start, span.end), reads, request.staged, strict=True):
+            self._check_record(request, read, position)
+            self.records[write] = _content(request, position)
+
+    def _check_record(self, request, record, position):
+        """The record is the state before `position`."""
+        found = self.records[record] if record >= 0 else None
+        assert found == (_content(request, position - 1) if position else None)
+
+    def _cell(self, request, group, position):
+        return request.tables[group].pages[position // self.page_size] * self.page_size + position % self.page_size
 
     def _write(self, request, start, end):
-        for position in range(start, end):
-            self.cells[self._cell(request, position)] = (request.id, position, request.ids[position])
+        for group in range(len(self.paged)):
+            for position in range(start, end):
+                cell = self._cell(request, group, position)
+                assert cell >= 0
+                self.cells[group][cell] = _content(request, position)
 
-    def _draw(self, request, length):
-        assert length == request.length
-        for position in range(length):
-            assert self.cells[self._cell(request, position)] == (request.id, position, request.ids[position])
+    def _check(self, request, start, end):
+        """Every cell that rows `start` … `end` − 1 see."""
+        for index, group in enumerate(self.paged):
+            first = max(0, start - group.window + 1) if group.window else 0
+            for position in range(first, end):
+                cell = self._cell(request, index, position)
+                assert self.cells[index][cell] == _content(request, position), (request.id, position, group)
+
+    def _draw(self, request):
         return self._drawn(request, next_token(request.ids, request.submit.seed, request.submit.choice))
 
     def _drawn(self, request, token):
         return Drawn(token, -float(token), TopLogprobs(), not self.fail(request))
+
+
+def _content(request, position):
+    return position, hash(request.ids[: position + 1].tobytes()), min(position + 1, request.prompt)

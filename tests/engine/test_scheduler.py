@@ -1,12 +1,18 @@
 """Who goes next, by class, when pages are short."""
 
-from fwd.engine.pages import PagedSpace
+from mock_runner import FULL
+
 from fwd.engine.request import Request
 from fwd.engine.scheduler import Chunk, Scheduler
+from fwd.engine.space import Space
 from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import Limits, Submit
 
 PAGE, CHUNK = 16, 64
+
+
+def space_of(pages):
+    return Space((FULL,), (pages,), PAGE, chunk=CHUNK, key=b"")
 
 
 def request(number, prompt, tokens, priority):
@@ -20,7 +26,7 @@ def execute(space, work):
     """Do the work as an engine would; the ids of the requests that were touched."""
     for span in [work] if isinstance(work, Chunk) else work:
         if isinstance(span, Chunk):
-            space.commit(span.request, min((span.number + 1) * CHUNK, span.request.prompt))
+            space.commit(span.request, span.end)
             draws = span.request.phase == "decode"
         else:
             draws = span.draws
@@ -32,7 +38,7 @@ def execute(space, work):
 
 def test_background_work_that_lacks_a_page_gives_way_to_a_prompt():
     """The background request is the only one that decodes, and takes itself out: the prompt goes on instead."""
-    space = PagedSpace(12, PAGE)
+    space = space_of(12)
     scheduler = Scheduler(space, 4, CHUNK)
     background, interactive = request(1, 15, 100, "background"), request(2, 170, 2, "interactive")
     scheduler.add(background)
@@ -48,7 +54,7 @@ def test_background_work_that_lacks_a_page_gives_way_to_a_prompt():
 
 
 def test_an_interactive_prompt_goes_before_background_prompts():
-    space = PagedSpace(1000, PAGE)
+    space = space_of(1000)
     scheduler = Scheduler(space, 4, CHUNK)
     scheduler.add(request(1, 6400, 5, "background"))
     execute(space, scheduler.next())

@@ -1,0 +1,188 @@
+"""Same seed, same bytes, whatever the cache does: random arrivals, turns, cancels, crashes and evictions on a mock model
+that checks each cell and record it reads, for every mix of cache layouts; and nothing is ever lost."""
+
+import random
+
+import pytest
+from mock_runner import FULL, STATE, VOCAB, MockRunner, oracle, sliding
+
+from fwd.engine.loop import Loop
+from fwd.engine.scheduler import MAX_ROWS
+from fwd.engine.space import Space
+from fwd.protocol.ids import pack_ids
+from fwd.protocol.messages import Cancel, Failed, Finished, Limits, Ping, PromptLogprobs, Submit, Tokens
+
+PAGE, CHUNK, MAX_SEQS = 4, 8, 16
+LAYOUTS = {
+    "full": (FULL,),
+    "sliding": (sliding(6),),
+    "state": (STATE,),
+    "full+sliding": (FULL, sliding(6)),
+    "full+two windows": (FULL, sliding(1), sliding(11)),
+    "full+state": (FULL, STATE),
+    "all": (FULL, sliding(5), STATE),
+}
+LONGEST = 64  # tokens of prompt and answer
+
+
+def units_of(groups, full, seqs, spare):
+    """What a plan would give: enough of every sliding and state group, `full` pages."""
+    sizes = {"full": lambda _: full, "state": lambda _: 3 * seqs + MAX_ROWS + spare}
+    sizes["sliding"] = lambda group: seqs * ((group.window + max(CHUNK, MAX_ROWS)) // PAGE + 2) + spare
+    return tuple(sizes[group.kind](group) for group in groups)
+
+
+class Queue:
+    """A channel without a peer: the loop is driven step by step."""
+
+    def __init__(self):
+        self.sent = []
+
+    def send(self, *messages):
+        self.sent += messages
+
+
+class World:
+    """An engine that lives and dies, and the journal of a front that survives it."""
+
+    def __init__(self, rng, layout):
+        self.rng, self.groups = rng, LAYOUTS[layout]
+        self.seqs = rng.choice([1, 2, 5, MAX_SEQS])
+        self.full = rng.randrange(LONGEST // PAGE + 1, 100)
+        self.spare = rng.randrange(0, 40)
+        self.requests, self.output, self.results, self.scores = {}, {}, {}, {}
+        self.cached = {}
+        self.texts = [[]]
+        self.start()
+
+    def start(self):
+        units = units_of(self.groups, self.full, self.seqs, self.spare)
+        self.channel, self.runner = Queue(), MockRunner(PAGE, CHUNK, self.groups)
+        self.space = Space(self.groups, units, PAGE, chunk=CHUNK, key=b"secret")
+        self.loop = Loop(self.channel, self.runner, self.space, max_seqs=self.seqs, chunk=CHUNK)
+
+    def submit(self):
+        rng, number = self.rng, len(self.requests) + 1
+        prompt = self.prompt()
+        request = Submit(
+            id=number,
+            prompt=pack_ids(prompt),
+            seed=rng.randrange(3),
+            choice=rng.randrange(2),
+            limits=Limits(
+                max_tokens=rng.randrange(1, LONGEST - len(prompt) + 1), stop_ids=tuple(rng.sample(range(VOCAB), 2))
+            ),
+            priority=rng.choice(["interactive", "interactive", "background"]),
+            cache=rng.random() < 0.9,
+            cache_key=rng.choice(["", "", "a", "b"]),
+            prompt_logprobs=rng.choice([-1, -1, -1, 0]),
+            adapter=rng.choice(["", "", "", "other"]),
+        )
+        self.requests[number], self.output[number], self.scores[number] = request, [], []
+        self.texts.append([*prompt, *self.answer(request)])
+        for copy in range(rng.choice([0, 0, 0, 2])):  # n > 1
+            self.requests[number + copy + 1] = Submit(
+                id=number + copy + 1,
+                prompt=request.prompt,
+                seed=request.seed,
+                choice=copy + 2,
+                limits=request.limits,
+                prompt_logprobs=request.prompt_logprobs,
+            )
+            self.output[number + copy + 1], self.scores[number + copy + 1] = [], []
+        for each in range(number, len(self.requests) + 1):
+            self.loop._handle(self.requests[each])
+
+    def prompt(self):
+        """A new text, or one that goes on where an older one, or a part of it, ended."""
+        rng = self.rng
+        known = rng.choice(self.texts)[: LONGEST - 8]
+        known = known[: rng.choice([len(known), rng.randrange(len(known) + 1), 0])]
+        return known + [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 8 if known else 40))]
+
+    def answer(self, request):
+        limits = request.limits
+        return oracle(request.prompt.cast("i"), request.seed, limits.max_tokens, limits.stop_ids, request.choice)
+
+    def step(self):
+        if self.loop._scheduler:
+            self.loop._step()
+        self.loop._flush()
+        for message in self.channel.sent:
+            self.read(message)
+        self.channel.sent.clear()
+        self.space.check()
+
+    def read(self, message):
+        match message:
+            case Tokens():
+                assert message.start == len(self.output[message.id])
+                self.output[message.id] += message.ids
+            case PromptLogprobs():
+                scores = self.scores[message.id]
+                scores += message.logprobs[len(scores) + 1 - message.start :]
+            case Finished() | Failed():
+                assert message.id not in self.results
+                self.results[message.id] = message
+
+    def cancel(self):
+        if running := [number for number in self.requests if number not in self.results]:
+            self.loop._handle(Cancel(id=self.rng.choice(running)))
+
+    def crash(self):
+        """Everything of the engine is gone; the front submits what is open once more, with what it has."""
+        self.start()
+        for number, request in self.requests.items():
+            if number not in self.results:
+                self.loop._handle(Submit(**{**fields(request), "emitted": pack_ids(self.output[number]), "id": number}))
+
+    def evict(self):
+        self.space.tree.evict(self.rng.randrange(len(self.groups)))
+
+    def ping(self):
+        self.loop._handle(Ping(seq=1))
+
+    def finish(self):
+        self.step()
+        while self.loop._scheduler:
+            self.step()
+        for number, request in self.requests.items():
+            answer, result = self.answer(request), self.results[number]
+            if result.reason == "cancelled":
+                assert self.output[number] == answer[: len(self.output[number])]
+                continue
+            assert self.output[number] == answer
+            if request.prompt_logprobs >= 0:
+                assert self.scores[number] == [-float(token) for token in request.prompt.cast("i")[1:]]
+            assert 0 <= result.timing.cached_tokens <= len(request.prompt) // 4
+        for pool in self.space.pools:
+            assert pool.available == pool.total
+
+
+def fields(request):
+    return {name: getattr(request, name) for name in request.__struct_fields__}
+
+
+def live(seed, layout, events=60):
+    rng = random.Random(f"{seed} {layout}")
+    world = World(rng, layout)
+    actions = [world.step] * 30 + [world.submit] * 6 + [world.cancel, world.evict, world.evict, world.ping]
+    for _ in range(events):
+        world.crash() if rng.random() < 0.01 else rng.choice(actions)()
+    world.finish()
+    return world
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("block", range(10))
+def test_nothing_that_happens_changes_an_answer(layout, block):
+    for seed in range(block * 30, block * 30 + 30):
+        live(seed, layout)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tens_of_thousands_of_lives(layout):
+    for seed in range(1000, 5000):
+        live(seed, layout, events=80)
