@@ -1,4 +1,4 @@
-"""A model that is a hash: it checks that every cell and record it reads holds what belongs there, however it came there.
+"""A model that is a hash: it checks that every cell and record it reads holds what belongs there, however it came.
 
 What a cell holds is its position, the tokens up to it, and whether a prefill or a decode row made it: prompt positions
 must be prefill-made and output positions decode-made, whoever computed them.

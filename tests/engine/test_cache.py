@@ -1,18 +1,18 @@
-"""Same seed, same bytes, whatever the cache does: random arrivals, turns, cancels, crashes and evictions on a mock model
-that checks each cell and record it reads, for every mix of cache layouts; and nothing is ever lost."""
+"""Same seed, same bytes, whatever the cache does, and nothing is lost: random arrivals, turns, cancels, crashes and
+evictions on a mock model that checks each cell and record it reads, for every mix of cache layouts."""
 
 import random
 
 import pytest
-from mock_runner import FULL, STATE, VOCAB, MockRunner, oracle, sliding
+from mock_engine import CHUNK, PAGE, Engine
+from mock_runner import FULL, STATE, VOCAB, oracle, sliding
+from msgspec.structs import replace
 
-from fwd.engine.loop import Loop
 from fwd.engine.scheduler import MAX_ROWS
-from fwd.engine.space import Space
 from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import Cancel, Failed, Finished, Limits, Ping, PromptLogprobs, Submit, Tokens
 
-PAGE, CHUNK, MAX_SEQS = 4, 8, 16
+MAX_SEQS = 16
 LAYOUTS = {
     "full": (FULL,),
     "sliding": (sliding(6),),
@@ -32,16 +32,6 @@ def units_of(groups, full, seqs, spare):
     return tuple(sizes[group.kind](group) for group in groups)
 
 
-class Queue:
-    """A channel without a peer: the loop is driven step by step."""
-
-    def __init__(self):
-        self.sent = []
-
-    def send(self, *messages):
-        self.sent += messages
-
-
 class World:
     """An engine that lives and dies, and the journal of a front that survives it."""
 
@@ -51,15 +41,11 @@ class World:
         self.full = rng.randrange(LONGEST // PAGE + 1, 100)
         self.spare = rng.randrange(0, 40)
         self.requests, self.output, self.results, self.scores = {}, {}, {}, {}
-        self.cached = {}
         self.texts = [[]]
         self.start()
 
     def start(self):
-        units = units_of(self.groups, self.full, self.seqs, self.spare)
-        self.channel, self.runner = Queue(), MockRunner(PAGE, CHUNK, self.groups)
-        self.space = Space(self.groups, units, PAGE, chunk=CHUNK, key=b"secret")
-        self.loop = Loop(self.channel, self.runner, self.space, max_seqs=self.seqs, chunk=CHUNK)
+        self.engine = Engine(self.groups, units_of(self.groups, self.full, self.seqs, self.spare), self.seqs)
 
     def submit(self):
         rng, number = self.rng, len(self.requests) + 1
@@ -90,8 +76,7 @@ class World:
                 prompt_logprobs=request.prompt_logprobs,
             )
             self.output[number + copy + 1], self.scores[number + copy + 1] = [], []
-        for each in range(number, len(self.requests) + 1):
-            self.loop._handle(self.requests[each])
+        self.engine.handle(*(self.requests[each] for each in range(number, len(self.requests) + 1)))
 
     def prompt(self):
         """A new text, or one that goes on where an older one, or a part of it, ended."""
@@ -105,13 +90,10 @@ class World:
         return oracle(request.prompt.cast("i"), request.seed, limits.max_tokens, limits.stop_ids, request.choice)
 
     def step(self):
-        if self.loop._scheduler:
-            self.loop._step()
-        self.loop._flush()
-        for message in self.channel.sent:
+        self.engine.step()
+        messages, self.engine.messages = self.engine.messages, []
+        for message in messages:
             self.read(message)
-        self.channel.sent.clear()
-        self.space.check()
 
     def read(self, message):
         match message:
@@ -127,24 +109,25 @@ class World:
 
     def cancel(self):
         if running := [number for number in self.requests if number not in self.results]:
-            self.loop._handle(Cancel(id=self.rng.choice(running)))
+            self.engine.handle(Cancel(id=self.rng.choice(running)))
 
     def crash(self):
         """Everything of the engine is gone; the front submits what is open once more, with what it has."""
+        self.step()
         self.start()
         for number, request in self.requests.items():
             if number not in self.results:
-                self.loop._handle(Submit(**{**fields(request), "emitted": pack_ids(self.output[number]), "id": number}))
+                self.engine.handle(replace(request, emitted=pack_ids(self.output[number])))
 
     def evict(self):
-        self.space.tree.evict(self.rng.randrange(len(self.groups)))
+        self.engine.space.tree.evict(self.rng.randrange(len(self.groups)))
 
     def ping(self):
-        self.loop._handle(Ping(seq=1))
+        self.engine.handle(Ping(seq=1))
 
     def finish(self):
         self.step()
-        while self.loop._scheduler:
+        while self.engine.scheduler:
             self.step()
         for number, request in self.requests.items():
             answer, result = self.answer(request), self.results[number]
@@ -155,12 +138,8 @@ class World:
             if request.prompt_logprobs >= 0:
                 assert self.scores[number] == [-float(token) for token in request.prompt.cast("i")[1:]]
             assert 0 <= result.timing.cached_tokens <= len(request.prompt) // 4
-        for pool in self.space.pools:
+        for pool in self.engine.space.pools:
             assert pool.available == pool.total
-
-
-def fields(request):
-    return {name: getattr(request, name) for name in request.__struct_fields__}
 
 
 def live(seed, layout, events=60):
