@@ -71,6 +71,7 @@ class Pool(Generic[T]):
 
     def share(self, unit: int) -> int:
         """Give a unit to one more request."""
+        assert unit >= 0
         assert self._refs[unit] > 0, unit
         owner = self._owners[unit]
         if owner and self._refs[unit] == 1:

@@ -34,10 +34,9 @@ def test_free_held_and_cached_are_all_units(total, actions):
         elif action == "forget" and kept is not None:
             pool.forget(kept)
             del owners[kept]
-        elif action == "pin" and kept is not None:
-            if owners[kept].pinned != flag:
-                owners[kept].pinned = flag
-                pool.move(kept, pinned=flag)
+        elif action == "pin" and kept is not None and owners[kept].pinned != flag:
+            owners[kept].pinned = flag
+            pool.move(kept, pinned=flag)
         pool.check()
         assert pool.cached == len(set(owners) - set(holders))
         assert pool.free == total - len(set(owners) | set(holders))

@@ -109,6 +109,22 @@ def test_a_prefix_whose_window_is_gone_is_no_hit():
     assert told(engine.ask(2, prompt, tokens=1)[1]) == (0, "window", -1)
 
 
+@pytest.mark.parametrize("evicted", range(14))
+@pytest.mark.parametrize("window", [1, 2, 5, 6, 9])
+def test_a_hit_needs_each_page_of_the_window(window, evicted):
+    """The mock model checks every cell that the rows of the second request see."""
+    engine = Engine((FULL, sliding(window)), (64, 4 * 8 + 8))
+    prompt = text(1, 24)
+    engine.ask(1, prompt, tokens=1)
+    engine.idle()
+    for _ in range(evicted):
+        engine.space.tree.evict(1)
+    output, timing = engine.ask(2, [*prompt, 3, 3, 3], tokens=2)
+
+    assert output == oracle([*prompt, 3, 3, 3], 0, 2)
+    assert timing.cache_miss in ("window", "never_seen")
+
+
 def test_a_long_prompt_does_not_drive_out_the_windows_of_other_conversations():
     engine = Engine((FULL, sliding(6)), (200, 4 * 5 + 8))
     first = text(1, 24)

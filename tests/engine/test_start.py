@@ -163,16 +163,13 @@ def anonymous():
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
 
-def answer(loop, theirs):
-    """Let the loop answer one request of a whole context."""
-    thread = threading.Thread(target=loop.run)
-    thread.start()
-    prompt = pack_ids([index % 2048 for index in range(100)])
-    theirs.send(Submit(id=1, prompt=prompt, limits=Limits(max_tokens=20)))
+def ask(theirs):
+    """Have one request of almost a whole context answered, and hang up."""
+    prompt = pack_ids(range(100))
+    theirs.send(Submit(id=1, prompt=prompt, limits=Limits(max_tokens=20), seed=1))
     while not isinstance(theirs.receive(), Finished):
         pass
     theirs.close()
-    thread.join()
 
 
 def warm_up(dtype):
@@ -193,7 +190,8 @@ def measure(folder, dtype):
     arena = max(tensors(loop._runner), key=lambda one: 0 if one.is_mkldnn else one.untyped_storage().nbytes())
     torch.empty(0, dtype=torch.uint8).set_(arena.untyped_storage()).zero_()
     loaded = anonymous() - before
-    answer(loop, Channel(theirs, from_engine))
+    threading.Thread(target=ask, args=[Channel(theirs, from_engine)], daemon=True).start()
+    loop.run()
     sys.stdout.write(json.dumps({"loaded": loaded, "worked": anonymous() - before, "memory": info.memory}))
 
 
