@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import msgspec
 import structlog
 
 from fwd.errors import ConfigError, EngineError, FwdError, ModelError, from_wire
@@ -215,6 +216,8 @@ class Keeper:
         if self.info and info.weights_hash != self.info.weights_hash:
             self._roster.refuse_resume()
         self.info = info
+        # What was sized by the memory of the first start stays so: a stream that fitted must fit the next engine too.
+        self.load = msgspec.structs.replace(self.load, context=info.context, kv_bytes=info.kv_bytes)
         self._refusals = 0
         self.pong = Pong(seq=0, pages_free=info.pages, pages_total=info.pages)
         self.pace.restart()

@@ -469,6 +469,24 @@ def test_other_weights_after_a_restart(run, lives):
     assert_answered(script, waiting)
 
 
+def test_a_second_engine_is_as_large_as_the_first(run, lives):
+    """Sizes that were left to the memory of the moment are fixed by the first start: an open stream must fit again."""
+    script = Script(faults=(Fault("kill", 6),), lives=lives, pages=9, context=1000)
+    one = stream(1)
+
+    async def main():
+        async with keeping(script, load=Load(model="fake")) as keeper:
+            keeper.submit(one)
+            await keeper.drained()
+            await keeper.reach("ready")
+            assert keeper.restarts
+            assert (keeper.load.context, keeper.load.kv_bytes) == (1000, 9 << 10)
+            assert (keeper.info.context, keeper.info.kv_bytes) == (1000, 9 << 10)
+
+    run(main())
+    assert_answered(script, one)
+
+
 def test_stop_does_not_wait_for_the_back_off(run, monkeypatch):
     monkeypatch.setattr(Watched, "_backoff", lambda _: 1000.0)
 
