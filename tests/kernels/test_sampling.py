@@ -1,6 +1,7 @@
 """The sampler: its distribution, its thresholds against brute force, its penalties against a naive version."""
 
 import math
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -107,8 +108,8 @@ def test_penalties_match_a_naive_version(prompt, output, repetition, presence, f
     expected[3] += 2.5
     expected[9] = -math.inf
     draw = Draw(
-        prompt=prompt,
-        output=output,
+        seen={*prompt, *output},
+        counts=Counter(output),
         repetition_penalty=repetition,
         presence_penalty=presence,
         frequency_penalty=frequency,
