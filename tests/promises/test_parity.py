@@ -48,7 +48,9 @@ async def ours(folder):
         return [(s.emitted.tolist(), torch.tensor(s.logprobs), torch.tensor(s.prompt_logprobs), s.top) for s in streams]
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama3-rope", "yarn", "qwen2", "qwen3", "demo"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "llama3-rope", "yarn", "qwen2", "qwen3", "qwen3-sliding", "qwen2-sliding", "demo"]
+)
 def test_greedy_equals_transformers(kind, tmp_path):
     folder = Config().folder if kind == "demo" else tmp_path
     if kind != "demo":

@@ -1,59 +1,70 @@
 """Promises 1 and 2: same seed, same bytes, whatever happens beside a request or to the engine; no stream is lost."""
 
 import random
+from typing import NamedTuple
 
 import checkpoints
 import pytest
 from census import open_descriptors, resident_bytes
-from harness import ended, kill, record, run, serving, submissions
-
-from fwd.models.load import run_spec
-from fwd.models.spec import read_spec
+from harness import ended, kill, record, run, serving, submissions, tokens_more
+from msgspec.structs import replace
 
 TOKENS = 64
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("llama")
-    checkpoints.make("llama3-rope", path)
-    return path
+class Cell(NamedTuple):
+    """What is loaded."""
+
+    kind: str
+    dtype: str
+    kv_dtype: str = "auto"
+
+    def __str__(self):
+        return "-".join(self)
+
+    def serving(self, folders):
+        return serving(folders[self.kind], dtype=self.dtype, kv_dtype=self.kv_dtype)
+
+
+FULL, NARROW, SLIDING = CELLS = (
+    Cell("llama3-rope", "float32"),
+    Cell("llama3-rope", "bfloat16"),
+    Cell("qwen3-sliding", "bfloat16", "fp8"),
+)
 
 
 @pytest.fixture(scope="module")
-def alone(folder):
-    """What each request gives when nothing else runs, by dtype."""
+def folders(tmp_path_factory):
+    made = {cell.kind: tmp_path_factory.mktemp(cell.kind) for cell in CELLS}
+    for kind, path in made.items():
+        checkpoints.make(kind, path)
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(folders):
+    """What each request gives when nothing else runs and nothing is cached, by cell."""
     known = {}
 
-    async def work(dtype):
-        async with serving(folder, dtype=dtype) as service:
+    async def work(cell):
+        async with cell.serving(folders) as service:
             records = []
             for request in requests():
-                stream = service.open(request)
+                stream = service.open(replace(request, cache=False))
                 await ended(stream)
                 records.append(record(stream))
             return records
 
-    def of(dtype):
-        if dtype not in known:
-            known[dtype] = run(work(dtype))
-        return known[dtype]
+    def of(cell):
+        if cell not in known:
+            known[cell] = run(work(cell))
+        return known[cell]
 
     return of
 
 
 def requests():
     return submissions(seed=11, count=16, vocab=checkpoints.VOCAB, tokens=TOKENS)
-
-
-async def tokens_more(streams, count):
-    """Wait until `count` further tokens were journaled, or all streams ended."""
-    goal = sum(len(stream.emitted) for stream in streams) + count
-    while sum(len(stream.emitted) for stream in streams) < goal:
-        running = [stream for stream in streams if not stream.done]
-        if not running:
-            return
-        await running[0].wait(len(running[0].emitted))
 
 
 async def settled(service):
@@ -67,15 +78,14 @@ async def settled(service):
         await ended(service.open(requests()[1]))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("seed", [1, 2])
-def test_beside_fifteen_others_arriving_at_random(folder, alone, dtype, seed):
+@pytest.mark.parametrize(("cell", "seed"), [(FULL, 1), (SLIDING, 2)], ids=str)
+def test_beside_fifteen_others_arriving_at_random(folders, alone, cell, seed):
     rng = random.Random(seed)
     order = list(enumerate(requests()))
     rng.shuffle(order)
 
     async def work():
-        async with serving(folder, dtype=dtype) as service:
+        async with cell.serving(folders) as service:
             streams = {}
             for index, request in order:
                 streams[index] = service.open(request)
@@ -83,31 +93,14 @@ def test_beside_fifteen_others_arriving_at_random(folder, alone, dtype, seed):
             await ended(*streams.values())
             return [record(streams[index]) for index in range(16)]
 
-    assert run(work()) == alone(dtype)
+    assert run(work()) == alone(cell)
 
 
-def test_in_a_pool_too_small_for_all_of_them(folder, alone):
-    """512 tokens of KV for 16 requests: they wait for and preempt each other."""
-    spec = run_spec(read_spec(folder), "float32")
-
-    async def work():
-        async with serving(folder, dtype="float32", kv_bytes=spec.kv_bytes(512, "float32")) as service:
-            pages = service.info().pages
-            streams = [service.open(request) for request in requests()]
-            await ended(*streams)
-            return pages, [record(stream) for stream in streams]
-
-    pages, records = run(work())
-
-    assert pages * 16 < sum(len(request.prompt) // 4 + TOKENS for request in requests())
-    assert records == alone("float32")
-
-
-async def survive(folder, dtype, kills, seed):
+async def survive(cell, folders, kills, seed):
     """Kill the engine `kills` times at random tokens while the requests run, as often round as that takes."""
     rng = random.Random(seed)
     rounds = []
-    async with serving(folder, dtype=dtype) as service:
+    async with cell.serving(folders) as service:
         streams, resumes = [], 0
         before, memory = open_descriptors(), resident_bytes()
         for _ in range(kills):
@@ -127,23 +120,23 @@ async def survive(folder, dtype, kills, seed):
         return [[record(stream) for stream in streams] for streams in rounds], restarts, resumes
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_twenty_kills_lose_double_and_change_nothing(folder, alone, dtype):
-    rounds, restarts, resumes = run(survive(folder, dtype, 20, seed=3))
+@pytest.mark.parametrize(("cell", "kills"), [(FULL, 12), (SLIDING, 8)], ids=str)
+def test_kills_lose_double_and_change_nothing(folders, alone, cell, kills):
+    rounds, restarts, resumes = run(survive(cell, folders, kills, seed=3))
 
-    assert restarts == {"signal SIGKILL": 20}
-    assert resumes >= 20
+    assert restarts == {"signal SIGKILL": kills}
+    assert resumes >= kills
     for records in rounds:
-        assert records == alone(dtype)
+        assert records == alone(cell)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_hundred_kills(folder, alone, dtype, monkeypatch):
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_two_hundred_kills(folders, alone, cell, monkeypatch):
     monkeypatch.setattr("harness.LIMIT", 3000)
-    rounds, restarts, _ = run(survive(folder, dtype, 200, seed=4))
+    rounds, restarts, _ = run(survive(cell, folders, 200, seed=4))
 
     assert restarts == {"signal SIGKILL": 200}
     for records in rounds:
-        assert records == alone(dtype)
+        assert records == alone(cell)
