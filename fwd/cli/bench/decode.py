@@ -70,7 +70,8 @@ def _rounds(plan: Plan, daemon: Private, client: Client, port: int, other: peer.
 
 def _round(plan: Plan, daemon: Private, client: Client, port: int, other: peer.Peer | None) -> dict[str, float]:
     answer = Answer()
-    for _ in answer.read(client.events(PROMPT, temperature=0.0, max_tokens=plan.tokens, ignore_eos=True)):
+    options = {"temperature": 0.0, "max_tokens": plan.tokens, "ignore_eos": True, "cache": False}
+    for _ in answer.read(client.events(PROMPT, **options)):
         pass
     before = cpu_seconds(daemon.child.pid)
     stream = Stream(port, PROMPT, plan.tokens)

@@ -68,6 +68,7 @@ def _body(prompt: str, tokens: int) -> bytes:
         "max_tokens": tokens,
         "temperature": 0,
         "ignore_eos": True,
+        "cache_prompt": False,  # every round is cold, and nothing is prefilled while the peer is measured
         "stream": True,
         "stream_options": {"include_usage": True},
     }
