@@ -12,6 +12,7 @@ from harness import ended, idle, kill, record, run, serving, small_pool, submiss
 from msgspec.structs import replace
 
 from fwd.protocol.ids import pack_ids, unpack_ids
+from fwd.protocol.messages import Limits, Submit
 
 TOKENS = 24
 CONTEXT = 272
@@ -127,3 +128,17 @@ def test_a_cache_of_pages_that_decode_steps_made_is_noticed(folders):
 
     warm, undisturbed = run(work())
     assert warm != undisturbed
+
+
+@pytest.mark.xfail(strict=True, reason="pages that an answer leaves behind are the first to be evicted")
+def test_the_end_of_a_prompt_stays_known_behind_its_answer(tmp_path):
+    """One sequence in a cache that is full: a retry goes on from the prompt, whose end the answer's window has left."""
+    checkpoints.make("long", tmp_path)
+    ids = random.Random(SEED).choices(range(checkpoints.VOCAB), k=992)
+
+    async def work():
+        async with serving(tmp_path, max_seqs=1, context=1024) as service:
+            turns = [Submit(prompt=pack_ids(ids[:length]), limits=Limits(max_tokens=32)) for length in (256, 992, 992)]
+            return [cached(stream) for stream in await one_by_one(service, turns)]
+
+    assert run(work()) == [0, 256, 976]
