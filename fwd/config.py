@@ -33,9 +33,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     uds: str = ""
     device: Device = "auto"
     dtype: DType = "auto"
-    context: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
+    context: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     kv_dtype: KVDType = "auto"
-    kv_bytes: Annotated[int, Meta(ge=0)] = 0
+    kv_bytes: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     draft_model: str = ""
     max_seqs: Annotated[int, Meta(ge=1, le=16)] = 16
     max_queue: Annotated[int, Meta(ge=1, le=2**40)] = 1 << 20

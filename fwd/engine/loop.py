@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fwd.engine.pages import Copy
-from fwd.engine.request import Drawn, Request
+from fwd.engine.request import Drawn, Prefilled, Request
 from fwd.engine.scheduler import Chunk, Scheduler, Span
 from fwd.engine.space import Space
 from fwd.errors import BadFrameError, NonFiniteError
@@ -35,8 +35,8 @@ class Runner(Protocol):
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copy pages, in order, before what is launched next."""
 
-    def prefill(self, chunk: Chunk) -> tuple[Sequence[Drawn], Sequence[Drawn]]:
-        """Run one chunk: a drawn token for each of `chunk.drawing`, and scores of the prompt tokens that follow it."""
+    def prefill(self, chunk: Chunk) -> Prefilled:
+        """Run one chunk: a drawn token for each of `chunk.drawing`, and the scores that are wanted."""
 
     def decode(self, spans: Sequence[Span]) -> Sequence[Drawn]:
         """Run one step: a drawn token for each span that draws, in their order."""
@@ -126,7 +126,10 @@ class Loop:
         for request in everyone:
             request.clock.started = request.clock.started or time.monotonic()
         drawing = chunk.drawing
-        drawn, scores = self._runner.prefill(chunk)
+        drawn, scores, finite = self._runner.prefill(chunk)
+        if not finite:
+            self._spoil(everyone)
+            return
         self._commit_chunk(chunk)
         for request in everyone:
             if scores:
@@ -134,6 +137,14 @@ class Loop:
             if request.phase == "decode":
                 request.clock.prefilled = request.clock.prefilled or time.monotonic()
                 self._settle(request, drawn[drawing.index(request)] if request in drawing else None)
+
+    def _spoil(self, requests: Sequence[Request]) -> None:
+        """Nobody may go on from rows that are not finite."""
+        for request in requests:
+            if request.id in self._requests:
+                self._fail_non_finite(request)
+            else:
+                self._scheduler.remove(request)
 
     def _commit_chunk(self, chunk: Chunk) -> None:
         request, space = chunk.request, self._space

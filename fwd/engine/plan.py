@@ -12,7 +12,7 @@ from fwd.engine.device import Device
 from fwd.engine.prefix import NODE_BYTES
 from fwd.engine.scheduler import MAX_ROWS
 from fwd.errors import ConfigError
-from fwd.models.layout import KV_ITEMSIZE, CacheLayout, Group, KVFormat, Latent, Paged, State, groups
+from fwd.models.layout import CacheLayout, Group, KVFormat, Latent, Paged, State, groups
 from fwd.models.spec import ITEMSIZE, ModelSpec
 
 PAGE_SIZE = 16  # tokens
@@ -81,9 +81,15 @@ class Plan:
         }
 
     @property
+    def nodes(self) -> int:
+        """Pages that the prefix tree may know; without a full group most of them hold nothing any more."""
+        full = self.groups[0].kind == "full"
+        return self.units[0] if full else self.max_seqs * _pages(self.context)
+
+    @property
     def index_bytes(self) -> int:
-        """Bytes of host memory for the books on pages and for the prefix tree when all pages are in it."""
-        return max(self.units) * NODE_BYTES + sum(self.units) * UNIT_BYTES
+        """Bytes of host memory for the books on pages and for the prefix tree when it is full."""
+        return self.nodes * NODE_BYTES + sum(self.units) * UNIT_BYTES
 
     @property
     def total(self) -> int:
@@ -127,7 +133,7 @@ def kv_format(spec: ModelSpec, kv_dtype: str) -> KVFormat:
         case "float32" | "bfloat16" | "fp8" as kv:
             pass
         case other:
-            raise ConfigError(f"kv-dtype: unknown {other!r}: use auto, {', '.join(KV_ITEMSIZE)}")
+            raise ConfigError(f"kv-dtype: unknown {other!r}: use auto, bfloat16 or fp8")
     paged = [layout for layout in spec.cache if not isinstance(layout, State)]
     if kv_dtype not in {"auto", "float32"} and not paged:
         raise ConfigError(

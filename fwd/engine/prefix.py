@@ -6,10 +6,10 @@ its page of token ids, so that one table of hashes finds every node, and no clie
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import islice
+from itertools import islice, takewhile
 
 from fwd.engine.pages import Pool
 from fwd.engine.request import Request
@@ -89,15 +89,19 @@ class Match:
 
 
 class PrefixTree:
-    """Keeps what prefills made, under the pools' reference counts. `key` is the secret of the hashes."""
+    """Keeps what prefills made, under the pools' reference counts, in `most` pages at most.
+
+    `key` is the secret of the hashes.
+    """
 
     def __init__(
-        self, groups: Sequence[Group], pools: Sequence[Pool[Node]], page_size: int, chunk: int, key: bytes
+        self, groups: Sequence[Group], pools: Sequence[Pool[Node]], page_size: int, *, chunk: int, key: bytes, most: int
     ) -> None:
-        self._groups, self._pools, self._page, self._chunk = groups, pools, page_size, chunk
+        self._groups, self._pools, self._page, self._chunk, self._most = groups, pools, page_size, chunk, most
         self._hash = blake2b(digest_size=HASH_BYTES, key=key)
         self._state = next((index for index, group in enumerate(groups) if group.kind == "state"), -1)
         self._paged = [index for index, group in enumerate(groups) if group.kind != "state"]
+        self._partial = [(index, group) for index, group in enumerate(groups) if group.kind != "full"]
         self._roots: dict[str, Node] = {}
         self._nodes: dict[bytes, Node] = {}
         self._evicted: OrderedDict[bytes, None] = OrderedDict()
@@ -114,7 +118,7 @@ class PrefixTree:
         limit = (request.prompt - 1) // self._page
         root = self._root(request.submit.adapter)
         path = self._walk(root, request, limit)
-        usable = len(path) if [group.kind for group in self._groups] == ["full"] else self._usable(path)
+        usable = self._usable(path)
         if usable < len(path):
             return Match(path[:usable], "window")
         if usable == limit:
@@ -134,17 +138,20 @@ class PrefixTree:
         if self._state >= 0 and node.units[self._state] < 0:
             self._keep(node, self._state, request.record)
         request.node, request.published = node, request.computed // self._page
+        while len(self._nodes) > self._most and any(map(self.evict, range(len(self._groups)))):
+            pass  # without a full group, most pages of a path hold nothing any more
         self.version += 1
 
     def pin(self, session: str, node: Node) -> None:
         """Keep the path to a node longer than others, instead of what the session kept before."""
         before = self._sessions.pop(session, None)
-        self._count(node, 1)
-        if before:
-            self._count(before, -1)
+        path = list(takewhile(lambda each: each is not before, node.path()))
+        self._count(path, 1)
+        if before and not (path and path[-1].parent is before) and node is not before:
+            self._count(before.path(), -1)
         self._sessions[session] = node
         while self._sessions and (len(self._sessions) > SESSIONS or self._pinned > self._pinnable):
-            self._count(self._sessions.popitem(last=False)[1], -1)
+            self._count(self._sessions.popitem(last=False)[1].path(), -1)
 
     def evict(self, group: int) -> bool:
         """Take back the cached unit of a group that was used least recently; False if there is none."""
@@ -193,23 +200,19 @@ class PrefixTree:
 
     def _usable(self, path: Sequence[Node]) -> int:
         """Pages of the path after which every group still has what the next row needs."""
-        best = 0
-        runs = [0] * len(self._groups)  # how many pages in a row, up to here, are there
-        for pages, node in enumerate(path, 1):
-            for group, unit in enumerate(node.units):
-                runs[group] = runs[group] + 1 if unit >= 0 else 0
-            if all(run >= self._needed(group, pages) for group, run in zip(self._groups, runs, strict=True)):
-                best = pages
-        return best
+        pages = len(path)
+        while pages and (hole := self._hole(path, pages)) >= 0:
+            pages = hole
+        return pages
 
-    def _needed(self, group: Group, pages: int) -> int:
-        """Pages before position `pages` · page size that a row there reads."""
-        match group.kind:
-            case "full":
-                return pages
-            case "state":
-                return 1
-        return pages - max(0, pages * self._page - group.window + 1) // self._page
+    def _hole(self, path: Sequence[Node], pages: int) -> int:
+        """The last page that a row after so many pages needs of a group that has it no longer; −1: there is none."""
+        for index, group in self._partial:
+            first = pages - 1 if group.kind == "state" else group.first_seen(pages * self._page) // self._page
+            for page in range(pages - 1, first - 1, -1):
+                if path[page].units[index] < 0:
+                    return page
+        return -1
 
     def _cause(self, node: Node, request: Request, pages: int) -> tuple[CacheMiss, int]:
         """Why the path ends at `node` after so many pages."""
@@ -263,9 +266,9 @@ class PrefixTree:
         if len(self._evicted) > EVICTED:
             self._evicted.popitem(last=False)
 
-    def _count(self, leaf: Node, step: int) -> None:
-        """Count a session in or out on the path to its leaf, deepest first: pages go before those they follow."""
-        for node in leaf.path():
+    def _count(self, path: Iterable[Node], step: int) -> None:
+        """Count a session in or out on a path, deepest first: pages go before those they follow."""
+        for node in path:
             was, node.pins = node.pinned, node.pins + step
             if node.pinned != was:
                 self._pinned += step

@@ -29,6 +29,17 @@ class Drawn(NamedTuple):
     finite: bool
 
 
+class Prefilled(NamedTuple):
+    """What a prefill chunk gave: tokens drawn from its last row, scores of the prompt tokens that follow its rows.
+
+    `finite` is False if a row held NaN or infinity, which must then not reach the prefix tree.
+    """
+
+    drawn: Sequence[Drawn]
+    scores: Sequence[Drawn]
+    finite: bool
+
+
 class Request:
     """A sequence on its way through the model.
 
@@ -39,7 +50,8 @@ class Request:
     While it is `placed` it holds `tables`, a block table per paged group, and `record`, its recurrent state (−1:
     empty); `staged` are records that the rows of the next launch write. `node` is where its first `published` pages end
     in the prefix tree; `fresh_at` is the version of the tree that was looked at, −1 once it computes. `cached` tokens
-    were found there when it was first placed (−1: never was), and `miss` and `differs_at` say why not more.
+    were found there before it had `begun` (−1: never placed), and `miss` and `differs_at` say why not more. One that
+    was refused `needs` so many pages to be available.
     A request with a `leader` waits for that one to prefill the prompt they share.
     """
 
@@ -53,6 +65,7 @@ class Request:
         self.clock = Clock()
         self.history = History()
         self.leader: Request | None = None
+        self.begun = False
         self.cached = -1
         self.miss: CacheMiss = ""
         self.differs_at = -1
@@ -84,14 +97,14 @@ class Request:
         return self.length - self.prompt
 
     @cached_property
-    def prefill_key(self) -> tuple[bytes, str, int]:
+    def prefill_key(self) -> tuple[bytes, str, int, bool]:
         """Requests with the same key need the same prefill."""
-        digest = blake2b(self.submit.prompt, digest_size=16).digest()
-        return digest, self.submit.adapter, self.submit.prompt_logprobs
+        submit = self.submit
+        return blake2b(submit.prompt, digest_size=16).digest(), submit.adapter, submit.prompt_logprobs, submit.cache
 
     def found(self, tokens: int, miss: CacheMiss, differs_at: int) -> None:
         """Note what the prefix cache held; what is found again after a preemption does not count."""
-        if self.clock.started is None:
+        if not self.begun:
             self.cached, self.miss, self.differs_at = tokens, miss, differs_at
 
     def advance(self, computed: int) -> None:
@@ -113,6 +126,7 @@ class Request:
         self.node: Node | None = None
         self.published = 0
         self.fresh_at = -1
+        self.needs = 0
         self.computed = 0
         self.check()
 

@@ -6,7 +6,7 @@ import torch
 
 from fwd.engine.pages import Copy
 from fwd.engine.plan import Plan
-from fwd.engine.request import Drawn
+from fwd.engine.request import Drawn, Prefilled
 from fwd.engine.sampler import drawn
 from fwd.engine.scheduler import MAX_ROWS, Chunk, Span
 from fwd.engine.step import Launch, Step
@@ -31,12 +31,13 @@ class ModelRunner:
         self._cache.copy(copies)
 
     @torch.inference_mode()
-    def prefill(self, chunk: Chunk) -> tuple[Sequence[Drawn], Sequence[Drawn]]:
-        """Run one chunk: a drawn token for each of `chunk.drawing`, and scores of the prompt tokens that follow it."""
+    def prefill(self, chunk: Chunk) -> Prefilled:
+        """Run one chunk: a drawn token for each of `chunk.drawing`, and the scores that are wanted."""
         launch = self._prefill.prefill(chunk)
         hidden = self._model.forward(launch.ids, launch.rows, self._cache)
+        finite = bool(hidden[launch.rows.sequences >= 0].isfinite().all())
         scores = self._scores(chunk, hidden) if chunk.request.submit.prompt_logprobs >= 0 else []
-        return self._draw(launch, hidden), scores
+        return Prefilled(self._draw(launch, hidden), scores, finite)
 
     @torch.inference_mode()
     def decode(self, spans: Sequence[Span]) -> Sequence[Drawn]:

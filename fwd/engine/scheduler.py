@@ -1,7 +1,7 @@
 """What runs next: one prefill chunk, or one decode step of up to `MAX_ROWS` rows."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -12,7 +12,7 @@ from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import EMPTY, Limits
 
 MAX_ROWS = 16
-REFILLS = 32
+REFILL_TOKENS = 1 << 20  # of ended answers that wait to be prefilled once more
 
 
 class Chunk(NamedTuple):
@@ -64,9 +64,8 @@ class Scheduler:
         self._chunk = chunk
         self._waiting: tuple[deque[Request], deque[Request]] = (deque(), deque())
         self._running: list[Request] = []
-        self._refills: deque[Request] = deque(maxlen=REFILLS)
+        self._refills: deque[Request] = deque()
         self._chunk_last = False
-        self._refused = (-1, -1)
 
     @property
     def running(self) -> int:
@@ -87,14 +86,19 @@ class Scheduler:
         return bool(self._running or any(self._waiting) or self._refills)
 
     def add(self, request: Request) -> None:
-        """Queue a request."""
+        """Queue a request; what it continues it reads itself."""
         self._stop_refill()
+        if session := request.submit.cache_key:
+            self._keep_refills(lambda refill: refill.submit.cache_key != session)
         self._waiting[request.background].append(request)
 
     def remove(self, request: Request) -> None:
         """Take a request out, whatever its state, and free what it holds."""
         if request in self._running:
             self._displace(request)
+        elif request in self._refills:
+            self._stop_refill()
+            self._keep_refills(lambda refill: refill is not request)
         else:
             self._waiting[request.background].remove(request)
 
@@ -104,6 +108,8 @@ class Scheduler:
         if request.submit.cache and request.length // grain > request.prompt // grain:
             submit = replace(request.submit, id=0, prompt=pack_ids(request.ids), emitted=EMPTY, prompt_logprobs=-1)
             self._refills.append(Request(replace(submit, limits=Limits(max_tokens=0))))
+            while len(self._refills) > 1 and sum(refill.prompt for refill in self._refills) > REFILL_TOKENS:
+                self._refills.popleft()
 
     def next(self) -> Chunk | list[Span]:
         """The next work; an empty list when there is none."""
@@ -121,34 +127,27 @@ class Scheduler:
 
     def _admit(self) -> None:
         for queue in self._waiting:
-            while queue and self._place(queue[0]):
-                self._running.append(queue.popleft())
-            if queue:
-                return
+            while queue:
+                request = queue[0]
+                if not self._place(request):
+                    return
+                queue.remove(request)
+                self._running.append(request)
 
     def _place(self, request: Request) -> bool:
         """Give a waiting request what it needs to run, at the cost of background work where it may."""
         while not self._try_place(request):
-            victim = None if request.background else self._youngest(background=True)
-            if victim is None:
+            victims = [] if request.background else [each for each in self._running if each.background]
+            if not victims or not self._space.could_place(request, victims):
                 return False
-            self._preempt(victim)
+            self._preempt(_youngest(victims))
         return True
 
     def _try_place(self, request: Request) -> bool:
-        attempt = (request.id, self._space.released)
-        if len(self._running) >= self._max_seqs or attempt == self._refused:
+        if len(self._running) >= self._max_seqs or self._space.main.available < request.needs:
             return False
         request.leader = next((each for each in self._running if _leads(each, request)), None)
-        if request.leader or self._space.admit(request, min(request.length + 1, request.limit)):
-            return True
-        self._refused = (request.id, self._space.released)
-        return False
-
-    def _youngest(self, *, background: bool = False) -> Request | None:
-        """The running request that gives way first; with `background` only one of that class."""
-        ranked = [request for request in self._running if request.background or not background]
-        return max(ranked, key=lambda request: (request.background, request.clock.arrived), default=None)
+        return bool(request.leader) or self._space.admit(request, min(request.length + 1, request.limit))
 
     def _prefill(self) -> Chunk | None:
         """A chunk of the oldest prompt of the highest class."""
@@ -167,6 +166,7 @@ class Scheduler:
                 done = request.computed // self._space.grain == request.prompt // self._space.grain
                 if not done and self._space.prepare(request, self._end(request)):
                     return self._chunk_of(request)
+                self._space.pin(request)
                 self._space.release(request)
             self._refills.popleft()
         return None
@@ -175,6 +175,9 @@ class Scheduler:
         """What it has published stays; the rest is done another time."""
         if self._refills and self._refills[0].placed:
             self._space.release(self._refills[0])
+
+    def _keep_refills(self, wanted: Callable[[Request], bool]) -> None:
+        self._refills = deque(filter(wanted, self._refills))
 
     def _end(self, request: Request) -> int:
         """Where the chunk ends that the request computes next."""
@@ -198,9 +201,7 @@ class Scheduler:
     def _secure(self, request: Request, end: int) -> bool:
         """Make ready to compute up to `end`, preempting whom it must; False if that was the request itself."""
         while request.placed and not self._space.prepare(request, end):
-            victim = self._youngest()
-            assert victim, "a request alone always has what it needs"
-            self._preempt(victim)
+            self._preempt(_youngest(self._running))
         return request.placed
 
     def _preempt(self, request: Request) -> None:
@@ -214,12 +215,20 @@ class Scheduler:
             self._space.release(request)
         for follower in [each for each in reversed(self._running) if each.leader is request]:
             self._running.remove(follower)
+            follower.leader = None
             self._waiting[follower.background].appendleft(follower)
         request.leader = None
 
 
+def _youngest(requests: Iterable[Request]) -> Request:
+    """Who gives way first."""
+    return max(requests, key=lambda request: (request.background, request.clock.arrived))
+
+
 def _leads(leader: Request, request: Request) -> bool:
     """`leader` prefills the prompt of `request`, and none of its scores are sent yet if they are wanted."""
-    if leader.leader or leader.phase == "decode" or leader.prefill_key != request.prefill_key:
+    if leader.leader or leader.phase == "decode" or leader.background > request.background:
+        return False
+    if leader.prefill_key != request.prefill_key:
         return False
     return request.submit.prompt_logprobs < 0 or leader.computed == 0

@@ -1,5 +1,6 @@
 """The cache of all sequences: match or reserve → prepare → commit or roll back → release, for every cache layout."""
 
+import sys
 from collections.abc import Iterable, Sequence
 
 from fwd.engine.pages import BlockTable, Copy, Pool
@@ -14,17 +15,23 @@ class Space:
     A request that is placed holds a block table per paged group and, where the model has states, the record of its
     state. Cells beyond `request.computed` are reserved, not committed. Pages of a full group are what admission counts;
     sliding and state groups have enough for every sequence by their size. `page_size` and `chunk` are in tokens, `key`
-    is the secret of the prefix tree's hashes.
+    is the secret of the prefix tree's hashes, and `nodes` the pages it may know at most.
     """
 
     def __init__(
-        self, groups: Sequence[Group], units: Sequence[int], page_size: int, *, chunk: int, key: bytes
+        self,
+        groups: Sequence[Group],
+        units: Sequence[int],
+        page_size: int,
+        *,
+        chunk: int,
+        key: bytes,
+        nodes: int = sys.maxsize,
     ) -> None:
         assert chunk % page_size == 0
         self.groups, self.page_size, self._chunk = groups, page_size, chunk
         self.pools: list[Pool[Node]] = [Pool(total) for total in units]
-        self.tree = PrefixTree(groups, self.pools, page_size, chunk, key)
-        self.released = 0  # counts releases: where it stands still, what did not fit does not fit now
+        self.tree = PrefixTree(groups, self.pools, page_size, chunk=chunk, key=key, most=nodes)
         self._copies: list[Copy] = []
         self._paged = [index for index, group in enumerate(groups) if group.kind != "state"]
         self._full = [index for index in self._paged if groups[index].kind == "full"]
@@ -47,8 +54,9 @@ class Space:
     def admit(self, request: Request, tokens: int) -> bool:
         """Place a request: share the known prefix of its prompt and reserve its first `tokens` positions.
 
-        False, and nothing is changed, if pages lack.
+        False, and nothing is changed, if pages lack; `request.needs` says how many must be available.
         """
+        available = self.main.available
         request.tables = tuple(BlockTable() for _ in self._paged)
         request.placed = True
         request.fresh_at = self.tree.version
@@ -56,8 +64,15 @@ class Space:
             self._adopt(request)
         if self._reserve(request, tokens, self._full):
             return True
+        lacking = self.pages_for(tokens) - len(request.tables[0]) - self.main.available
         self.release(request)
+        request.needs = available + lacking
         return False
+
+    def could_place(self, request: Request, victims: Iterable[Request]) -> bool:
+        """There could be pages enough for a request that was refused, if the victims gave theirs."""
+        held = sum(len(victim.tables[0]) for victim in victims if victim.placed and self._full)
+        return self.main.available + held >= request.needs
 
     def refresh(self, request: Request) -> None:
         """Place a request anew that has computed nothing yet, where others published something since it was placed."""
@@ -80,11 +95,11 @@ class Space:
         """The rows of the launch up to position `end` stay."""
         if self._state >= 0:
             self._keep_record(request, end)
-        request.fresh_at = -1
+        request.fresh_at, request.begun = -1, True
         request.advance(end)
 
     def rollback(self, request: Request) -> None:
-        """Give back what holds no committed token."""
+        """Give back what holds no committed token: the room of drafts that were not accepted."""
         for group in self._paged:
             self._drop(group, request.tables[group].cut(self.pages_for(request.computed)))
         self._drop(self._state, request.staged)
@@ -93,7 +108,12 @@ class Space:
     def publish(self, request: Request) -> None:
         """Let others find what the request's prefill has made."""
         self.tree.publish(request)
-        if request.submit.cache and request.submit.cache_key and request.phase == "decode" and request.node:
+        if request.computed // self.grain == request.prompt // self.grain:
+            self.pin(request)
+
+    def pin(self, request: Request) -> None:
+        """Keep what is known of the request's session longer than others."""
+        if request.submit.cache and request.submit.cache_key and request.node:
             self.tree.pin(request.submit.cache_key, request.node)
 
     def fork(self, leader: Request, request: Request) -> None:
@@ -111,6 +131,8 @@ class Space:
         request.node, request.published = leader.node, leader.published
         request.advance(leader.prompt)
         request.found(leader.prompt, "", -1)
+        request.begun = True
+        self.pin(request)
 
     def release(self, request: Request) -> None:
         """Give back everything; nothing of the request is computed any more."""
@@ -119,7 +141,6 @@ class Space:
         if self._state >= 0:
             self._drop(self._state, [*request.staged, *([request.record] if request.record >= 0 else [])])
         request.displace()
-        self.released += 1
 
     def take_copies(self) -> list[Copy]:
         """The copies that must be made before the next launch, in order."""
@@ -155,9 +176,8 @@ class Space:
                 node.reused = True
 
     def _first_seen(self, group: int, position: int) -> int:
-        """The first page that a row at `position` or later reads."""
-        window = self.groups[group].window
-        return max(0, position - window + 1) // self.page_size if window else 0
+        """The first page that a row at `position` or later needs."""
+        return self.groups[group].first_seen(position) // self.page_size
 
     def _slide(self, request: Request, group: int) -> None:
         """Give back the pages that are behind the window of every row to come."""

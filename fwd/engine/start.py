@@ -40,7 +40,7 @@ def start(
             Path(load.model), device=load.device, dtype=load.dtype, context=planned.context, progress=progress
         )
         runner = ModelRunner(model, planned)
-    space = Space(planned.groups, planned.units, planned.page_size, chunk=planned.chunk, key=key)
+    space = Space(planned.groups, planned.units, planned.page_size, chunk=planned.chunk, key=key, nodes=planned.nodes)
     loop = Loop(channel, runner, space, max_seqs=planned.max_seqs, chunk=planned.chunk)
     return loop, _info(planned, model, threads, (time.monotonic() - started) * 1e3)
 

@@ -9,6 +9,7 @@ from fwd.protocol.ids import unpack_ids
 from fwd.protocol.messages import EngineInfo, Submit
 
 INLINE = 1024
+MAX_SCORES = 1 << 22  # of prompt tokens and those beside them, some 300 MB in the journal
 
 
 def bounded(submits: Sequence[Submit], info: EngineInfo) -> list[Submit]:
@@ -17,6 +18,7 @@ def bounded(submits: Sequence[Submit], info: EngineInfo) -> list[Submit]:
     Raises `ContextLengthError` or `BadRequestError`.
     """
     found = [_bounded(submit, info) for submit in submits]
+    _check_scores(submits)
     for prompt in {id(submit.prompt): submit.prompt for submit in submits}.values():
         _check_ids(_extremes(prompt), info, "prompt")
     return found
@@ -50,6 +52,15 @@ def _bounded(submit: Submit, info: EngineInfo) -> Submit:
     most = info.context - tokens if limits.max_tokens < 0 else limits.max_tokens
     drawable = tuple(token for token in limits.stop_ids if token < info.vocab_size)
     return replace(submit, limits=replace(limits, max_tokens=most, stop_ids=drawable))
+
+
+def _check_scores(submits: Sequence[Submit]) -> None:
+    scores = sum(each.prompt.nbytes // 4 * (each.prompt_logprobs + 1) for each in submits)
+    if scores > MAX_SCORES:
+        raise BadRequestError(
+            f"{scores} log-probabilities of prompt tokens, at most {MAX_SCORES}: ask for fewer or shorten the prompt",
+            param="logprobs",
+        )
 
 
 def _extremes(packed: memoryview) -> Sequence[int]:

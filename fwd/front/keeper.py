@@ -123,6 +123,11 @@ class Keeper:
         return self._roster.queue
 
     @property
+    def unread(self) -> int:
+        """Tokens of prompts that the engine has begun and still has to read."""
+        return self._roster.unread
+
+    @property
     def progress_age(self) -> float:
         """Seconds since the engine made progress or had nothing to do, in steps of the ping interval."""
         return self._silent

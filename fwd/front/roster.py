@@ -120,6 +120,12 @@ class Roster:
                 self._begin(self._running[prefill.id])
                 self._running[prefill.id].prefilling = prefill
 
+    @property
+    def unread(self) -> int:
+        """Tokens of prompts that the engine holds and has still to read, each prompt once."""
+        reads = {id(s.submit.prompt): s.prefilling for s in self._running.values() if s.prefilling}
+        return sum(read.total - read.done for read in reads.values())
+
     def finish(self, number: int, result: Finished | FwdError) -> bool:
         """The engine let go of a stream: it ended, or waits while suspects are tried. Whether the engine had it."""
         stream = self._running.pop(number, None)

@@ -92,14 +92,14 @@ class Service:
         keeper = self.supervisor.active
         waiting, limit, rate = keeper.queue.tokens, self.config.max_queue, keeper.pace.rate
         if waiting and waiting + tokens > limit:
-            seconds = retry_after(waiting + tokens - limit, rate)
+            seconds = retry_after(keeper.unread + waiting + tokens - limit, rate)
             raise OverloadedError(
                 f"the queue is full: {waiting} tokens wait, {tokens} more are over its limit of {limit}: "
                 f"try again in {seconds} s",
                 retry_after=seconds,
             )
         if len(self._streams) + requests > MAX_OPEN:
-            seconds = retry_after(waiting * requests / MAX_OPEN, rate)
+            seconds = retry_after(keeper.unread + waiting * requests / MAX_OPEN, rate)
             raise OverloadedError(
                 f"{len(self._streams)} requests are open, of at most {MAX_OPEN}: try again in {seconds} s",
                 retry_after=seconds,

@@ -217,7 +217,8 @@ class Timing(Message, frozen=True):
     """Where the time of a request went, and what speculation and the prefix cache did for it.
 
     `cached_tokens` of the prompt were not computed; `cache_miss` says why it was not more (empty: it could not be), and
-    `differs_at` is the index of the first token at which the prompt leaves what is cached (−1: it does not).
+    `differs_at` is the index of the first token at which the prompt leaves what is cached (−1: it does not). `window`:
+    what a window or a state needs there was given up.
     """
 
     queue_ms: Milliseconds = 0.0

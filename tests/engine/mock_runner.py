@@ -7,7 +7,7 @@ must be prefill-made and output positions decode-made, whoever computed them.
 import hashlib
 from collections import defaultdict
 
-from fwd.engine.request import Drawn
+from fwd.engine.request import Drawn, Prefilled
 from fwd.engine.scheduler import MAX_ROWS
 from fwd.models.layout import Group
 from fwd.protocol.messages import TopLogprobs
@@ -73,7 +73,7 @@ class MockRunner:
         if request.submit.prompt_logprobs >= 0:
             targets = request.ids[chunk.start + 1 : min(chunk.end + 1, request.prompt)]
             scores = [self._drawn(request, token) for token in targets]
-        return [self._draw(each) for each in chunk.drawing], scores
+        return Prefilled([self._draw(each) for each in chunk.drawing], scores, finite=True)
 
     def decode(self, spans):
         self.before()

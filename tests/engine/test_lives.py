@@ -16,6 +16,7 @@ MAX_SEQS = 16
 LAYOUTS = {
     "full": (FULL,),
     "sliding": (sliding(6),),
+    "window of one": (sliding(1),),
     "state": (STATE,),
     "full+sliding": (FULL, sliding(6)),
     "full+two windows": (FULL, sliding(1), sliding(11)),
@@ -38,7 +39,7 @@ class World:
     def __init__(self, rng, layout):
         self.rng, self.groups = rng, LAYOUTS[layout]
         self.seqs = rng.choice([1, 2, 5, MAX_SEQS])
-        self.full = rng.randrange(LONGEST // PAGE + 1, 100)
+        self.full = rng.randrange(LONGEST // PAGE + 1, rng.choice([30, 100]))
         self.spare = rng.randrange(0, 40)
         self.requests, self.output, self.results, self.scores = {}, {}, {}, {}
         self.texts = [[]]
@@ -81,6 +82,12 @@ class World:
     def prompt(self):
         """A new text, or one that goes on where an older one, or a part of it, ended."""
         rng = self.rng
+        if self.requests and rng.random() < 0.3:  # perhaps of one that is open, of any class
+            return (
+                self.requests[rng.randrange(max(1, len(self.requests) - 4), len(self.requests) + 1)]
+                .prompt.cast("i")
+                .tolist()
+            )
         known = rng.choice(self.texts)[: LONGEST - 8]
         known = known[: rng.choice([len(known), rng.randrange(len(known) + 1), 0])]
         return known + [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 8 if known else 40))]

@@ -258,7 +258,7 @@ def test_kv_dtypes(spec, wanted, kept):
 @pytest.mark.parametrize(
     ("spec", "wanted", "named"),
     [
-        (SPECS["full"], "int4", "unknown 'int4': use auto, float32, bfloat16, fp8"),
+        (SPECS["full"], "int4", "unknown 'int4': use auto, bfloat16 or fp8"),
         (parse_spec({**SMALL, "head_dim": 24}), "fp8", "a multiple of 16, the model has 24: use bfloat16"),
         (keeping(Latent((0,), 100)), "fp8", "the model has 100"),
         (SPECS["states only"], "bfloat16", "states only, which are float32"),

@@ -222,6 +222,103 @@ def test_who_shares_a_prefill_survives_the_cancel_of_its_leader():
     assert engine.output[3] == oracle(prompt, 0, 3, choice=3)
 
 
+def test_an_interactive_request_never_waits_for_a_background_one():
+    engine, prompt = Engine(units=(20,)), text(1, 40)
+    engine.handle(submit(1, prompt, priority="background"))
+    engine.step()
+    engine.handle(submit(2, prompt))
+    engine.step()
+    engine.handle(submit(3, text(2, 40)))
+    engine.idle()
+
+    assert set(engine.results) == {1, 2, 3}
+    assert engine.space.main.available == 20
+
+
+def test_who_shares_a_prefill_is_told_so_and_its_session_is_pinned_too():
+    engine, prompt = Engine(), text(1, 40)
+    engine.handle(*(submit(number, prompt, 1, cache_key=f"session {number}") for number in (1, 2)))
+    engine.until(1, 2)
+
+    assert [engine.results[number].timing.cached_tokens for number in (1, 2)] == [0, 40]
+    assert list(engine.space.tree._sessions) == ["session 1", "session 2"]
+
+
+def test_who_lost_the_leader_is_told_what_it_found_itself():
+    engine, prompt = Engine(), text(1, 40)
+    engine.handle(submit(1, prompt), submit(2, prompt, choice=1))
+    engine.step()
+    engine.handle(Cancel(id=1))
+    engine.until(2)
+
+    assert told(engine.results[2].timing) == (CHUNK, "never_seen", -1)
+
+
+def test_a_request_that_keeps_nothing_leads_none_that_does():
+    engine, prompt = Engine(), text(1, 40)
+    engine.handle(submit(1, prompt, 1, cache=False), submit(2, prompt, 1, choice=1))
+    engine.until(1, 2)
+
+    assert engine.ask(3, [*prompt, 1], 1)[1].cached_tokens == 40
+
+
+def test_a_session_is_pinned_to_the_end_of_its_answer():
+    """The last chunk of the answer would add no whole page, and is not computed."""
+    engine = Engine()
+    engine.ask(1, text(1, 10), 8, cache_key="session")
+    engine.idle()
+
+    assert len(list(engine.space.tree._sessions["session"].path())) == len(engine.space.tree) == 4
+
+
+@pytest.mark.parametrize("turns", [1, 5])
+def test_a_pin_moves_with_its_session(turns):
+    engine, prompt = Engine(units=(200,)), text(1, 9)
+    for number in range(1, turns + 1):
+        answer, _ = engine.ask(number, prompt, 6, cache_key="session")
+        engine.idle()
+        prompt = [*prompt, *answer, *text(number, 3)]
+    tree = engine.space.tree
+    assert (
+        tree._pinned == sum(node.pins for node in tree._nodes.values()) == len(list(tree._sessions["session"].path()))
+    )
+    engine.ask(99, text(99, 30), 1, cache_key="session")
+
+    assert tree._pinned == sum(node.pins for node in tree._nodes.values()) == 7
+
+
+@pytest.mark.parametrize("groups", [(sliding(6),), (sliding(1),), (STATE,), (sliding(1), STATE)])
+def test_without_a_full_group_the_tree_stays_in_its_bounds(groups):
+    engine = Engine(groups, (40,) * len(groups), seqs=1, nodes=60)
+    for number in range(1, 30):
+        engine.ask(number, text(number, 200), 2)
+        engine.idle()
+        assert len(engine.space.tree) <= 60
+
+
+def test_a_request_that_is_not_finite_leaves_nothing_for_others():
+    engine, prompt = Engine(), text(1, 40)
+    prefill = engine.runner.prefill
+    engine.runner.prefill = lambda chunk: prefill(chunk)._replace(finite=chunk.start < 16)
+    engine.handle(submit(1, prompt), submit(2, prompt, choice=1))
+    engine.until(1, 2)
+    engine.runner.prefill = prefill
+
+    assert [engine.results[number].code for number in (1, 2)] == ["non_finite_logits"] * 2
+    assert engine.ask(3, prompt)[1].cached_tokens == 16
+
+
+def test_an_answer_that_is_not_finite_when_it_is_read_again_is_dropped():
+    engine, prefill = Engine(), None
+    engine.ask(1, text(1, 8), 30)
+    prefill = engine.runner.prefill
+    engine.runner.prefill = lambda chunk: prefill(chunk)._replace(finite=False)
+    engine.idle()
+
+    assert len(engine.space.tree) == 2
+    assert engine.space.main.available == engine.space.main.total
+
+
 def test_requests_that_come_together_and_share_a_beginning_compute_it_once():
     engine, system = Engine(units=(200,), seqs=16), text(1, 8 * PAGE)
     engine.handle(*(submit(number, [*system, *text(number, 5)], 2) for number in range(1, 6)))

@@ -265,3 +265,15 @@ def test_the_keeper_learns_pace_and_prefills(run):
             await asyncio.wait_for(one.wait_end(), 30)
 
     run(main())
+
+
+def test_what_the_engine_holds_unread_counts_once_a_prompt():
+    async def main():
+        roster, prompt = Roster(), pack_ids(range(500))
+        roster.connect(lambda _: None)
+        for number, ids in enumerate((prompt, prompt, pack_ids(range(300))), 1):
+            roster.add(Stream(Submit(id=number, prompt=ids, seed=0)))
+        roster.show_prefills([Prefilling(id=n, done=100, total=total) for n, total in ((1, 500), (2, 500), (3, 300))])
+        return roster.unread
+
+    assert asyncio.run(main()) == 400 + 200

@@ -7,6 +7,7 @@ from pathlib import Path
 import checkpoints
 import poisoned_engine
 import pytest
+import torch
 from harness import ended, kill, record, run, serving
 
 from fwd.protocol.ids import pack_ids
@@ -95,3 +96,27 @@ def test_values_at_their_bounds_harm_nobody(folder, sampling, limits):
 
     assert stream.error is None
     assert len(stream.emitted) == TOKENS
+
+
+def test_a_request_that_is_not_finite_spoils_no_prefix_of_others(tmp_path):
+    """A NaN reaches the rows before it in its chunk, as 0 · NaN: their pages must not be found by anybody."""
+    model = checkpoints.build("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[200] = float("inf")
+    model.save_pretrained(tmp_path)
+    shared = list(range(20, 60))
+
+    async def answers(*prompts):
+        async with serving(tmp_path) as service:
+            streams = []
+            for prompt in prompts:
+                submit = Submit(prompt=pack_ids(prompt), limits=Limits(max_tokens=5), seed=1)
+                streams.append(service.open(submit))
+                await ended(streams[-1])
+            return streams
+
+    (alone,) = run(answers([*shared, 9, 8]))
+    bad, good = run(answers([*shared, 200, 3], [*shared, 9, 8]))
+
+    assert bad.error.code == "non_finite_logits"
+    assert record(good) == record(alone)
