@@ -15,8 +15,8 @@ def serve(config: Config) -> int:
     """Run until told to stop; the exit code. Raises `FwdError` when it cannot start."""
     if not config.folder.is_dir():
         raise ModelError(f"{config.folder} is no folder: give a Hugging Face model folder, or `demo`")
+    signal.signal(signal.SIGTERM, _leave)  # until the loop has its own; before there is a socket file to remove
     listeners = listen(config)
-    signal.signal(signal.SIGTERM, _leave)  # until the loop has its own
     try:
         from fwd.front.process import EngineProcess  # noqa: PLC0415  # asyncio, after the sockets
 
