@@ -121,12 +121,12 @@ def _bind_unix(path: Path, owned: list[Path], undo: contextlib.ExitStack) -> soc
     mask = os.umask(0o117)
     try:
         sock.bind(str(path))
+        undo.callback(path.unlink, missing_ok=True)
         sock.listen(BACKLOG)
     except OSError as error:
         raise ConfigError(f"{path} cannot be bound: {error.strerror or error}") from error
     finally:
         os.umask(mask)
-    undo.callback(path.unlink, missing_ok=True)
     owned.append(path)
     return sock
 
