@@ -16,7 +16,7 @@ def newest(what: str) -> dict[str, Any] | None:
     return json.loads(found[-1].read_text()) if found else None
 
 
-def rows(bench: dict[str, Any] | None, front: dict[str, Any] | None) -> list[Row]:
+def rows(bench: dict[str, Any] | None, front: dict[str, Any] | None, cache: dict[str, Any] | None) -> list[Row]:
     """What was measured, the value, what it is to be seen against."""
     found: list[Row] = []
     if bench:
@@ -36,6 +36,29 @@ def rows(bench: dict[str, Any] | None, front: dict[str, Any] | None) -> list[Row
             way, streams = name.split("-")
             label = f"front CPU a token event, fake engine, {way}, {streams} at once"
             found.append((label, f"{run['us_per_event']:.1f} µs", f"≤ {front['target_us']:.0f} µs"))
+    return found + (cache_rows(cache) if cache else [])
+
+
+def cache_rows(cache: dict[str, Any]) -> list[Row]:
+    """The prefix cache: its books at many tokens, and what a hit saves."""
+    tree, floor = cache["tree"], cache["tree"]["full"]["floor"]
+    at = f"with {tree['tokens']:,} tokens cached"
+    found = [
+        (
+            f"prefix match {at}",
+            f"{tree['full']['match'] / 1e6:.1f} M tokens/s",
+            f"≥ {cache['target'] / 1e6:.0f} M; hashing and look-up alone {floor / 1e6:.1f} M",
+        ),
+        (
+            "the same, a full and a sliding group",
+            f"{tree['full+sliding']['match'] / 1e6:.1f} M tokens/s",
+            f"≥ {cache['target'] / 1e6:.0f} M",
+        ),
+    ]
+    for length, run in list(cache["engine"].items())[1:]:
+        label = f"first token of a cached prompt of {int(length):,} tokens, embedded model"
+        against = f"{run['cold']:.0f} ms without a cache, {run['hit'] / run['cold']:.0%}"
+        found.append((label, f"{run['hit']:.0f} ms", against))
     return found
 
 
@@ -51,15 +74,14 @@ def decode_rows(dtype: str, decode: dict[str, Any]) -> list[Row]:
 
 def table() -> str:
     """The markdown between the markers."""
-    bench, front = newest("bench"), newest("front")
+    bench, front, cache = newest("bench"), newest("front"), newest("cache")
     lines = [
         f"| {' | '.join(row)} |"
-        for row in (("measured", "value", "against"), ("---", "---", "---"), *rows(bench, front))
+        for row in (("measured", "value", "against"), ("---", "---", "---"), *rows(bench, front, cache))
     ]
-    if not (bench or front):
+    source = bench or front or cache
+    if source is None:
         return "No results yet.\n"
-    source = bench or front
-    assert source
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
     where = f"{source['cpu']}, {source['cores']} cores; {versions}; commit {source['commit']}; {source['when'][:10]}."
     return "\n".join([*lines, "", where, ""])
