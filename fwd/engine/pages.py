@@ -20,7 +20,7 @@ class Copy(NamedTuple):
 class Owner(Protocol):
     """What the prefix tree keeps a unit for."""
 
-    reused: bool  # a request has gone on from it
+    resumed: bool  # requests go on from its end, or are likely to
 
     @property
     def pinned(self) -> bool:
@@ -80,9 +80,9 @@ class Pool(Generic[T]):
         return unit
 
     def drop(self, unit: int, *, behind: bool = False) -> None:
-        """A request lets go of a unit; `behind` its window it is of no use to whoever goes on from the request's end.
+        """A request lets go of a unit, which was left `behind` by its window or not.
 
-        Such units go first, lest a long prompt drive out all that is known; those somebody once went on from do not.
+        Units that were left behind in the middle of a prompt go first, lest a long prompt drive out all that is known.
         """
         self._refs[unit] -= 1
         owner = self._owners[unit]
@@ -91,7 +91,7 @@ class Pool(Generic[T]):
         elif self._refs[unit] == 1 and owner:
             idle = self._idle[owner.pinned]
             idle[unit] = None
-            if behind and not owner.reused:
+            if behind and not owner.resumed:
                 idle.move_to_end(unit, last=False)
         assert self._refs[unit] >= 0, unit
 

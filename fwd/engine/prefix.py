@@ -30,7 +30,7 @@ class Node:
     `first` is its latest child, and children are linked among themselves: most nodes have one.
     """
 
-    __slots__ = ("after", "before", "first", "hash", "parent", "pins", "reused", "tokens", "units")
+    __slots__ = ("after", "before", "first", "hash", "parent", "pins", "resumed", "tokens", "units")
 
     def __init__(self, parent: "Node | None", digest: bytes, tokens: bytes, groups: int) -> None:
         self.parent = parent
@@ -41,7 +41,7 @@ class Node:
         self.before: Node | None = None
         self.after: Node | None = None
         self.pins = 0
-        self.reused = False
+        self.resumed = False
 
     @property
     def pinned(self) -> bool:
@@ -141,6 +141,12 @@ class PrefixTree:
         while len(self._nodes) > self._most and any(map(self.evict, range(len(self._groups)))):
             pass  # without a full group, most pages of a path hold nothing any more
         self.version += 1
+
+    def mark_end(self, node: Node) -> None:
+        """Requests are likely to go on from here: a retry, or the next turn."""
+        window = max(group.window for group in self._groups)
+        for near in islice(node.path(), window // self._page + 2 if window else 0):
+            near.resumed = True
 
     def pin(self, session: str, node: Node) -> None:
         """Keep the path to a node longer than others, instead of what the session kept before."""

@@ -110,6 +110,8 @@ class Space:
         self.tree.publish(request)
         if request.computed // self.grain == request.prompt // self.grain:
             self.pin(request)
+            if request.node:
+                self.tree.mark_end(request.node)
 
     def pin(self, request: Request) -> None:
         """Keep what is known of the request's session longer than others."""
@@ -171,9 +173,9 @@ class Space:
         table.pages.extend([-1] * first)
         table.behind = first
         table.pages.extend([share(node.units[group]) for node in path[first:]])
-        if self.groups[group].window:
+        if first:
             for node in path[first:]:
-                node.reused = True
+                node.resumed = True
 
     def _first_seen(self, group: int, position: int) -> int:
         """The first page that a row at `position` or later needs."""

@@ -12,7 +12,7 @@ ACTIONS = st.tuples(
 
 class Owner:
     def __init__(self):
-        self.pinned = self.reused = False
+        self.pinned = self.resumed = False
 
 
 @given(total=st.integers(1, 8), actions=st.lists(ACTIONS, max_size=80))
@@ -76,7 +76,7 @@ def test_the_unit_let_go_first_is_taken_back_first_and_pinned_ones_last():
 def test_what_is_behind_a_window_goes_first_unless_somebody_went_on_from_it():
     pool = Pool(3)
     units, owners = kept(pool, 3)
-    owners[1].reused = True
+    owners[1].resumed = True
     pool.drop(units[0])
     pool.drop(units[1], behind=True)
     pool.drop(units[2], behind=True)

@@ -130,7 +130,6 @@ def test_a_cache_of_pages_that_decode_steps_made_is_noticed(folders):
     assert warm != undisturbed
 
 
-@pytest.mark.xfail(strict=True, reason="pages that an answer leaves behind are the first to be evicted")
 def test_the_end_of_a_prompt_stays_known_behind_its_answer(tmp_path):
     """One sequence in a cache that is full: a retry goes on from the prompt, whose end the answer's window has left."""
     checkpoints.make("long", tmp_path)
