@@ -74,17 +74,21 @@ def decode_rows(dtype: str, decode: dict[str, Any]) -> list[Row]:
 
 def table() -> str:
     """The markdown between the markers."""
-    bench, front, cache = newest("bench"), newest("front"), newest("cache")
+    sources = {what: newest(what) for what in ("bench", "front", "cache")}
+    if not any(sources.values()):
+        return "No results yet.\n"
     lines = [
         f"| {' | '.join(row)} |"
-        for row in (("measured", "value", "against"), ("---", "---", "---"), *rows(bench, front, cache))
+        for row in (("measured", "value", "against"), ("---", "---", "---"), *rows(*sources.values()))
     ]
-    source = bench or front or cache
-    if source is None:
-        return "No results yet.\n"
+    origins = [f"- {what}: {origin(source)}" for what, source in sources.items() if source]
+    return "\n".join([*lines, "", *origins, ""])
+
+
+def origin(source: dict[str, Any]) -> str:
+    """What a result was measured on."""
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
-    where = f"{source['cpu']}, {source['cores']} cores; {versions}; commit {source['commit']}; {source['when'][:10]}."
-    return "\n".join([*lines, "", where, ""])
+    return f"{source['cpu']}, {source['cores']} cores; {versions}; commit {source['commit']}; {source['when'][:10]}."
 
 
 def main() -> int:
