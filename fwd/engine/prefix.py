@@ -130,8 +130,10 @@ class PrefixTree:
         """Keep the whole pages that a request's prefill has made; where there are states, up to a chunk's end only."""
         if not request.submit.cache or (self._state >= 0 and request.computed % self._chunk):
             return
-        node = request.node or self._root(request.submit.adapter)
-        for index in range(request.published, request.computed // self._page):
+        node, first = request.node, request.published
+        if node is None or not self._knows(node):
+            node, first = self._root(request.submit.adapter), 0
+        for index in range(first, request.computed // self._page):
             node = self._child(node, self._page_of(request, index))
             for group in self._paged:
                 self._merge(node, group, request, index)
@@ -150,6 +152,8 @@ class PrefixTree:
 
     def pin(self, session: str, node: Node) -> None:
         """Keep the path to a node longer than others, instead of what the session kept before."""
+        if not self._knows(node):
+            return
         before = self._sessions.pop(session, None)
         path = list(takewhile(lambda each: each is not before, node.path()))
         self._count(path, 1)
@@ -232,6 +236,10 @@ class PrefixTree:
         if not pages and any(self._digest(root.hash, tokens) in self._nodes for root in others):
             return "adapter", -1
         return "never_seen", -1
+
+    def _knows(self, node: Node) -> bool:
+        """The node is in the tree; where no page of its own holds it there, it may have been evicted meanwhile."""
+        return node.parent is None or self._nodes.get(node.hash) is node
 
     def _child(self, parent: Node, tokens: bytes) -> Node:
         digest = self._digest(parent.hash, tokens)

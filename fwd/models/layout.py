@@ -69,11 +69,8 @@ class Group(NamedTuple):
     layouts: tuple[CacheLayout, ...]
 
     def first_seen(self, position: int) -> int:
-        """The first token of which a row at `position` or later still needs what is kept.
-
-        A window of 1 is kept like one of 2, so that the last page of what is known is always held by who goes on.
-        """
-        return max(0, position - max(self.window, 2) + 1) if self.window else 0
+        """The first token that a row at `position` or later sees."""
+        return max(0, position - self.window + 1) if self.window else 0
 
     def unit_bytes(self, page_size: int, kv: KVFormat) -> int:
         """Bytes of one page, or of one record of a state group."""

@@ -80,6 +80,24 @@ def test_another_prompt_altogether_was_never_seen():
     assert told(engine.ask(2, [2] * 12)[1]) == (0, "never_seen", -1)
 
 
+@pytest.mark.parametrize("groups", [(STATE,), (sliding(1),), (sliding(1), STATE)])
+def test_a_prompt_whose_beginning_is_evicted_while_it_is_read_is_found_again(groups):
+    """Nothing of the request itself holds the pages it went on from."""
+    engine, known = Engine(groups, (60,) * len(groups)), text(1, 2 * CHUNK)
+    engine.ask(1, known, 1)
+    engine.handle(submit(2, [*known, *text(2, 3 * CHUNK)], 1))
+    engine.step()
+    while any(map(engine.space.tree.evict, range(len(groups)))):
+        pass
+    engine.until(2)
+    engine.idle()
+
+    assert engine.ask(3, [*known, *text(2, 3 * CHUNK), 1], 1)[1].cached_tokens == 5 * CHUNK
+    while any(map(engine.space.tree.evict, range(len(groups)))):
+        pass
+    assert len(engine.space.tree) == 0
+
+
 def test_what_was_evicted_is_told():
     engine, prompt = Engine(units=(8,)), text(1, 4 * PAGE)
     engine.ask(1, prompt, tokens=1)

@@ -53,7 +53,7 @@ def test_pages_behind_the_window_are_given_back(window):
     space, request = placed((FULL, sliding(window)), (200, 20), 100)
     for _ in range(40):
         assert space.prepare(request, request.computed + 1)
-        first = max(0, request.computed - max(window, 2) + 1) // PAGE
+        first = max(0, request.computed - window + 1) // PAGE
         assert request.tables[1].behind == first
         assert space.pools[1].total - space.pools[1].free == space.pages_for(request.computed + 1) - first
         space.commit(request, request.computed + 1)
