@@ -229,7 +229,7 @@ def written(info):
 
 
 @pytest.mark.timeout(10_800)
-@pytest.mark.parametrize("context", [32_768, pytest.param(MILLION, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("context", [16_384, pytest.param(MILLION, marks=pytest.mark.soak)])
 def test_a_conversation_that_fills_the_context(folder, context, monkeypatch):
     monkeypatch.setattr("harness.LIMIT", 10_000)
     info, loaded, turns = run(climb(folder, context))

@@ -71,7 +71,7 @@ async def cold(service, requests):
 async def families(service, rng):
     """First turns and their relatives without a cache: (first, relatives with what is known of each, records)."""
     found = []
-    for first in firsts(rng, 4):
+    for first in firsts(rng, 3):
         ((answer, *_),) = await cold(service, [first])
         family = relatives(rng, first, answer)
         found.append((first, family, await cold(service, [request for request, _ in family])))
