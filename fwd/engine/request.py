@@ -41,7 +41,7 @@ class Prefilled(NamedTuple):
 
 
 class Request:
-    """A sequence on its way through the model.
+    """A sequence on its way through the model; `ids` are those of `submit` unless they are there already.
 
     Four lengths, in tokens: `computed` (KV committed) ≤ `length` (known ids) ≤ `limit`, and `prompt` ≤ `length`, the
     border between what is prefilled and what goes through the decode path. Known ids beyond `computed` are replayed
@@ -55,10 +55,10 @@ class Request:
     A request with a `leader` waits for that one to prefill the prompt they share.
     """
 
-    def __init__(self, submit: Submit) -> None:
+    def __init__(self, submit: Submit, ids: "array[int] | None" = None) -> None:
         self.id = submit.id
         self.submit = submit
-        self.ids = _ids(submit.prompt, submit.emitted)
+        self.ids = _ids(submit.prompt, submit.emitted) if ids is None else ids
         self.prompt = len(self.ids) - len(submit.emitted) // 4
         self.limit = max(self.prompt + submit.limits.max_tokens, self.length)
         self.stop_ids = frozenset(submit.limits.stop_ids)

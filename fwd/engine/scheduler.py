@@ -8,7 +8,6 @@ from msgspec.structs import replace
 
 from fwd.engine.request import Request
 from fwd.engine.space import Space
-from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import EMPTY, Limits
 
 MAX_ROWS = 16
@@ -106,8 +105,8 @@ class Scheduler:
         """Remember an ended answer that a next turn can use: it is prefilled when nothing else is to be done."""
         grain = self._space.grain
         if request.submit.cache and request.length // grain > request.prompt // grain:
-            submit = replace(request.submit, id=0, prompt=pack_ids(request.ids), emitted=EMPTY, prompt_logprobs=-1)
-            self._refills.append(Request(replace(submit, limits=Limits(max_tokens=0))))
+            submit = replace(request.submit, id=0, prompt=EMPTY, emitted=EMPTY, prompt_logprobs=-1)
+            self._refills.append(Request(replace(submit, limits=Limits(max_tokens=0)), request.ids))
             while len(self._refills) > 1 and sum(refill.prompt for refill in self._refills) > REFILL_TOKENS:
                 self._refills.popleft()
 
