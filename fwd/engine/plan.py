@@ -17,7 +17,7 @@ from fwd.models.spec import ITEMSIZE, ModelSpec
 
 PAGE_SIZE = 16  # tokens
 STEP_ROWS = (1, 2, 4, 8)  # of which ceilings are given
-UNIT_BYTES = 56  # what a pool remembers of a page or record: four list entries and an int
+UNIT_BYTES = 144  # what a pool remembers of a page or record: list entries, an int, its place among the cached (88)
 FP8_BLOCK = 16  # kernels read fp8 vectors in blocks of 16 bytes
 PIECES = 256  # at most, in which attention splits a context (DESIGN §4)
 PIECE, PIECE_GRAIN = 4096, 64  # tokens of a piece on the CPU where there are fewer, and by which it grows
