@@ -174,6 +174,12 @@ class ConfigError(FwdError):
     exit_code = 2
 
 
+class KernelError(FwdError):
+    """A GPU, its driver or its kernels cannot be used; the message says what is wrong and what would help."""
+
+    code = "no_kernels"
+
+
 class ModelError(FwdError):
     """The model folder cannot be served; the message names file and tensor or field."""
 
