@@ -1,0 +1,10 @@
+"""The one table of builds: every kernel of `cuda/`, and how many registers a thread of it may take.
+
+A kernel is an `extern "C" __global__` function; `tests/kernels/test_builds.py` holds that table and sources name the
+same ones, that no build spills or takes static shared memory, and that none takes more registers than stand here.
+"""
+
+ARCHES = ("sm_90a", "sm_100a")  # H100 and H200; B200
+MAX_BUILDS = 150  # kernels × arches: what a first start without a cache has to compile
+
+BUILDS: dict[str, dict[str, int]] = {}  # file in `cuda/` → kernel → registers a thread, at most, on every arch
