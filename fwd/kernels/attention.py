@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
 
 from fwd.kernels.ops import KV, Rows
-from fwd.kernels.paged import Span, locate, locate_within, read
+from fwd.kernels.paged import Span, locate_branch, locate_within, read
 
 PIECE = 4096  # keys in a piece, more where there would be over PIECES of them
 PIECES = 256
@@ -36,15 +36,16 @@ def split(start: int, stop: int) -> Iterator[range]:
 
 def decode_pieces(rows: Rows, kv: KV) -> list[list[Piece]]:
     """Return the pieces that each row attends to; of a padding row none."""
-    assert all(parent in {-1, row - 1} for row, parent in enumerate(rows.parents.tolist())), "the reference runs chains"
-    tables = rows.cells[kv.group].tables.numpy()
+    cells = rows.cells[kv.group]
+    tables, slots = cells.tables.numpy(), cells.slots.numpy()
+    sequences, positions, parents = (x.tolist() for x in (rows.sequences, rows.positions, rows.parents))
 
-    def pieces(sequence: int, position: int) -> Iterator[Piece]:
-        for keys in split(_first_seen(position, kv.window), position + 1):
-            yield Piece(locate(tables[sequence], kv.page_size, keys.start, keys.stop), None)
+    def pieces(row: int) -> Iterator[Piece]:
+        line, stop, branch = tables[sequences[row]], positions[row] + 1, slots[_branch(parents, row)]
+        for keys in split(_first_seen(positions[row], kv.window), stop):
+            yield Piece(locate_branch(line, kv.page_size, keys, branch, stop), None)
 
-    places = zip(rows.sequences.tolist(), rows.positions.tolist(), strict=True)
-    return [list(pieces(*place)) if place[0] >= 0 else [] for place in places]
+    return [list(pieces(row)) if sequences[row] >= 0 else [] for row in range(len(sequences))]
 
 
 def prefill_pieces(rows: Rows, kv: KV, group: int, dtype: torch.dtype) -> list[Piece]:
@@ -66,20 +67,26 @@ def prefill_pieces(rows: Rows, kv: KV, group: int, dtype: torch.dtype) -> list[P
     return [piece(keys) for keys in split(_first_seen(chunk.start, kv.window), chunk.stop)]
 
 
-def attend(q: Tensor, kv: KV, pieces: Sequence[Piece]) -> Tensor:
-    """Return softmax attention of q [1, kv_heads, queries, head_dim] over the pieces, in the same shape."""
-    if len(pieces) > 1:
-        return _attend_split(q, kv, pieces)
+def attend(q: Tensor, kv: KV, pieces: Sequence[Piece], sinks: Tensor | None = None) -> Tensor:
+    """Return softmax attention of q [1, kv_heads, queries, head_dim] over the pieces, in the same shape.
+
+    Queries stand head by head; `sinks` float32 [heads] adds a logit without a value to each head.
+    """
+    if len(pieces) > 1 or sinks is not None:
+        return _attend_split(q, kv, pieces, sinks)
     span, mask = pieces[0]
     keys, values = read(kv, span, q.dtype)
     return F.scaled_dot_product_attention(q, _by_head(keys), _by_head(values), mask)
 
 
-def _attend_split(q: Tensor, kv: KV, pieces: Sequence[Piece]) -> Tensor:
+def _attend_split(q: Tensor, kv: KV, pieces: Sequence[Piece], sinks: Tensor | None = None) -> Tensor:
     """Online softmax (Milakov & Gimelshein 2018) in float32: each piece rescales what was summed before it."""
     wide = q.float() * q.shape[-1] ** -0.5
     out = torch.zeros_like(wide)
     peak, total = out.new_full((*q.shape[:-1], 1), _LOWEST), out.new_zeros((*q.shape[:-1], 1))
+    if sinks is not None:  # a first key whose value is 0
+        by_head = sinks.view(1, q.shape[1], -1, 1)
+        peak, total = by_head.repeat_interleave(q.shape[2] // by_head.shape[2], dim=2), total.add_(1)
     for span, mask in pieces:
         keys, values = (_by_head(x.float()) for x in read(kv, span, q.dtype))
         scores = wide @ keys.transpose(2, 3)  # [1, kv_heads, queries, keys]
@@ -90,6 +97,16 @@ def _attend_split(q: Tensor, kv: KV, pieces: Sequence[Piece]) -> Tensor:
         total = total.mul_(fade).add_(weights.sum(dim=-1, keepdim=True))
         out = out.mul_(fade).add_(weights @ values)
     return out.div_(total).to(q.dtype)
+
+
+def _branch(parents: Sequence[int], row: int) -> list[int]:
+    """The drafts that a row sees in their own slots, itself the last; none where it follows the block table."""
+    branch: list[int] = []
+    while parents[row] >= 0:
+        assert parents[row] < row, "a draft stands after its parent"
+        branch.append(row)
+        row = parents[row]
+    return branch[::-1]
 
 
 def _by_head(x: Tensor) -> Tensor:

@@ -35,14 +35,19 @@ class Rows:
     """The rows of one step: which token of which sequence each row computes, and where what it leaves goes.
 
     A decode row at position p attends to cells 0…p of its sequence (the last `window` of them in a sliding group), also
-    those that rows of this step write. A prefill step is exactly C rows of one sequence at positions iC … iC+C−1
-    (`chunk` = i); rows that are not needed, at its beginning or its end, are padding. Of a prefill step only the first
-    row that is no padding reads a record and only the last one writes one.
+    those that rows of this step write. Drafts may form a tree: a row whose parent is q ≥ 0 stands below row q, one
+    position after it, in the same sequence, and sees what q sees and itself. Its cell is its own slot, whatever the
+    block table holds there; up to and with its first ancestor whose parent is −1 all is found through the block table.
+    Keys are taken in order of position wherever they stand: an accepted branch has the bits of the plain chain.
+
+    A prefill step is exactly C rows of one sequence at positions iC … iC+C−1 (`chunk` = i); rows that are not needed,
+    at its beginning or its end, are padding. Of a prefill step only the first row that is no padding reads a record and
+    only the last one writes one.
     """
 
     positions: Tensor  # int64 [rows], absolute; of padding rows: any
     sequences: Tensor  # int64 [rows], line of the tables; −1: a padding row
-    parents: Tensor  # int64 [rows], row this draft follows; −1: the committed context or the previous row of the chain
+    parents: Tensor  # int64 [rows], row this draft follows; −1: what the block table holds before it (also a chain)
     cells: tuple[Cells, ...]  # per paged group
     records: Records | None = None  # where the model keeps states
     chunk: int = -1  # −1: decode rows; else the index i of the prefill chunk
@@ -192,14 +197,15 @@ class Ops(Protocol):
         """
         ...
 
-    def decode_attention(self, q: Tensor, rows: Rows, kv: KV) -> Tensor:
+    def decode_attention(self, q: Tensor, rows: Rows, kv: KV, sinks: Tensor | None = None) -> Tensor:
         """Return softmax(q·kᵀ/√head_dim)·v over the cells each row sees: [rows, heads·head_dim]; padding rows give 0.
 
-        A row sees cells 0…p of its sequence, or the last `kv.window` of them.
+        A row sees cells 0…p of its sequence (see `Rows`), or the last `kv.window` of them. `sinks` is float32 [heads]:
+        one more logit in each head's softmax, with no value behind it (gpt-oss; Xiao et al. 2023).
         """
         ...
 
-    def prefill_attention(self, q: Tensor, rows: Rows, kv: KV) -> Tensor:
+    def prefill_attention(self, q: Tensor, rows: Rows, kv: KV, sinks: Tensor | None = None) -> Tensor:
         """Return the same for the C rows of a chunk; what padding rows give is undefined.
 
         Cells after the last position that has a slot are never read, nor those that no row with a slot sees.

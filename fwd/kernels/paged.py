@@ -25,6 +25,7 @@ class Span(NamedTuple):
     skip: int = 0  # cells of the first of the pages that are left out
     before: int = 0  # positions read as zeros
     after: int = 0  # the same
+    page_size: int = 0  # tokens of each of the pages, where it is not the cache's
 
 
 def locate(table: Table, page_size: int, start: int, stop: int) -> Span:
@@ -35,6 +36,17 @@ def locate(table: Table, page_size: int, start: int, stop: int) -> Span:
         cell = base * page_size + skip
         return Span(slice(cell, cell + stop - start), stop - start)
     return Span(torch.from_numpy(pages.astype(np.int64)), stop - start, skip)
+
+
+def locate_branch(table: Table, page_size: int, wanted: range, branch: NDArray[np.int64], stop: int) -> Span:
+    """Return the span of the positions `wanted`; the last ones before `stop` stand in the cells `branch`."""
+    fork = stop - len(branch)
+    if wanted.stop <= fork:
+        return locate(table, page_size, wanted.start, wanted.stop)
+    places = np.arange(wanted.start, max(wanted.start, fork))
+    cells = table[places // page_size].astype(np.int64) * page_size + places % page_size
+    cells = np.concatenate((cells, branch[max(0, wanted.start - fork) : wanted.stop - fork]))
+    return Span(torch.from_numpy(cells), len(cells), page_size=1)
 
 
 def locate_within(table: Table, page_size: int, wanted: range, known: range) -> Span:
@@ -97,5 +109,5 @@ def _read(cache: Tensor, scales: Tensor | None, page_size: int, span: Span, dtyp
 def _gather(cache: Tensor, page_size: int, span: Span) -> Tensor:
     if isinstance(span.place, slice):
         return cache[span.place]
-    pages = cache.view(-1, page_size, *cache.shape[1:]).index_select(0, span.place)
+    pages = cache.view(-1, span.page_size or page_size, *cache.shape[1:]).index_select(0, span.place)
     return pages.flatten(0, 1)[span.skip : span.skip + span.length]

@@ -81,21 +81,21 @@ class Reference:
         write(kv, step.slots[kv.group], keys, values)
         return turned[:, : -layer.kv_heads]
 
-    def decode_attention(self, q: Tensor, rows: Rows, kv: KV) -> Tensor:  # noqa: D102
+    def decode_attention(self, q: Tensor, rows: Rows, kv: KV, sinks: Tensor | None = None) -> Tensor:  # noqa: D102
         assert rows.chunk < 0, "prefill rows"
         pieces, kv_heads = self._current(rows).pieces_of(kv, q), kv.keys.shape[1]
         out = [q.new_zeros(q.shape[1] * q.shape[2])] * len(q)
         for row, own in enumerate(pieces):
             if own:
-                out[row] = attend(aligned(q[row]).view(1, kv_heads, -1, q.shape[2]), kv, own).flatten()
+                out[row] = attend(aligned(q[row]).view(1, kv_heads, -1, q.shape[2]), kv, own, sinks).flatten()
         return torch.stack(out)
 
-    def prefill_attention(self, q: Tensor, rows: Rows, kv: KV) -> Tensor:  # noqa: D102
+    def prefill_attention(self, q: Tensor, rows: Rows, kv: KV, sinks: Tensor | None = None) -> Tensor:  # noqa: D102
         assert rows.chunk >= 0, "decode rows"
         count, kv_heads, dim = len(q), kv.keys.shape[1], q.shape[2]
         (pieces,) = self._current(rows).pieces_of(kv, q)
         grouped = q.reshape(count, kv_heads, -1, dim).permute(1, 2, 0, 3)  # [kv_heads, group, C, head_dim]
-        out = attend(grouped.reshape(1, kv_heads, -1, dim), kv, pieces)
+        out = attend(grouped.reshape(1, kv_heads, -1, dim), kv, pieces, sinks)
         return out.view(kv_heads, -1, count, dim).permute(2, 0, 1, 3).reshape(count, -1)
 
     def linear(self, x: Tensor, weight: QTensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: D102
