@@ -25,6 +25,7 @@ VERBS = {
     "cancel": "admin",
     "stop": "admin",
     "plan": "plan",
+    "kernels": "kernels",
     "bench": "bench.verb",
 }
 

@@ -3,6 +3,8 @@
 import sys
 from dataclasses import dataclass
 
+from fwd.kernels.gpu import Facts
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -26,6 +28,11 @@ def cpu(memory: int) -> Device:
     The reserve holds Python and torch (0.2 GiB once imported), the ids of open requests and oneDNN's scratch pads.
     """
     return Device("cpu", memory, bandwidth=0.0, chunk=64, pool=1 << 30, graphs=0, reserve=512 << 20)
+
+
+def gpu(facts: Facts) -> Device:
+    """The GPU of this machine, with the memory that nobody holds now and the bandwidth that its clocks give."""
+    return _gpu(facts.name, facts.free, facts.bandwidth)
 
 
 def _gpu(name: str, memory: float, bandwidth: float) -> Device:

@@ -97,6 +97,6 @@ def _call(function: str, *arguments: Any) -> tuple[Any, ...]:
 def _text(kind: str, program: Any) -> bytes:
     """The log or the cubin: asked for its size, then copied into a buffer of that size."""
     (size,) = _call(f"nvrtcGet{kind}Size", program)
-    buffer = bytes(size)
+    buffer = bytes(size)  # which is written to; of size 1 it is shared, and then the text is this zero
     _call(f"nvrtcGet{kind}", program, buffer)
     return buffer
