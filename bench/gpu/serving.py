@@ -1,0 +1,68 @@
+"""Synthetic model folders and daemons that serve them, for benches that measure whole answers."""
+
+import contextlib
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fwd.cli.bench.http import free_port
+from fwd.cli.common import wait_ready
+from fwd.cli.private import Private, private_daemon
+from fwd.errors import EngineError
+from fwd.protocol.client import Client
+from fwd.protocol.messages import EngineInfo
+from gpu.shapes import MODELS, spec
+from gpu.streams import MODEL
+
+SHM = Path("/dev/shm")
+SEED = 20261124
+WORDS = 300  # the first id that is a word in every tokenizer here
+
+
+@dataclass(frozen=True)
+class Served:
+    """A ready daemon on a model."""
+
+    daemon: Private
+    client: Client
+    port: int
+    engine: EngineInfo
+    ready_s: float
+
+
+@contextlib.contextmanager
+def model_folder(name: str, device: str) -> Iterator[Path]:
+    """A folder with random weights, in memory where it fits twice; drawn by a process of its own."""
+    size = 2 * spec(name).weight_bytes()
+    place = SHM if SHM.is_dir() and shutil.disk_usage(SHM).free > size else None
+    with tempfile.TemporaryDirectory(prefix="fwd-bench-", dir=place) as folder:
+        target = Path(folder) / name
+        command = [sys.executable, "-m", "gpu.checkpoint", name, str(target), "--device", device]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise EngineError(f"no checkpoint: {done.stderr.strip()[-500:]}")
+        yield target
+
+
+@contextlib.contextmanager
+def serving(folder: Path, device: str, max_seqs: int) -> Iterator[Served]:
+    """`fwd serve` on the folder, ready, on a socket and a port of its own."""
+    port = free_port()
+    flags = ("--device", device, "--max-seqs", str(max_seqs), "--http", f"127.0.0.1:{port}", "--name", MODEL)
+    with private_daemon(str(folder), *flags, "--log-level", "error") as daemon, daemon.connect() as client:
+        status = wait_ready(client)
+        assert status.engine, "a daemon that is ready has an engine"
+        yield Served(daemon, client, port, status.engine, time.perf_counter() - daemon.started)
+
+
+def prompt(name: str, row: int, length: int) -> list[int]:
+    """The ids of a row: longer prompts of the same row begin with the shorter ones."""
+    rng = random.Random(SEED + row)
+    vocab = MODELS[name]["vocab_size"]
+    return [rng.randrange(WORDS, vocab) for _ in range(length)]
