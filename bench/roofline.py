@@ -102,17 +102,14 @@ def products(report: Report, device: str, scale: Scale, ceiling: float | None) -
 def edges(report: Report, device: str, scale: Scale) -> None:
     """What one more empty kernel of the house costs in a graph, dependent launches allowed or not."""
     for dependent in (True, False):
-        launcher = timing.launcher(device)
-        name = "dependent launch" if dependent else "plain launch"
-        if dependent and not launcher.dependent:
-            report.skip(name, "this driver or device has no programmatic dependent launch")
-            continue
-        if not dependent:
-            launcher.dependent = False
+        launcher = timing.launcher(device, dependent=dependent)
         steps = torch.zeros(1, dtype=torch.int32, device=launcher.device)
         chain = [lambda launcher=launcher, steps=steps: kernels.empty_step(launcher, steps)] * scale.chain
         found = timing.clock(device).samples(chain, scale.repeats)
-        _edge(report, f"{name}, one more kernel in a graph", found)
+        if dependent and not launcher.dependent:
+            report.skip("dependent launch", "the driver refuses it, so launches are plain")
+            continue
+        _edge(report, f"{'dependent' if dependent else 'plain'} launch, one more kernel in a graph", found)
 
 
 def meetings(report: Report, device: str, scale: Scale) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fwd.errors import KernelError
+from fwd.kernels.gpu import probe, usable
 
 QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,memory.used"
 
@@ -61,8 +62,8 @@ def memory_used() -> int | None:
 def _facts() -> dict[str, Any]:
     import torch  # noqa: PLC0415  # seconds
 
-    if not torch.cuda.is_available():
-        raise SystemExit("torch finds no CUDA device (see nvidia-smi and torch.version.cuda)")
+    if reason := usable(probe()):
+        raise SystemExit(reason)
     seen = torch.cuda.get_device_properties(0)
     return {
         "name": seen.name,

@@ -10,7 +10,6 @@ from typing import Protocol
 
 import torch
 
-from fwd.errors import KernelError
 from fwd.kernels.launch import Launcher
 
 Work = Callable[[], object]
@@ -57,17 +56,15 @@ def clock(device: str) -> Clock:
     return GraphClock() if device == "cuda" else WallClock()
 
 
-def launcher(device: str) -> Launcher:
-    """What launches kernels on `cuda` or `host`; raises `KernelError` where that cannot be."""
+def launcher(device: str, *, dependent: bool = True) -> Launcher:
+    """What launches kernels on `cuda` or `host`, plainly or not; raises `KernelError` where that cannot be."""
     if device == "cuda":
         from fwd.kernels.cuda import CudaLauncher  # noqa: PLC0415  # it needs a driver
 
-        return CudaLauncher()
-    if device == "host":
-        from fwd.kernels.host import HostLauncher  # noqa: PLC0415  # it needs a compiler
+        return CudaLauncher(dependent=dependent)
+    from fwd.kernels.host import HostLauncher  # noqa: PLC0415  # it needs a compiler
 
-        return HostLauncher()
-    raise KernelError(f"no kernels are launched on {device}")
+    return HostLauncher()
 
 
 def copies(size: int, l2: int, most: int = 512) -> int:
