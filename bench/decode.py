@@ -7,7 +7,6 @@ own; the rate counts the tokens of all of them while all decode. The ceiling is 
 
 import contextlib
 import itertools
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 import roofline
 from gpu import cards
-from gpu.report import Report, options
+from gpu.report import Report, options, run
 from gpu.serving import Served, model_folder, prompt, serving
 from gpu.shapes import MODELS, spec
 from gpu.streams import Run, by_http, by_socket
@@ -67,8 +66,8 @@ class Bench:
         runs: dict[str, list[Run]] = {"socket": [], "http": []}
         for turn in range(self.points.rounds + 1):
             found = by_socket(served.client, prompts, tokens), by_http(served.port, prompts, tokens)
-            for way, run in zip(runs, found, strict=True) if turn else ():
-                runs[way].append(run)
+            for way, each in zip(runs, found, strict=True) if turn else ():
+                runs[way].append(each)
         self._decoded(context, rows, runs)
 
     def verify_cost(self) -> None:
@@ -132,15 +131,18 @@ def combinations(points: Points, capacity: int, report: Report, seconds: float) 
 def measure(report: Report, job: Job, limits: dict[str, float]) -> None:
     """One daemon: its start, then all points that it holds."""
     name, device, seconds, points = job
-    with model_folder(name, device) as folder, memory(report, name) as note:
-        with serving(folder, device, max(points.rows)) as served:
-            start(report, name, served)
-            bench = Bench(report, job, served, limits)
-            for context, rows in combinations(points, served.engine.pages * served.engine.page_size, report, seconds):
-                with report.part(f"context {context}, rows {rows}"):
-                    bench.point(context, rows)
-            bench.verify_cost()
-            note(sum(served.engine.memory.values()))
+    with (
+        model_folder(name, device) as folder,
+        memory(report, name) as note,
+        serving(folder, device, max(points.rows)) as served,
+    ):
+        start(report, name, served)
+        bench = Bench(report, job, served, limits)
+        for context, rows in combinations(points, served.engine.pages * served.engine.page_size, report, seconds):
+            with report.part(f"context {context}, rows {rows}"):
+                bench.point(context, rows)
+        bench.verify_cost()
+        note(sum(served.engine.memory.values()))
 
 
 def start(report: Report, name: str, served: Served) -> None:
@@ -188,4 +190,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from gpu import cards, timing
-from gpu.report import Report, options
+from gpu.report import Report, options, run
 from torch import Tensor
 
 from fwd.kernels import roofline as kernels
@@ -148,4 +148,4 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -10,13 +10,15 @@ import argparse
 import contextlib
 import os
 import statistics
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from fwd.cli.bench import machine
+from fwd.errors import FwdError
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 DRY = "a dry run without a GPU: its numbers say that the bench works and nothing else"
@@ -128,6 +130,15 @@ def options(description: str | None, devices: Sequence[str]) -> argparse.Argumen
     parser.add_argument("--quick", action="store_true", help="fewer samples and points")
     parser.add_argument("--save", type=Path, default=RESULTS, metavar="FOLDER")
     return parser
+
+
+def run(main: Callable[[], int]) -> None:
+    """End with the exit code of `main`; what nothing can be measured without ends in one line."""
+    try:
+        sys.exit(main())
+    except FwdError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def _version(name: str) -> str:
