@@ -44,7 +44,7 @@ def model_folder(name: str, device: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="fwd-bench-", dir=place) as folder:
         target = Path(folder) / name
         drawn = "cuda" if device == "cuda" else "cpu"
-    command = [sys.executable, "-m", "gpu.checkpoint", name, str(target), "--device", drawn]
+        command = [sys.executable, "-m", "gpu.checkpoint", name, str(target), "--device", drawn]
         done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
         if done.returncode:
             raise EngineError(f"no checkpoint: {done.stderr.strip()[-500:]}")
