@@ -163,7 +163,7 @@ def _config(grid: tuple[int, int, int], threads: int, shared: int, stream: Any, 
     config.sharedMemBytes, config.hStream = shared, stream
     if attribute:
         chosen = driver.CUlaunchAttribute()
-        chosen.id = driver.CUlaunchAttributeID[attribute]
+        chosen.id = getattr(driver.CUlaunchAttributeID, attribute)
         if attribute == COOPERATIVE:
             chosen.value.cooperative = 1
         else:
