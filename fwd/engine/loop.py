@@ -1,6 +1,7 @@
 """The engine's loop: messages in, one launch, committed tokens out. It blocks when idle and never sleeps with work."""
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -30,7 +31,9 @@ from fwd.protocol.messages import (
 
 
 class Runner(Protocol):
-    """Executes work on the device."""
+    """Executes work on the device, in the order in which it is given."""
+
+    ahead: bool  # a step can be launched before the one before it is collected: it reads its ids where they are drawn
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copy pages, in order, before what is launched next."""
@@ -38,8 +41,36 @@ class Runner(Protocol):
     def prefill(self, chunk: Chunk) -> Prefilled:
         """Run one chunk: a drawn token for each of `chunk.drawing`, and the scores that are wanted."""
 
-    def decode(self, spans: Sequence[Span]) -> Sequence[Drawn]:
-        """Run one step: a drawn token for each span that draws, in their order."""
+    def launch(self, spans: Sequence[Span]) -> None:
+        """Launch one decode step."""
+
+    def collect(self) -> Sequence[Drawn]:
+        """Wait for the oldest step that is not collected: a drawn token for each span that draws, in their order."""
+
+
+class HostWork:
+    """Measures what the host does between reading one step and having launched the next."""
+
+    WEIGHT = 1 / 64  # of the latest in the mean
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self.mean_us = 0.0
+
+    def collected(self) -> None:
+        """A step was read."""
+        self._since = time.perf_counter()
+
+    def launched(self) -> None:
+        """The next one is launched."""
+        if self._since is not None:
+            spent = (time.perf_counter() - self._since) * 1e6
+            self.mean_us += (spent - self.mean_us) * (self.WEIGHT if self.mean_us else 1.0)
+        self._since = None
+
+    def stop(self) -> None:
+        """What comes next is no step, or nothing."""
+        self._since = None
 
 
 class Loop:
@@ -52,6 +83,8 @@ class Loop:
         self._scheduler = Scheduler(space, max_seqs, chunk)
         self._requests: dict[int, Request] = {}
         self._out: list[Message] = []
+        self._flight: deque[Sequence[Span]] = deque()  # steps that are launched and not collected
+        self._work = HostWork()
         self.steps = 0
         self.computed = 0
 
@@ -62,13 +95,18 @@ class Loop:
                 self._receive()
             except EOFError:
                 return
-            if self._scheduler:
+            if self.busy:
                 self._step()
             self._flush()
 
+    @property
+    def busy(self) -> bool:
+        """There is something to do."""
+        return bool(self._scheduler or self._flight)
+
     def _receive(self) -> None:
         """Handle what has arrived; wait for it only when there is nothing to do."""
-        message = self._channel.receive(0 if self._scheduler or self._out else None)
+        message = self._channel.receive(0 if self.busy or self._out else None)
         while message is not None:
             self._handle(message)
             message = self._channel.receive(0)
@@ -102,6 +140,7 @@ class Loop:
             pages_total=pool.total,
             pages_cached=pool.cached,
             computed=self.computed,
+            host_us=self._work.mean_us,
             prefilling=[
                 Prefilling(id=each.id, done=(each.leader or each).computed, total=each.prompt)
                 for each in scheduler.prefilling
@@ -109,19 +148,42 @@ class Loop:
         )
 
     def _step(self) -> None:
+        """Launch what comes next and read the oldest step; when running ahead, messages are read between the two.
+
+        So a request that is cancelled has one more step at most launched for it.
+        """
+        begins = not self._flight
+        if begins:
+            self._begin()
+        elif spans := self._scheduler.follow(self._flight[-1]):
+            self._launch(spans)
+        if self._flight and not (begins and self._runner.ahead):
+            self._collect()
+
+    def _begin(self) -> None:
         work = self._scheduler.next()
-        if not work:
+        if isinstance(work, Chunk):
+            self._enter()
+            self._prefill(work)
+        elif work:
+            self._launch(work)
+        else:
             assert not self._scheduler, "the scheduler holds requests and found nothing to run"
-            return
+
+    def _enter(self) -> None:
+        """Before every launch."""
         self.steps += 1
         if copies := self._space.take_copies():
             self._runner.copy(copies)
-        if isinstance(work, Chunk):
-            self._prefill(work)
-        else:
-            self._decode(work)
+
+    def _launch(self, spans: Sequence[Span]) -> None:
+        self._enter()
+        self._runner.launch(spans)
+        self._flight.append(spans)
+        self._work.launched()
 
     def _prefill(self, chunk: Chunk) -> None:
+        self._work.stop()
         everyone = (chunk.request, *chunk.followers)
         for request in everyone:
             request.clock.started = request.clock.started or time.monotonic()
@@ -155,15 +217,22 @@ class Loop:
             for follower in chunk.followers:
                 space.fork(request, follower)
 
-    def _decode(self, spans: Sequence[Span]) -> None:
-        drawn = iter(self._runner.decode(spans))
+    def _collect(self) -> None:
+        drawn = iter(self._runner.collect())
+        self._work.collected()
+        spans = self._flight.popleft()
+        launched = {span.request.id for later in self._flight for span in later}
         for span in spans:
-            span.request.clock.steps += 1
-            draws = span.draws
-            self.computed += span.end - span.start
-            self._space.commit(span.request, span.end)
-            if draws:
-                self._settle(span.request, next(drawn))
+            token = next(drawn) if span.draws else None
+            if self._requests.get(span.request.id) is span.request:
+                self._keep(span, ahead=span.request.id in launched)
+                if token:
+                    self._settle(span.request, token)
+
+    def _keep(self, span: Span, *, ahead: bool) -> None:
+        span.request.clock.steps += 1
+        self.computed += span.end - span.start
+        self._space.commit(span.request, span.end, int(ahead))
 
     def _score(self, request: Request, start: int, scores: Sequence[Drawn]) -> None:
         if request.id not in self._requests:

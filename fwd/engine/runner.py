@@ -1,5 +1,6 @@
 """Executes scheduled work with a loaded model: fill the step, run the model, draw."""
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,8 @@ from fwd.models.model import Model
 class ModelRunner:
     """Owns the cache and the two steps: decode rows, and one prefill chunk; all of the plan's sizes."""
 
+    ahead = False
+
     def __init__(self, model: Model, plan: Plan) -> None:
         block = model.ops.row_block
         assert plan.chunk % MAX_ROWS == 0
@@ -25,6 +28,7 @@ class ModelRunner:
         self._cache = model.new_cache(plan.units, plan.page_size, plan.kv)
         self._decode = Step(plan, MAX_ROWS, plan.max_seqs, block)
         self._prefill = Step(plan, plan.chunk, 1, block)
+        self._drawn: deque[list[Drawn]] = deque()
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copy pages, in order, before what is launched next."""
@@ -40,10 +44,14 @@ class ModelRunner:
         return Prefilled(self._draw(launch, hidden), scores, finite)
 
     @torch.inference_mode()
-    def decode(self, spans: Sequence[Span]) -> Sequence[Drawn]:
-        """Run one step: a drawn token for each span that draws, in their order."""
+    def launch(self, spans: Sequence[Span]) -> None:
+        """Run one decode step at once."""
         launch = self._decode.decode(spans)
-        return self._draw(launch, self._model.forward(launch.ids, launch.rows, self._cache))
+        self._drawn.append(self._draw(launch, self._model.forward(launch.ids, launch.rows, self._cache)))
+
+    def collect(self) -> Sequence[Drawn]:
+        """What the oldest step drew that is not collected."""
+        return self._drawn.popleft()
 
     def _draw(self, launch: Launch, hidden: torch.Tensor) -> list[Drawn]:
         if not launch.draws:

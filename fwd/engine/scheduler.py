@@ -1,7 +1,7 @@
 """What runs next: one prefill chunk, or one decode step of up to `MAX_ROWS` rows."""
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -35,7 +35,10 @@ class Chunk(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Decode rows for the known ids [start, end) of a request; a token is drawn if that is all of them."""
+    """Decode rows for the ids [start, end) of a request; a token is drawn if that is all of them.
+
+    A span that runs ahead is one row, for the id that the step before it draws.
+    """
 
     request: Request
     start: int
@@ -44,7 +47,7 @@ class Span(NamedTuple):
     @property
     def draws(self) -> bool:
         """The last row of the span draws the next token."""
-        return self.end == self.request.length
+        return self.end >= self.request.length
 
 
 class Scheduler:
@@ -65,6 +68,7 @@ class Scheduler:
         self._running: list[Request] = []
         self._refills: deque[Request] = deque()
         self._chunk_last = False
+        self._changed = False  # since `next` saw who waits: those it refused may be placed now
 
     @property
     def running(self) -> int:
@@ -86,6 +90,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request; what it continues it reads itself."""
+        self._changed = True
         self._stop_refill()
         if session := request.submit.cache_key:
             self._keep_refills(lambda refill: refill.submit.cache_key != session)
@@ -93,6 +98,7 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """Take a request out, whatever its state, and free what it holds."""
+        self._changed = True
         if request in self._running:
             self._displace(request)
         elif request in self._refills:
@@ -112,6 +118,7 @@ class Scheduler:
 
     def next(self) -> Chunk | list[Span]:
         """The next work; an empty list when there is none."""
+        self._changed = False
         self._admit()
         if not self._running:
             return self._refill() or []
@@ -123,6 +130,18 @@ class Scheduler:
             chunk = self._prefill()
         self._chunk_last = chunk is not None
         return chunk or []
+
+    def follow(self, spans: Sequence[Span]) -> list[Span]:
+        """The step after `spans`, to be launched before their tokens are known; empty if it must wait for them.
+
+        It waits for whoever may be placed now, for chunks and replays, and where it would have to preempt. A request
+        that reaches its limit in `spans` is left out; one that ends there for another reason has a row in vain.
+        """
+        if (self._changed and any(self._waiting)) or any(self.prefilling) or not all(span.draws for span in spans):
+            return []
+        going_on = [span.request for span in spans if span.request in self._running]
+        ahead = [Span(each, each.length, each.length + 1) for each in going_on if each.length + 1 < each.limit]
+        return ahead if all(self._space.prepare(span.request, span.end) for span in ahead) else []
 
     def _admit(self) -> None:
         for queue in self._waiting:

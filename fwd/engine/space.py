@@ -91,10 +91,10 @@ class Space:
             self._reserve(request, end, self._paged) and self._own_tail(request) and self._stage_records(request, end)
         )
 
-    def commit(self, request: Request, end: int) -> None:
-        """The rows of the launch up to position `end` stay."""
+    def commit(self, request: Request, end: int, ahead: int = 0) -> None:
+        """The rows of the launch up to position `end` stay; `ahead` rows that follow them are launched already."""
         if self._state >= 0:
-            self._keep_record(request, end)
+            self._keep_record(request, end, ahead)
         request.fresh_at, request.begun = -1, True
         request.advance(end)
 
@@ -222,11 +222,13 @@ class Space:
         request.staged += [self._take(self._state) for _ in range(missing)]
         return True
 
-    def _keep_record(self, request: Request, end: int) -> None:
-        kept = request.staged.pop(0 if request.phase == "prefill" else end - request.computed - 1)
-        before = [request.record] if request.record >= 0 else []
-        self._drop(self._state, [*before, *request.staged])
-        request.record, request.staged = kept, []
+    def _keep_record(self, request: Request, end: int, ahead: int) -> None:
+        last = 0 if request.phase == "prefill" else end - request.computed - 1
+        *before, kept = request.staged[: last + 1]
+        following = request.staged[last + 1 :]
+        current = [request.record] if request.record >= 0 else []
+        self._drop(self._state, [*current, *before, *following[ahead:]])
+        request.record, request.staged = kept, following[:ahead]
 
     def _take(self, group: int) -> int:
         pool = self.pools[group]

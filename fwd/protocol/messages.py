@@ -154,7 +154,10 @@ class Loading(Message, tag=16, frozen=True):
 
 
 class EngineInfo(Message, frozen=True):
-    """What is loaded and how it is executed; the constant part of each receipt. `memory` is the plan: bytes by kind."""
+    """What is loaded and how it is executed; the constant part of each receipt. `memory` is the plan: bytes by kind.
+
+    `launches` says how the kernels of a step are launched.
+    """
 
     architecture: str = ""
     parameters: Count = 0
@@ -176,6 +179,7 @@ class EngineInfo(Message, frozen=True):
     pid: Count = 0
     kv_dtype: str = ""
     memory: dict[str, Count] = {}
+    launches: str = ""
 
 
 class Ready(Message, tag=17, frozen=True):
@@ -268,6 +272,7 @@ class Pong(Message, tag=22, frozen=True):
 
     `pages_free` are those that nobody holds, `pages_cached` those that only the prefix cache holds. `computed` counts
     the tokens prefilled and decoded since its start; `prefilling` are the requests whose prompt is being read.
+    `host_us` is the mean time from reading a step to having launched the next, 0 before there were two.
     """
 
     seq: Count
@@ -279,6 +284,7 @@ class Pong(Message, tag=22, frozen=True):
     pages_cached: Count = 0
     computed: Count = 0
     prefilling: list[Prefilling] = []
+    host_us: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class Prompt(Bulk, tag=32, frozen=True):
@@ -354,6 +360,7 @@ class Status(Message, tag=50, frozen=True):
     pages_cached: Count = 0
     queue_tokens: Count = 0
     queue_limit: Count = 0
+    host_us: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class RequestInfo(Message, frozen=True):

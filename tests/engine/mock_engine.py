@@ -18,8 +18,8 @@ def submit(number, prompt, tokens=4, **fields):
 class Engine:
     """`output` and `results` by request id; `read` is called with every message."""
 
-    def __init__(self, groups=(FULL,), units=(64,), seqs=4, key=b"secret", nodes=1000):
-        self.runner = MockRunner(PAGE, CHUNK, groups)
+    def __init__(self, groups=(FULL,), units=(64,), seqs=4, key=b"secret", nodes=1000, ahead=False):
+        self.runner = MockRunner(PAGE, CHUNK, groups, ahead=ahead)
         self.space = Space(groups, units, PAGE, chunk=CHUNK, key=key, nodes=nodes)
         self.loop = Loop(self, self.runner, self.space, max_seqs=seqs, chunk=CHUNK)
         self.messages, self.output, self.results = [], {}, {}
@@ -50,7 +50,7 @@ class Engine:
         self.loop._flush()
 
     def step(self):
-        if self.scheduler:
+        if self.loop.busy:
             self.loop._step()
         self.loop._flush()
         self.space.check()
@@ -58,12 +58,12 @@ class Engine:
     def until(self, *numbers):
         """Run until these requests have ended."""
         while not set(numbers) <= set(self.results):
-            assert self.scheduler, "the engine stands still"
+            assert self.loop.busy, "the engine stands still"
             self.step()
 
     def idle(self):
         """Run until there is nothing left to do."""
-        while self.scheduler:
+        while self.loop.busy:
             self.step()
 
     def ask(self, number, prompt, tokens=4, **fields):

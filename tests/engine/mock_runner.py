@@ -2,10 +2,15 @@
 
 What a cell holds is its position, the tokens up to it, and whether a prefill or a decode row made it: prompt positions
 must be prefill-made and output positions decode-made, whoever computed them.
+
+With `ahead` it is as late as a device may be: a step runs when it is collected, or when something launched after it
+must, with the pages and records that it was given and the ids that the step before it has drawn.
 """
 
 import hashlib
-from collections import defaultdict
+from array import array
+from collections import defaultdict, deque
+from types import SimpleNamespace
 
 from fwd.engine.request import Drawn, Prefilled
 from fwd.engine.scheduler import MAX_ROWS
@@ -39,7 +44,7 @@ def oracle(prompt, seed, tokens, stop_ids=(), choice=0):
 class MockRunner:
     """`fail(request)` makes the rows of a request non-finite; `before` is called before each launch."""
 
-    def __init__(self, page_size, chunk, groups=(FULL,), fail=lambda _: False, before=lambda: None):
+    def __init__(self, page_size, chunk, groups=(FULL,), fail=lambda _: False, before=lambda: None, ahead=False):
         self.page_size, self.chunk = page_size, chunk
         self.paged = [group for group in groups if group.kind != "state"]
         self.states = any(group.kind == "state" for group in groups)
@@ -48,8 +53,13 @@ class MockRunner:
         self.fail, self.before = fail, before
         self.launches = []
         self.copied = 0
+        self.ahead = ahead
+        self.steps, self.done = deque(), deque()
+        self.drawn = {}  # by the latest step, and by request: the ids it drew
+        self.most = 0  # steps that were launched and not collected
 
     def copy(self, copies):
+        self._catch_up()
         for group, source, target in copies:
             self.copied += 1
             cells, size = self.cells[group], self.page_size
@@ -58,6 +68,7 @@ class MockRunner:
 
     def prefill(self, chunk):
         self.before()
+        self._catch_up()
         request = chunk.request
         assert chunk.start == request.computed, "prefill goes on from where the KV ends"
         assert chunk.start // self.chunk == chunk.number == (chunk.end - 1) // self.chunk, "a chunk of the grid"
@@ -75,26 +86,71 @@ class MockRunner:
             scores = [self._drawn(request, token) for token in targets]
         return Prefilled([self._draw(each) for each in chunk.drawing], scores, finite=True)
 
-    def decode(self, spans):
+    def launch(self, spans):
         self.before()
         rows = sum(span.end - span.start for span in spans)
         assert 0 < rows <= MAX_ROWS
         assert len({span.request.id for span in spans}) == len(spans)
         self.launches.append(("decode", tuple(span.request.id for span in spans), rows))
-        for span in spans:
-            assert span.start == span.request.computed >= span.request.prompt
-            self._write(span.request, span.start, span.end)
-        for span in spans:
-            self._check(span.request, span.start, span.end)
-            if self.states:
-                self._chain(span)
-        return [self._draw(span.request) for span in spans if span.draws]
+        self.steps.append([self._given(span) for span in spans])
+        self.most = max(self.most, len(self.steps) + len(self.done))
+        if not self.ahead:
+            self._catch_up()
 
-    def _chain(self, span):
-        request = span.request
+    def collect(self):
+        if not self.done:
+            self._run()
+        return self.done.popleft()
+
+    def _given(self, span):
+        """What the device is given of a span: nothing that happens afterwards is seen."""
+        request, start, end = span
+        assert request.prompt <= span.start
+        assert start == (request.length if end > request.length else request.computed)
+        assert self.ahead or end <= request.length
         reads = [request.record, *request.staged[:-1]]
-        assert len(request.staged) == span.end - span.start
-        for position, read, write in zip(range(span.start, span.end), reads, request.staged, strict=True):
+        first = len(request.staged) - (end - start)  # where it runs ahead, the one before it stages a record too
+        return SimpleNamespace(
+            span=span,
+            draws=span.draws,
+            request=SimpleNamespace(
+                id=request.id,
+                ids=request.ids[:],
+                prompt=request.prompt,
+                submit=request.submit,
+                tables=[SimpleNamespace(pages=table.pages[:]) for table in request.tables],
+            ),
+            reads=reads[first:],
+            writes=request.staged[first:],
+        )
+
+    def _catch_up(self):
+        while self.steps:
+            self._run()
+
+    def _run(self):
+        """Run the oldest step that has not run."""
+        step, drawn = self.steps.popleft(), {}
+        for given in step:
+            request, (_, start, end) = given.request, given.span
+            if end > len(request.ids):
+                request.ids += array("i", [self.drawn[request.id]])
+            assert end <= len(request.ids), "the id of the last row is known"
+            self._write(request, start, end)
+        for given in step:
+            self._check(given.request, *given.span[1:])
+            if self.states:
+                self._chain(given)
+        results = [self._draw(given.request) for given in step if given.draws]
+        for given, result in zip([given for given in step if given.draws], results, strict=True):
+            drawn[given.request.id] = result.id
+        self.drawn = drawn
+        self.done.append(results)
+
+    def _chain(self, given):
+        request, (_, start, end) = given.request, given.span
+        assert len(given.writes) == end - start
+        for position, read, write in zip(range(start, end), given.reads, given.writes, strict=True):
             self._check_record(request, read, position)
             self.records[write] = _content(request, position)
 

@@ -36,8 +36,8 @@ def units_of(groups, full, seqs, spare):
 class World:
     """An engine that lives and dies, and the journal of a front that survives it."""
 
-    def __init__(self, rng, layout):
-        self.rng, self.groups = rng, LAYOUTS[layout]
+    def __init__(self, rng, layout, ahead):
+        self.rng, self.groups, self.ahead = rng, LAYOUTS[layout], ahead
         self.seqs = rng.choice([1, 2, 5, MAX_SEQS])
         self.full = rng.randrange(LONGEST // PAGE + 1, rng.choice([30, 100]))
         self.spare = rng.randrange(0, 40)
@@ -46,7 +46,9 @@ class World:
         self.start()
 
     def start(self):
-        self.engine = Engine(self.groups, units_of(self.groups, self.full, self.seqs, self.spare), self.seqs)
+        self.engine = Engine(
+            self.groups, units_of(self.groups, self.full, self.seqs, self.spare), self.seqs, ahead=self.ahead
+        )
 
     def submit(self):
         rng, number = self.rng, len(self.requests) + 1
@@ -134,7 +136,7 @@ class World:
 
     def finish(self):
         self.step()
-        while self.engine.scheduler:
+        while self.engine.loop.busy:
             self.step()
         for number, request in self.requests.items():
             answer, result = self.answer(request), self.results[number]
@@ -151,7 +153,7 @@ class World:
 
 def live(seed, layout, events=60):
     rng = random.Random(f"{seed} {layout}")
-    world = World(rng, layout)
+    world = World(rng, layout, ahead=seed % 2 == 0)
     actions = [world.step] * 30 + [world.submit] * 6 + [world.cancel, world.evict, world.evict, world.ping]
     for _ in range(events):
         world.crash() if rng.random() < 0.01 else rng.choice(actions)()

@@ -122,7 +122,7 @@ def test_random_arrivals_resumes_and_preemptions_change_nothing(seed):
                 priority=rng.choice(["interactive", "background"]),
             )
         )
-    with Front(pages=rng.randrange(18, 60), max_seqs=rng.randrange(1, 17)) as front:
+    with Front(pages=rng.randrange(18, 60), max_seqs=rng.randrange(1, 17), ahead=seed % 2 == 0) as front:
         for request in requests:
             front.channel.send(request)
         output, results, _ = front.collect(requests)
@@ -142,7 +142,7 @@ def test_two_classes_in_a_full_pool_always_find_work(seed):
         submit(number, [number] * rng.randrange(1, 24), number, 24, priority=rng.choice(["interactive", "background"]))
         for number in range(1, 9)
     ]
-    with Front(pages=12, max_seqs=4) as front:
+    with Front(pages=12, max_seqs=4, ahead=seed % 2 == 0) as front:
         front.channel.send(*requests)
         output, _, _ = front.collect(requests)
 
@@ -155,7 +155,7 @@ def test_cancelled_requests_free_their_pages_and_touch_no_other(seed):
     rng = random.Random(seed)
     requests = [submit(n, [n] * rng.randrange(1, 30), n, tokens=20) for n in range(1, 13)]
     cancelled = set(rng.sample(range(1, 13), 6))
-    with Front(pages=30) as front:
+    with Front(pages=30, ahead=seed % 2 == 0) as front:
         for request in requests:
             front.channel.send(request)
             if request.id in cancelled:
@@ -171,8 +171,9 @@ def test_cancelled_requests_free_their_pages_and_touch_no_other(seed):
             assert ended == "length" or request.id in cancelled
 
 
-def test_at_most_one_further_step_runs_for_a_cancelled_request():
-    front = Front()
+@pytest.mark.parametrize("ahead", [False, True])
+def test_at_most_one_further_step_runs_for_a_cancelled_request(ahead):
+    front = Front(ahead=ahead)
     sent = []
 
     def cancel():
@@ -191,8 +192,9 @@ def test_at_most_one_further_step_runs_for_a_cancelled_request():
         assert len(launches) <= sent[0] + 1
 
 
-def test_a_row_that_is_not_finite_ends_its_own_request_only():
-    with Front(fail=lambda request: request.id == 2) as front:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_row_that_is_not_finite_ends_its_own_request_only(ahead):
+    with Front(ahead=ahead, fail=lambda request: request.id == 2) as front:
         requests = [submit(n, [n, n], n) for n in (1, 2, 3)]
         front.channel.send(*requests)
         output, results, _ = front.collect(requests)

@@ -53,6 +53,8 @@ def request(ids, seed=SEED):
 class Books:
     """A runner that fills the buffers of each launch and has no model; `written` counts entries of block tables."""
 
+    ahead = False
+
     def __init__(self, sizes):
         self.written = 0
         self._prefill, self._decode = Step(sizes, sizes.chunk, 1, 4), Step(sizes, MAX_ROWS, 1, 4)
@@ -67,8 +69,11 @@ class Books:
     def prefill(self, chunk):
         return Prefilled(self._drawn(self._prefill.prefill(chunk)), [], True)
 
-    def decode(self, spans):
-        return self._drawn(self._decode.decode(spans))
+    def launch(self, spans):
+        self.drawn = self._drawn(self._decode.decode(spans))
+
+    def collect(self):
+        return self.drawn
 
     def _drawn(self, launch):
         return [Drawn(7, 0.0, TopLogprobs(), True) for _ in launch.draws]
