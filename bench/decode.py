@@ -7,9 +7,7 @@ own; the rate counts the tokens of all of them while all decode. The ceiling is 
 
 import contextlib
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import roofline
@@ -54,7 +52,7 @@ class Bench:
         self.report, self.served = report, served
         self.name, _, _, self.points = job
         self.spec = spec(job.name)
-        self.bandwidth, self.matmul = limits[roofline.READ], limits[roofline.MATMUL]
+        self.bandwidth, self.matmul = limits.get(roofline.READ, 0.0), limits.get(roofline.MATMUL, 0.0)
         self.steps: dict[tuple[int, int], float] = {}
 
     def point(self, context: int, rows: int) -> None:
@@ -83,6 +81,7 @@ class Bench:
         """Read a prompt; its new tokens give the rate of prefill, against the parameters they are multiplied with."""
         (answer,) = by_socket(self.served.client, [ids], 2).rows
         fresh, ms = len(ids) - answer.timing.cached_tokens, answer.timing.prefill_ms
+        # Of one prompt, and where it is long enough to say something.
         if row or fresh < self.served.engine.chunk or not ms:
             return
         self.report.add(
@@ -181,12 +180,10 @@ def main() -> int:
     gpu = cards.describe() if chosen.device == "cuda" else None
     points = TINY if chosen.tiny else QUICK if chosen.quick else WHOLE
     name = "tiny" if chosen.tiny else chosen.model
-    report = Report(f"decode-{name}", dry=gpu is None, quick=chosen.quick, gpu=gpu)
-    with report.part(name), tempfile.TemporaryDirectory() as folder:
-        measures = "cuda" if gpu else "host"
-        limits = roofline.measured(chosen.roofline, measures, tiny=chosen.tiny, folder=Path(folder))
-        measure(report, Job(name, chosen.device, chosen.seconds, points), limits)
-    return report.finish(chosen.save)
+    report = Report(f"decode-{name}", chosen, gpu)
+    with report.part(name):
+        measure(report, Job(name, chosen.device, chosen.seconds, points), roofline.limits(report, chosen))
+    return report.finish()
 
 
 if __name__ == "__main__":

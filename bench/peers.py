@@ -8,7 +8,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +37,7 @@ WHOLE = Points((128, 4096), 256, 5)
 
 
 class Job(NamedTuple):
-    """A model on a device; `seconds` is what is left to all peers together."""
+    """A model's folder on a device."""
 
     name: str
     folder: Path
@@ -81,7 +80,7 @@ def compare(report: Report, job: Job, limits: dict[str, float], seconds: float) 
                 rates[peer, context] = theirs(job, module, context, seconds - report.seconds)
     for (who, context), found in rates.items():
         size = spec(job.name).step_bytes(1, context + job.points.tokens // 2, "bfloat16")
-        ceiling = limits[roofline.READ] / size
+        ceiling = limits.get(roofline.READ, 0.0) / size
         label = f"{job.name}, context {context}: {who}"
         facts = {"model": job.name, "context": context, "who": who, "step_bytes": size}
         report.add(label, "tokens/s", found, ceiling=ceiling, against="measured bandwidth", **facts)
@@ -107,13 +106,12 @@ def main() -> int:
     gpu = cards.describe() if chosen.device == "cuda" else None
     points = TINY if chosen.tiny else QUICK if chosen.quick else WHOLE
     name = "tiny" if chosen.tiny else chosen.model
-    report = Report(f"peers-{name}", dry=gpu is None, quick=chosen.quick, gpu=gpu)
+    report = Report(f"peers-{name}", chosen, gpu)
     flashinfer(report)
-    with report.part(name), tempfile.TemporaryDirectory() as saved, model_folder(name, chosen.device) as folder:
-        measures = "cuda" if gpu else "host"
-        limits = roofline.measured(chosen.roofline, measures, tiny=chosen.tiny, folder=Path(saved))
+    with report.part(name), model_folder(name, chosen.device) as folder:
+        limits = roofline.limits(report, chosen)
         compare(report, Job(name, folder, chosen.device, points), limits, chosen.seconds)
-    return report.finish(chosen.save)
+    return report.finish()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ def main() -> int:
     parser = options(__doc__, ("cuda", "host"))
     chosen = parser.parse_args()
     gpu = cards.describe() if chosen.device == "cuda" else None
-    report = Report("roofline", dry=gpu is None, quick=chosen.quick, gpu=gpu)
+    report = Report("roofline", chosen, gpu)
     sheet = cards.sheet(gpu["name"]) if gpu else None
     scale = TINY if chosen.tiny else QUICK if chosen.quick else WHOLE
     with report.part("reads"):
@@ -61,7 +62,7 @@ def main() -> int:
         edges(report, chosen.device, scale)
     with report.part("meetings"):
         meetings(report, chosen.device, scale)
-    return report.finish(chosen.save)
+    return report.finish()
 
 
 def reads(report: Report, device: str, scale: Scale, l2: int, ceiling: float | None) -> None:
@@ -128,18 +129,27 @@ def _edge(report: Report, name: str, seconds: Sequence[float]) -> None:
     report.add(name, "µs", [each * 1e6 for each in seconds], ceiling=EDGE_GOAL, against="goal")
 
 
-def measured(path: Path | None, device: str, *, tiny: bool, folder: Path) -> dict[str, float]:
-    """Bytes a second of `READ` and operations a second of `MATMUL`, from a saved report or measured now.
+def limits(report: Report, chosen: argparse.Namespace) -> dict[str, float]:
+    """Bytes a second of `READ` and operations a second of `MATMUL`, from the report given or measured now.
 
-    It is measured in a process of its own, which leaves no memory in use.
+    It is measured in a process of its own, which leaves no memory in use. What is not known is left out: then the
+    numbers of `report` have no ceilings.
     """
-    if path is None:
-        flags = ["--quick", "--device", device, *(["--tiny"] if tiny else []), "--save", str(folder)]
-        subprocess.run([sys.executable, __file__, *flags], check=True, stdout=subprocess.DEVNULL)
-        path = max(folder.glob("*-roofline.json"))
-    found: dict[str, Any] = json.loads(path.read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        path = chosen.roofline or _measured(chosen, Path(folder))
+        found: dict[str, Any] = json.loads(path.read_text()) if path else {"numbers": []}
     medians = {number["name"]: number["value"] for number in found["numbers"]}
-    return {READ: medians[READ] * 1e9, MATMUL: medians[MATMUL] * 1e12}
+    known = {name: medians[name] * unit for name, unit in ((READ, 1e9), (MATMUL, 1e12)) if name in medians}
+    for name in {READ, MATMUL} - set(known):
+        report.skip(name, "roofline.py did not find it: no ceilings by it")
+    return known
+
+
+def _measured(chosen: argparse.Namespace, folder: Path) -> Path | None:
+    device = "cuda" if chosen.device == "cuda" else "host"
+    flags = ["--quick", "--device", device, *(["--tiny"] if chosen.tiny else []), "--save", str(folder)]
+    subprocess.run([sys.executable, __file__, *flags], check=False)
+    return next(folder.glob("*-roofline.json"), None)
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,9 @@
 """The result of one bench: numbers with their ceilings, what failed, what was left out, and the file they are kept in.
 
-{"what", "dry", "quick", "when", "commit", "versions", …, "gpu": {…} or null, "numbers": […], "failures": [{"name",
-"why"}], "skipped": [{"name", "why"}], "seconds"}; a number is {"name", "unit", "ceiling", "against", "value", "share",
-"quartiles": [25 %, 75 %], "range": [least, most], "samples"} and what belongs to it. `value` is the median, `share` how
-much of what the ceiling allows was reached, whether more is better or less; where no ceiling is known both are null.
+{"what", "dry", "quick", "when", "commit", "versions", …, "gpu": {…} or null, "complete", "numbers": […], "failures":
+[{"name", "why"}], "skipped": [{"name", "why"}], "seconds"}; a number is {"name", "unit", "ceiling", "against", "value",
+"share", "quartiles": [25 %, 75 %], "range": [least, most], "samples"} and what belongs to it. `value` is the median,
+`share` how much of what the ceiling allows was reached, whether more is better or less; both null without a ceiling.
 """
 
 import argparse
@@ -29,19 +29,14 @@ TIMES = {"µs", "ms", "s"}
 class Report:
     """Gathers, prints as it goes, the ceiling first, and saves. One failure leaves the others alone."""
 
-    def __init__(self, what: str, *, dry: bool, quick: bool, gpu: dict[str, Any] | None) -> None:
+    def __init__(self, what: str, chosen: argparse.Namespace, gpu: dict[str, Any] | None) -> None:
         self._began = time.monotonic()
-        self.what, self.failed = what, False
-        self._found: dict[str, Any] = {"what": what, "dry": dry, "quick": quick, **facts(), "gpu": gpu}
-        self._found |= {"numbers": [], "failures": [], "skipped": []}
-        if dry:
+        self._folder, self.failed = chosen.save, False
+        self._found: dict[str, Any] = {"what": what, "dry": gpu is None, "quick": chosen.quick, **facts(), "gpu": gpu}
+        self._found |= {"complete": False, "numbers": [], "failures": [], "skipped": []}
+        if gpu is None:
             self._found["note"] = DRY
             print(DRY)
-
-    @property
-    def numbers(self) -> list[dict[str, Any]]:
-        """What was measured so far."""
-        return list(self._found["numbers"])
 
     @property
     def seconds(self) -> float:
@@ -61,7 +56,7 @@ class Report:
     ) -> float:
         """Keep a number and return its median; `lower` is better where not said for times only."""
         number = summary(samples, ceiling, lower=unit in TIMES if lower is None else lower)
-        self._found["numbers"].append({"name": name, "unit": unit, "against": against, **number, **more})
+        self._keep("numbers", {"name": name, "unit": unit, "against": against, **number, **more})
         print(line(name, unit, against, number), flush=True)
         return float(number["value"])
 
@@ -71,13 +66,13 @@ class Report:
 
     def skip(self, name: str, why: str) -> None:
         """Say what was left out."""
-        self._found["skipped"].append({"name": name, "why": why})
+        self._keep("skipped", {"name": name, "why": why})
         print(f"{name}: left out: {why}", flush=True)
 
     def fail(self, name: str, why: str) -> None:
         """Say what failed; the bench goes on and ends with exit code 1."""
         self.failed = True
-        self._found["failures"].append({"name": name, "why": why})
+        self._keep("failures", {"name": name, "why": why})
         print(f"{name}: FAILED: {why}", flush=True)
 
     @contextlib.contextmanager
@@ -88,11 +83,20 @@ class Report:
         except Exception as error:  # noqa: BLE001  # whatever it is, the other parts are still worth their time
             self.fail(name, f"{type(error).__name__}: {error}"[:2000])
 
-    def finish(self, folder: Path) -> int:
-        """Save; return the exit code."""
-        self._found["seconds"] = self.seconds
-        print(machine.save(self._found, folder))
+    def finish(self) -> int:
+        """Say where it is saved; return the exit code."""
+        self._found["complete"] = True
+        print(self._save())
         return int(self.failed)
+
+    def _keep(self, kind: str, entry: dict[str, Any]) -> None:
+        """Save at once: whoever ends a bench that takes too long loses nothing of what it found."""
+        self._found[kind].append(entry)
+        self._save()
+
+    def _save(self) -> Path:
+        self._found["seconds"] = self.seconds
+        return machine.save(self._found, self._folder)
 
 
 def facts() -> dict[str, Any]:
