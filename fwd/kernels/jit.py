@@ -5,8 +5,10 @@ hash of the toolkit's headers. Without a compiler any version's build of that ve
 """
 
 import hashlib
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -67,7 +69,7 @@ class Jit:
         self.table = table
         self.fallback = fallback
         self._defines = ("-DFWD_DEBUG",) if debug else ()
-        self._private: tempfile.TemporaryDirectory[str] | None = None
+        self._private: Path | None = None
 
     def builds(self, arches: Sequence[str], jobs: int = 1) -> Iterator[Build]:
         """All files of the table for each architecture, in order, `jobs` at a time."""
@@ -158,7 +160,7 @@ class Jit:
 
     def _candidates(self, source: str, arch: str) -> list[Path]:
         """Where a build may be: by name, or without a compiler all of that text, the latest first."""
-        roots = (self.cache, *([Path(self._private.name)] if self._private else []))
+        roots = (self.cache, *filter(None, [self._private]))
         try:
             name = self._name(source, arch) if self.compiler else ""
         except KernelError:  # no headers to compile with
@@ -170,7 +172,7 @@ class Jit:
 
     def _keep(self, name: str, cubin: bytes, record: Record) -> Build:
         files = {CUBIN: cubin, RECORD: msgspec.json.encode(record)}
-        root = Path(self._private.name) if self._private else self.cache
+        root = self._private or self.cache
         try:
             sources.publish(root / name, files)
         except OSError as error:
@@ -184,10 +186,11 @@ class Jit:
         if not self.fallback:
             raise KernelError(f"{trouble}: give another with --cache or CACHE_DIRECTORY") from error
         if not self._private:
-            self._private = tempfile.TemporaryDirectory(prefix="fwd-kernels-")
+            self._private = Path(tempfile.mkdtemp(prefix="fwd-kernels-"))
+            weakref.finalize(self, shutil.rmtree, self._private, ignore_errors=True)
             way_out = "kernels are built for this process alone; set CACHE_DIRECTORY to keep them"
             log.warning("kernel_cache_unwritable", path=str(self.cache), reason=error.strerror, way_out=way_out)
-        return Path(self._private.name)
+        return self._private
 
     def _discard(self, place: Path) -> None:
         try:

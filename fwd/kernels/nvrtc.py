@@ -17,7 +17,7 @@ ENTRY = re.compile(r"Compiling entry function '(\w+)' for '\w+'")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
-WARNING = re.compile(r"^.*\bwarning\b.*$", re.MULTILINE)
+WARNING = re.compile(r"^.*\bwarning *[#:].*$", re.MULTILINE)
 ERROR = re.compile(r"^.*\b(?:error|fatal)\b.*$", re.MULTILINE)
 
 
