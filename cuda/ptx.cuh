@@ -15,7 +15,9 @@ using uint32_t = unsigned int;
 using int32_t = int;
 using uint64_t = unsigned long;
 using int64_t = long;
+#define INFINITY __builtin_bit_cast(float, 0x7F800000u)  // NVRTC has no math.h
 #else
+#include <math.h>
 #include <stdint.h>
 #endif
 #include <cuda_bf16.h>
@@ -171,7 +173,7 @@ FWD_INLINE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared FWD_SITE)
 // 16 bytes, past L1. The bytes are there for this thread after cp_async_wait, for others after a barrier behind that.
 FWD_INLINE void cp_async_16(void* shared, const void* global FWD_SITE) {
 #ifdef FWD_HOST
-    host::cp_async_16(shared, global, 16, site);
+    host::cp_async(shared, global, 16, true, "cp_async_16", site);
 #else
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global_address(global))
                  : "memory");
@@ -181,10 +183,21 @@ FWD_INLINE void cp_async_16(void* shared, const void* global FWD_SITE) {
 // The same, or 16 zero bytes; `global` is not read where not valid.
 FWD_INLINE void cp_async_16_zfill(void* shared, const void* global, bool valid FWD_SITE) {
 #ifdef FWD_HOST
-    host::cp_async_16(shared, global, valid ? 16 : 0, site);
+    host::cp_async(shared, global, 16, valid, "cp_async_16_zfill", site);
 #else
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                  "l"(global_address(global)), "r"(valid ? 16 : 0)
+                 : "memory");
+#endif
+}
+
+// The same for 4 bytes at 4 bytes, by way of L1.
+FWD_INLINE void cp_async_4_zfill(void* shared, const void* global, bool valid FWD_SITE) {
+#ifdef FWD_HOST
+    host::cp_async(shared, global, 4, valid, "cp_async_4_zfill", site);
+#else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
+                 "l"(global_address(global)), "r"(valid ? 4 : 0)
                  : "memory");
 #endif
 }
@@ -407,9 +420,21 @@ FWD_INLINE void store_release(int* address, int value) {
 #endif
 }
 
+// Seen by the host, which polls pinned memory, after all that this thread has written or seen written.
+FWD_INLINE void store_release_system(int64_t* address, int64_t value) {
+#ifdef FWD_HOST
+    __atomic_store_n(address, value, __ATOMIC_SEQ_CST);
+#else
+    asm volatile("st.release.sys.global.s64 [%0], %1;" ::"l"(global_address(address)), "l"(value) : "memory");
+#endif
+}
+
 // Atomics return the value before. A sum of floats in arrival order does not repeat: that one is for statistics alone.
 FWD_INLINE int atomic_add(int* address, int value) { return atomicAdd(address, value); }
 FWD_INLINE unsigned atomic_add(unsigned* address, unsigned value) { return atomicAdd(address, value); }
+FWD_INLINE uint64_t atomic_add(uint64_t* address, uint64_t value) {
+    return atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
+}
 FWD_INLINE float atomic_add(float* address, float value) { return atomicAdd(address, value); }
 FWD_INLINE int atomic_max(int* address, int value) { return atomicMax(address, value); }
 FWD_INLINE unsigned atomic_max(unsigned* address, unsigned value) { return atomicMax(address, value); }

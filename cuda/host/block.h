@@ -1,0 +1,334 @@
+// A block of threads under execution: who runs next, who waits where, and what is said when that cannot go on.
+#pragma once
+
+#include <setjmp.h>
+
+#include <atomic>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+
+namespace fwd::host {
+
+constexpr unsigned WARP = 32;
+constexpr unsigned MAX_THREADS = 1024;
+
+// A place in the text of a kernel.
+struct Site {
+    const char* file = "";
+    int line = 0;
+
+    static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+    bool operator==(const Site& other) const { return line == other.line && file == other.file; }
+    std::string text() const {
+        const char* slash = strrchr(file, '/');
+        return std::string(slash ? slash + 1 : file) + ":" + std::to_string(line);
+    }
+};
+
+struct Random {  // xorshift64* (Vigna 2016)
+    uint64_t state = 1;
+
+    void seed(uint64_t value) {  // splitmix64
+        value += 0x9E3779B97F4A7C15u;
+        value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9u;
+        value = (value ^ value >> 27) * 0x94D049BB133111EBu;
+        state = (value ^ value >> 31) | 1;
+    }
+    uint32_t next() {
+        state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
+        return static_cast<uint32_t>(state * 0x2545F4914F6CDD1Du >> 32);
+    }
+    uint32_t below(uint32_t bound) { return static_cast<uint32_t>(uint64_t(next()) * bound >> 32); }
+    // One of the bits of a mask that is not 0.
+    int bit(uint32_t mask) {
+        unsigned turn = next() & 31;
+        return (__builtin_ctz(mask >> turn | mask << (-turn & 31)) + turn) & 31;
+    }
+};
+
+struct Copy {  // on its way to shared memory
+    void* target;
+    const void* source;  // null: zeros
+    uint32_t bytes;
+    unsigned group;  // of cp.async
+    uint64_t* barrier;  // of a bulk copy
+};
+
+struct Block;
+struct Warp;
+
+struct Thread {
+    Context context;
+    Block* block = nullptr;
+    Warp* warp = nullptr;
+    Stack* stack = nullptr;  // none: not started
+    unsigned index = 0;
+    unsigned groups = 0;  // of cp.async that were committed
+    bool waited = false;  // for the launch before
+    const char* what = nullptr;  // it waits in, and where
+    Site site;
+    std::vector<Copy> copies;
+
+    unsigned lane() const { return index % WARP; }
+    uint32_t bit() const { return 1u << lane(); }
+};
+
+struct Group {  // lanes that meet in a collective of a warp
+    uint32_t mask = 0;
+    uint32_t pending = 0;  // lanes that are there
+    const char* what = nullptr;
+    Site site;
+};
+
+struct Warp {
+    uint32_t runnable = 0;  // may run, and does not
+    uint32_t parked = 0;  // in a collective of the warp
+    uint32_t blocked = 0;  // in a barrier of the block or the grid
+    uint32_t exited = 0;
+    Group groups[WARP];  // by the lowest lane of the mask
+    uint64_t in[WARP], out[WARP];  // what collectives exchange
+    uint8_t source[WARP];
+};
+
+struct Barrier {  // of all threads of a block or a grid
+    unsigned arrived = 0;
+    unsigned exited = 0;
+    bool any = false;
+    bool result = false;  // of the last time
+    const char* what = nullptr;
+    Site site;
+};
+
+struct Waiter {
+    Thread* thread;
+    uint64_t* barrier;
+    uint32_t parity;
+};
+
+struct Worker;
+
+struct Block {
+    Worker* worker = nullptr;
+    uint32_t place[3] = {};  // blockIdx
+    unsigned threads = 0;
+    unsigned alive = 0;
+    uint32_t runnable = 0;  // warps that have runnable lanes
+    Barrier barrier;
+    char* shared = nullptr;
+    uint32_t shared_bytes = 0;
+    std::vector<Thread> thread;
+    std::vector<Warp> warp;
+    std::vector<uint64_t*> mbarriers;  // that were initialised
+    std::vector<Waiter> waiters;
+    std::vector<Copy> copies;  // bulk
+
+    void wake(Thread& it) {
+        it.warp->runnable |= it.bit();
+        runnable |= 1u << it.index / WARP;
+    }
+    void release_all() {  // from a barrier of the block
+        for (unsigned each = 0; each < warp.size(); ++each) release(each);
+    }
+    void release(unsigned each) {
+        warp[each].runnable |= warp[each].blocked;
+        warp[each].blocked = 0;
+        if (warp[each].runnable) runnable |= 1u << each;
+    }
+};
+
+// A launch, as the caller describes it.
+struct Call {
+    const char* kernel;
+    void (*thunk)(const char* arguments);
+    const char* arguments;  // 8 bytes each
+    uint32_t grid[3];
+    uint32_t threads;
+    uint32_t shared;
+    uint32_t cooperative;
+    uint32_t workers;
+    uint32_t poison;
+    uint64_t seed;
+};
+
+struct Grid {
+    const Call* call = nullptr;
+    std::vector<uint32_t> order;  // of blocks
+    std::atomic<uint32_t> next{0};
+    std::atomic<bool> failed{false};
+    std::mutex mutex;
+    std::string error;  // the first
+    Barrier barrier;  // of cooperative grids, which one worker runs
+
+    uint32_t blocks() const { return call->grid[0] * call->grid[1] * call->grid[2]; }
+};
+
+struct Worker {
+    Grid* grid = nullptr;
+    Context main;
+    sigjmp_buf escape;  // from a fault
+    Random random;
+    Stacks stacks;
+    std::vector<Block*> blocks;  // all that were ever resident at once
+    unsigned resident = 0;
+    unsigned spins = 0;  // loads in a row that only looked for another's store
+    Stack* ended = nullptr;  // of the thread that ended last: it left it only now
+};
+
+static __thread Thread* current __attribute__((tls_model("initial-exec"))) = nullptr;
+
+// ---- errors ----
+
+inline std::string describe(const Grid& grid, const Block& block) {
+    char text[256];
+    snprintf(text, sizeof text, "kernel %s, block (%u, %u, %u)", grid.call->kernel, block.place[0], block.place[1], block.place[2]);
+    return text;
+}
+
+inline std::string describe(const Thread& thread) {
+    char text[96];
+    snprintf(text, sizeof text, "thread %u (warp %u, lane %u)", thread.index, thread.index / WARP, thread.lane());
+    return text;
+}
+
+inline void report(Grid& grid, const std::string& error) {
+    std::lock_guard<std::mutex> hold(grid.mutex);
+    if (!grid.failed.exchange(true)) grid.error = error;
+}
+
+// Ends the launch from within a thread of the kernel; what lies on the stacks is left behind.
+[[noreturn]] inline void fail(const std::string& error) {
+    Thread& self = *current;
+    Worker& worker = *self.block->worker;
+    report(*worker.grid, describe(*worker.grid, *self.block) + ", " + describe(self) + ": " + error);
+    current = nullptr;
+    switch_context(self.context, worker.main, true);
+    __builtin_unreachable();
+}
+
+inline std::string at(const char* what, const Site& site) { return std::string(what) + " at " + site.text(); }
+
+// ---- who runs next ----
+
+void thread_main();  // grid.h
+bool land_any(Worker& worker);  // copies.h
+
+inline Thread* pick(Block& block, unsigned index) {
+    Warp& warp = block.warp[index];
+    unsigned lane = block.worker->random.bit(warp.runnable);
+    warp.runnable &= ~(1u << lane);
+    if (!warp.runnable) block.runnable &= ~(1u << index);
+    return &block.thread[index * WARP + lane];
+}
+
+// A runnable thread: of this warp mostly, else of the block, else of any resident block; null if there is none.
+inline Thread* choose(Worker& worker, Block& block, unsigned warp, bool elsewhere) {
+    if (block.warp[warp].runnable && !elsewhere) return pick(block, warp);
+    if (worker.resident > 1) {
+        unsigned first = worker.random.below(worker.resident);
+        for (unsigned each = 0; each < worker.resident; ++each) {
+            Block& other = *worker.blocks[(first + each) % worker.resident];
+            if (other.runnable) return pick(other, worker.random.bit(other.runnable));
+        }
+    } else if (block.runnable) {
+        return pick(block, worker.random.bit(block.runnable));
+    }
+    return nullptr;
+}
+
+inline void go(Worker& worker, Context& from, Thread& to, bool forever = false) {
+    if (!to.stack) {
+        to.stack = worker.stacks.take();
+        to.context = {to.stack->start(thread_main), to.stack->bottom, STACK, nullptr};
+    }
+    current = &to;
+    switch_context(from, to.context, forever);
+}
+
+// Lets another thread run until this one is chosen again. One switch in 16 leaves the warp.
+inline void pause(bool elsewhere = false) {
+    Thread& self = *current;
+    Worker& worker = *self.block->worker;
+    elsewhere = elsewhere || (worker.random.state >> 60) == 0;
+    Thread* next = choose(worker, *self.block, self.index / WARP, elsewhere);
+    while (!next && land_any(worker)) next = choose(worker, *self.block, self.index / WARP, elsewhere);
+    if (next == &self) return;
+    if (next) return go(worker, self.context, *next);
+    current = nullptr;
+    switch_context(self.context, worker.main);
+}
+
+// Waits until another makes it runnable.
+inline void park(const char* what, const Site& site) {
+    Thread& self = *current;
+    self.what = what, self.site = site;
+    self.block->worker->spins = 0;
+    pause();
+}
+
+// ---- barriers of a block or a grid ----
+
+// The lanes that wait in a collective for this one, which goes elsewhere: an error.
+inline void check_not_awaited(Thread& self, const std::string& doing) {
+    for (const Group& group : self.warp->groups)
+        if (group.pending && group.mask & self.bit())
+            fail(doing + " while lanes of its warp wait for it in " + at(group.what, group.site));
+}
+
+inline void check_arrival(Thread& self, Barrier& barrier, const char* what, const Site& site) {
+    if (self.warp->parked) check_not_awaited(self, "comes to " + at(what, site));
+    if (barrier.exited)
+        fail("comes to " + at(what, site) + ", and " + std::to_string(barrier.exited) + " threads have ended that would have to");
+    if (barrier.arrived && (!(barrier.site == site) || strcmp(barrier.what, what) != 0))
+        fail("comes to " + at(what, site) + " while " + std::to_string(barrier.arrived) + " threads wait in " +
+             at(barrier.what, barrier.site) + ": barriers are reached divergently");
+    barrier.what = what, barrier.site = site;
+}
+
+// Meets all threads of the block; true for all where the predicate holds in any.
+inline bool block_barrier(bool predicate, const char* what, const Site& site) {
+    Thread& self = *current;
+    Block& block = *self.block;
+    Barrier& barrier = block.barrier;
+    check_arrival(self, barrier, what, site);
+    barrier.any = (barrier.arrived++ != 0 && barrier.any) || predicate;
+    self.warp->blocked |= self.bit();
+    if (barrier.arrived == block.threads) {
+        barrier.arrived = 0, barrier.result = barrier.any;
+        block.release_all();
+    }
+    park(what, site);
+    return barrier.result;  // the next time needs this thread
+}
+
+inline void grid_barrier(unsigned* state, const Site& site) {
+    Thread& self = *current;
+    Worker& worker = *self.block->worker;
+    Barrier& barrier = worker.grid->barrier;
+    if (!worker.grid->call->cooperative) fail("comes to " + at("grid_barrier", site) + " in a launch that is not cooperative");
+    if (*state & 0x7FFFFFFFu) fail("finds a state that is not 0 in " + at("grid_barrier", site));
+    check_arrival(self, barrier, "grid_barrier", site);
+    self.warp->blocked |= self.bit();
+    if (++barrier.arrived == worker.grid->blocks() * self.block->threads) {
+        barrier.arrived = 0;
+        *state ^= 0x80000000u;
+        for (unsigned each = 0; each < worker.resident; ++each) worker.blocks[each]->release_all();
+    }
+    park("grid_barrier", site);
+}
+
+// A look at what another block may store: others go on before it.
+inline int load_acquire(const int* address, const Site& site) {
+    Thread& self = *current;
+    if (++self.block->worker->spins > 1u << 20) fail("waits without end for a store, in " + at("load_acquire", site));
+    self.block->wake(self);
+    pause(true);
+    return __atomic_load_n(address, __ATOMIC_SEQ_CST);
+}
+
+}  // namespace fwd::host

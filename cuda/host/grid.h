@@ -1,0 +1,318 @@
+// Runs a launch: its blocks in random order on two workers, or all at once on one, and says what went wrong.
+#pragma once
+
+#include <signal.h>
+
+#include <thread>
+#include <utility>
+
+#include "copies.h"
+
+namespace fwd::host {
+
+constexpr uint32_t CANARY = 128;  // bytes before the shared memory of a block; more may follow up to the guard page
+constexpr size_t GUARD = 1 << 20;
+constexpr uint32_t SHARED_LIMIT = 227 * 1024;
+constexpr unsigned MAX_RESIDENT = 16384;  // threads
+constexpr char CANARY_BYTE = 0x5C;
+
+// ---- one thread ----
+
+inline void check_end(Thread& self) {
+    Block& block = *self.block;
+    if (!self.waited) fail("ends and has not come to grid_dependency_wait");
+    if (!self.copies.empty()) fail("ends with cp.async under way that nobody waited for: " + std::to_string(self.copies.size()));
+    if (block.alive == 1 && !block.copies.empty()) fail("ends, the last of its block, with bulk copies under way");
+    if (self.warp->parked) check_not_awaited(self, "ends");
+    for (const Barrier* barrier : {&block.barrier, &block.worker->grid->barrier})
+        if (barrier->arrived)
+            fail("ends while " + std::to_string(barrier->arrived) + " threads wait for it in " + at(barrier->what, barrier->site));
+}
+
+[[noreturn]] inline void end_thread() {
+    Thread& self = *current;
+    Block& block = *self.block;
+    Worker& worker = *block.worker;
+    check_end(self);
+    self.warp->exited |= self.bit();
+    ++block.barrier.exited, --block.alive;
+    if (worker.grid->call->cooperative) ++worker.grid->barrier.exited;
+    worker.spins = 0;
+    if (worker.ended) worker.stacks.give(worker.ended);
+    worker.ended = self.stack;
+    Thread* next = choose(worker, block, self.index / WARP, false);
+    while (!next && land_any(worker)) next = choose(worker, block, self.index / WARP, false);
+    if (next) {
+        go(worker, self.context, *next, true);
+    } else {
+        current = nullptr;
+        switch_context(self.context, worker.main, true);
+    }
+    __builtin_unreachable();
+}
+
+inline void thread_main() {
+    arrive(current->context);
+    const Call& call = *current->block->worker->grid->call;
+    call.thunk(call.arguments);
+    end_thread();
+}
+
+// ---- one block, or those of a cooperative grid ----
+
+// Shared memory ends where pages begin that nobody may touch.
+inline char* map_shared() {
+    size_t room = (CANARY + SHARED_LIMIT + PAGE) / PAGE * PAGE;
+    void* memory = mmap(nullptr, room + GUARD, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char* end = static_cast<char*>(memory) + room;
+    if (memory == MAP_FAILED || mprotect(end, GUARD, PROT_NONE) != 0) abort();
+    return end;
+}
+
+inline uint32_t aligned_shared(const Block& block) { return (block.shared_bytes + 127) / 128 * 128; }
+
+inline void prepare(Worker& worker, Block& block, uint32_t index) {
+    const Call& call = *worker.grid->call;
+    char* end = block.shared ? block.shared + aligned_shared(block) : map_shared();
+    block.shared_bytes = call.shared;
+    block.shared = end - aligned_shared(block);
+    memset(block.shared - CANARY, CANARY_BYTE, CANARY);
+    memset(block.shared, int(call.poison), block.shared_bytes);
+    memset(block.shared + block.shared_bytes, CANARY_BYTE, aligned_shared(block) - block.shared_bytes);
+    block.worker = &worker;
+    block.place[0] = index % call.grid[0];
+    block.place[1] = index / call.grid[0] % call.grid[1];
+    block.place[2] = index / call.grid[0] / call.grid[1];
+    block.threads = block.alive = call.threads;
+    block.barrier = {};
+    block.mbarriers.clear(), block.waiters.clear(), block.copies.clear();
+    block.warp.resize(call.threads / WARP);
+    block.thread.resize(call.threads);
+    for (Warp& warp : block.warp) {
+        warp.runnable = 0xFFFFFFFFu;
+        warp.parked = warp.blocked = warp.exited = 0;
+        for (Group& group : warp.groups) group.pending = 0;
+    }
+    block.runnable = 0xFFFFFFFFu >> (WARP - block.warp.size());
+    for (unsigned each = 0; each < call.threads; ++each) {
+        Thread& thread = block.thread[each];
+        thread.block = &block, thread.warp = &block.warp[each / WARP], thread.index = each;
+        thread.stack = nullptr, thread.groups = 0, thread.waited = false, thread.what = nullptr;
+        thread.copies.clear();
+    }
+}
+
+inline void check_canaries(Grid& grid, const Block& block) {
+    for (long offset = -long(CANARY); offset < long(aligned_shared(block)); ++offset) {
+        if (offset == 0) offset = block.shared_bytes;
+        if (offset < long(aligned_shared(block)) && block.shared[offset] != CANARY_BYTE)
+            return report(grid, describe(grid, block) + ": wrote at " + std::to_string(offset) + ", outside its " + std::to_string(block.shared_bytes) + " bytes of shared memory");
+    }
+}
+
+// "3 threads (0, 1, 5) wait in …", one for each place that threads of the block wait at.
+inline std::string waiting(const Block& block) {
+    std::vector<std::pair<std::string, std::vector<unsigned>>> places;
+    for (const Thread& thread : block.thread) {
+        if (thread.warp->exited & thread.bit()) continue;
+        std::string place = thread.what ? at(thread.what, thread.site) : "nothing";
+        if (thread.what && !strcmp(thread.what, "mbarrier_wait"))
+            for (const Waiter& waiter : block.waiters)
+                if (waiter.thread == &thread) {
+                    const Phase& phase = *reinterpret_cast<const Phase*>(waiter.barrier);
+                    place += " (" + std::to_string(phase.pending) + " arrivals and " + std::to_string(phase.bytes) + " bytes are missing)";
+                }
+        size_t each = 0;
+        while (each < places.size() && places[each].first != place) ++each;
+        if (each == places.size()) places.push_back({place, {}});
+        places[each].second.push_back(thread.index);
+    }
+    std::string text;
+    for (auto& [place, threads] : places) {
+        text += (text.empty() ? "" : "; ") + std::to_string(threads.size()) + (threads.size() == 1 ? " thread (" : " threads (");
+        for (size_t each = 0; each < threads.size() && each < 4; ++each) text += (each ? ", " : "") + std::to_string(threads[each]);
+        text += (threads.size() > 4 ? ", …) wait in " : threads.size() == 1 ? ") waits in " : ") wait in ") + place;
+    }
+    return text;
+}
+
+// Runs the blocks that are prepared until all their threads have ended or none can go on.
+inline void run_resident(Worker& worker) {
+    Grid& grid = *worker.grid;
+    Block& first = *worker.blocks[worker.random.below(worker.resident)];
+    if (sigsetjmp(worker.escape, 0) == 0) go(worker, worker.main, *pick(first, worker.random.bit(first.runnable)));
+    if (worker.ended) worker.stacks.give(worker.ended);
+    worker.ended = nullptr;
+    for (unsigned each = 0; each < worker.resident && !grid.failed; ++each) {
+        Block& block = *worker.blocks[each];
+        if (block.alive) report(grid, describe(grid, block) + ": deadlock: " + waiting(block));
+        check_canaries(grid, block);
+    }
+}
+
+inline void admit(Worker& worker, unsigned slot, uint32_t index) {
+    while (worker.blocks.size() <= slot) worker.blocks.push_back(new Block);
+    prepare(worker, *worker.blocks[slot], index);
+}
+
+inline void work(Worker& worker) {
+    Grid& grid = *worker.grid;
+    unsigned control = _mm_getcsr();
+    _mm_setcsr(control | 0x8040u);  // flush to zero, denormals are zero: -ftz=true
+    if (grid.call->cooperative) {
+        worker.random.seed(grid.call->seed);
+        worker.resident = grid.blocks();
+        for (unsigned each = 0; each < worker.resident; ++each) admit(worker, each, each);
+        run_resident(worker);
+    } else {
+        worker.resident = 1;
+        for (uint32_t each; !grid.failed && (each = grid.next++) < grid.order.size();) {
+            worker.random.seed(grid.call->seed ^ uint64_t(grid.order[each] + 1) << 32);
+            admit(worker, 0, grid.order[each]);
+            run_resident(worker);
+        }
+    }
+    if (grid.failed) worker.stacks.reset();
+    _mm_setcsr(control);
+}
+
+// ---- faults ----
+
+#ifndef __SANITIZE_ADDRESS__
+constexpr int FAULTS[] = {SIGSEGV, SIGBUS, SIGFPE};
+static struct sigaction before[3];
+
+inline std::string fault_text(int signal, const char* place) {
+    const Block& block = *current->block;
+    if (signal == SIGFPE) return "divides an integer by zero";
+    long offset = place - block.shared;
+    if (offset >= 0 && offset < long(aligned_shared(block) + GUARD))
+        return "reaches byte " + std::to_string(offset) + " of its " + std::to_string(block.shared_bytes) + " bytes of shared memory";
+    if (block.worker->stacks.overflowed(place)) return "needs a stack of more than " + std::to_string(STACK / 1024) + " KiB";
+    if (!place) return "reads or writes a null or misaligned address";
+    return "reads or writes at " + address(place) + ", where nothing is";
+}
+
+static void on_fault(int signal, siginfo_t* info, void*) {
+    if (!current) {  // not a kernel's: as if this handler were not there
+        for (int each = 0; each < 3; ++each) sigaction(FAULTS[each], &before[each], nullptr);
+        return;
+    }
+    Worker& worker = *current->block->worker;
+    std::string error = fault_text(signal, static_cast<const char*>(info->si_addr));
+    report(*worker.grid, describe(*worker.grid, *current->block) + ", " + describe(*current) + ": " + error);
+    current = nullptr;
+    siglongjmp(worker.escape, 1);
+}
+
+struct Faults {  // are errors of the launch while this lives
+    Faults() {
+        struct sigaction action = {};
+        action.sa_sigaction = on_fault;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+        for (int each = 0; each < 3; ++each) sigaction(FAULTS[each], &action, &before[each]);
+    }
+    ~Faults() {
+        for (int each = 0; each < 3; ++each) sigaction(FAULTS[each], &before[each], nullptr);
+    }
+};
+
+struct SignalStack {  // of this system thread: a fiber's may be what overflowed
+    stack_t old;
+    char* memory = new char[64 * 1024];
+    SignalStack() {
+        stack_t own = {};
+        own.ss_sp = memory, own.ss_size = 64 * 1024;
+        sigaltstack(&own, &old);
+    }
+    ~SignalStack() {
+        sigaltstack(&old, nullptr);
+        delete[] memory;
+    }
+};
+#else
+struct Faults {
+    ~Faults() {}
+};
+struct SignalStack {
+    ~SignalStack() {}
+};
+#endif
+
+// ---- the launch ----
+
+constexpr unsigned MAX_WORKERS = 2;
+
+inline void run(Grid& grid, Worker& worker) {
+    SignalStack stack;
+    worker.grid = &grid;
+#ifdef __SANITIZE_ADDRESS__
+    pthread_attr_t attributes;
+    void* bottom;
+    pthread_getattr_np(pthread_self(), &attributes);
+    pthread_attr_getstack(&attributes, &bottom, &worker.main.size);
+    pthread_attr_destroy(&attributes);
+    worker.main.bottom = bottom;
+#endif
+    work(worker);
+}
+
+inline void launch(Grid& grid) {
+    static Worker workers[MAX_WORKERS];
+    const Call& call = *grid.call;
+    Random random;
+    random.seed(call.seed);
+    if (!call.cooperative) {
+        grid.order.resize(grid.blocks());
+        for (uint32_t each = 0; each < grid.order.size(); ++each) grid.order[each] = each;
+        for (uint32_t each = grid.order.size(); each > 1; --each) std::swap(grid.order[each - 1], grid.order[random.below(each)]);
+    }
+    Faults faults;
+    if (call.workers < 2 || call.cooperative || grid.blocks() == 1) return run(grid, workers[0]);
+    std::thread second([&grid] { run(grid, workers[1]); });
+    run(grid, workers[0]);
+    second.join();
+}
+
+// ---- what the library exports ----
+
+struct Export {
+    const char* name;
+    const char* parameters;  // p: a pointer, i: int, f: float
+    void (*thunk)(const char* arguments);
+};
+
+template <typename T>
+constexpr char parameter_code() {
+    static_assert(std::is_pointer_v<T> || std::is_same_v<T, int> || std::is_same_v<T, float>, "parameters of kernels are pointers, int and float");
+    return std::is_pointer_v<T> ? 'p' : std::is_same_v<T, int> ? 'i' : 'f';
+}
+
+template <auto kernel>
+struct Entry;
+
+template <typename... P, void (*kernel)(P...)>
+struct Entry<kernel> {
+    static constexpr char parameters[] = {parameter_code<P>()..., 0};
+
+    template <size_t... each>
+    static void spread(const char* arguments, std::index_sequence<each...>) {
+        static_cast<void>(arguments);
+        kernel(*reinterpret_cast<const P*>(arguments + 8 * each)...);
+    }
+    static void call(const char* arguments) { spread(arguments, std::index_sequence_for<P...>()); }
+};
+
+}  // namespace fwd::host
+
+// Returns 0, or 1 and the error in `message`.
+extern "C" __attribute__((visibility("default"), used)) int fwd_host_launch(const fwd::host::Call* call, char* message, size_t room) {
+    fwd::host::Grid grid;
+    grid.call = call;
+    if (call->cooperative && uint64_t(grid.blocks()) * call->threads > fwd::host::MAX_RESIDENT)
+        grid.error = "a cooperative grid of more than " + std::to_string(fwd::host::MAX_RESIDENT) + " threads";
+    else
+        fwd::host::launch(grid);
+    snprintf(message, room, "%s", grid.error.c_str());
+    return !grid.error.empty();
+}

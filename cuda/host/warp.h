@@ -1,0 +1,177 @@
+// What the lanes of a warp do together: each leaves its part, and the one that comes last does it for all.
+#pragma once
+
+#include <immintrin.h>
+
+#include "block.h"
+
+namespace fwd::host {
+
+inline void check_meeting(Thread& self, Warp& warp, const Group& group, uint32_t mask, const char* what, const Site& site) {
+    std::string doing = "comes to " + at(what, site);
+    if (!(mask & self.bit())) fail(doing + " and is not in its mask");
+    if (warp.exited & mask) fail(doing + ", and lane " + std::to_string(__builtin_ctz(warp.exited & mask)) + " of its mask has ended");
+    if (uint32_t lanes = warp.blocked & mask) {
+        const Thread& other = self.block->thread[(self.index & ~(WARP - 1)) + __builtin_ctz(lanes)];
+        fail(doing + ", and lane " + std::to_string(other.lane()) + " of its mask waits in " + at(other.what, other.site));
+    }
+    if (group.pending && group.mask == mask && group.site == site && strcmp(group.what, what) == 0 &&
+        (warp.parked & mask) == group.pending)
+        return;  // the same words at two addresses
+    for (const Group& other : warp.groups)
+        if (other.pending & mask)
+            fail(doing + ", and lane " + std::to_string(__builtin_ctz(other.pending & mask)) + " of its mask is in " + at(other.what, other.site));
+}
+
+// Meets the lanes of `mask`; the last one calls finish(warp).
+template <typename Finish>
+inline void meet(uint32_t mask, const char* what, const Site& site, Finish finish) {
+    Thread& self = *current;
+    Warp& warp = *self.warp;
+    uint32_t bit = self.bit();
+    Group& group = warp.groups[mask ? __builtin_ctz(mask) : 0];
+    bool same = !group.pending || (group.mask == mask && group.site == site && group.what == what);
+    if (__builtin_expect(!same || !(mask & bit) || (warp.parked & mask) != group.pending || (warp.exited | warp.blocked) & mask, 0))
+        check_meeting(self, warp, group, mask, what, site);
+    if ((group.pending | bit) == mask) {
+        group.pending = 0;
+        warp.parked &= ~mask;
+        finish(warp);
+        warp.runnable |= mask;
+        self.block->runnable |= 1u << self.index / WARP;
+        self.block->worker->spins = 0;
+    } else {
+        group.mask = mask, group.what = what, group.site = site;
+        group.pending |= bit;
+        warp.parked |= bit;
+    }
+    pause();
+}
+
+template <typename T, typename Source>
+inline T shuffle(T value, uint32_t mask, Source source, const char* what, const Site& site) {
+    static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");
+    Warp& warp = *current->warp;
+    unsigned lane = current->lane();
+    memcpy(&warp.in[lane], &value, sizeof(T));
+    warp.source[lane] = static_cast<uint8_t>(source(static_cast<int>(lane)) & 31);
+    meet(mask, what, site, [&](Warp& all) {
+        for (unsigned each = 0; each < WARP; ++each) {
+            if (!(mask >> each & 1)) continue;
+            if (!(mask >> all.source[each] & 1)) fail("reads lane " + std::to_string(all.source[each]) + " outside the mask of " + at(what, site));
+            all.out[each] = all.in[all.source[each]];
+        }
+    });
+    memcpy(&value, &warp.out[lane], sizeof(T));
+    return value;
+}
+
+inline uint32_t ballot(bool predicate, uint32_t mask, const char* what, const Site& site) {
+    Warp& warp = *current->warp;
+    unsigned lane = current->lane();
+    warp.in[lane] = predicate;
+    meet(mask, what, site, [mask](Warp& all) {
+        uint64_t votes = 0;
+        for (unsigned each = 0; each < WARP; ++each)
+            if (mask >> each & 1) votes |= all.in[each] << each;
+        for (unsigned each = 0; each < WARP; ++each)
+            if (mask >> each & 1) all.out[each] = votes;
+    });
+    return static_cast<uint32_t>(warp.out[lane]);
+}
+
+template <typename T, typename Combine>
+inline T reduce(T value, uint32_t mask, Combine combine, const char* what, const Site& site) {
+    Warp& warp = *current->warp;
+    unsigned lane = current->lane();
+    memcpy(&warp.in[lane], &value, sizeof(T));
+    meet(mask, what, site, [&](Warp& all) {
+        T total, each;
+        memcpy(&total, &all.in[__builtin_ctz(mask)], sizeof(T));
+        for (uint32_t rest = mask & (mask - 1); rest; rest &= rest - 1) {
+            memcpy(&each, &all.in[__builtin_ctz(rest)], sizeof(T));
+            total = combine(total, each);
+        }
+        for (uint32_t rest = mask; rest; rest &= rest - 1) memcpy(&all.out[__builtin_ctz(rest)], &total, sizeof(T));
+    });
+    memcpy(&value, &warp.out[lane], sizeof(T));
+    return value;
+}
+
+// ---- tensor cores ----
+
+using Eight = float __attribute__((vector_size(32)));
+
+struct Fragments {  // a lane's part
+    float* d;
+    const uint32_t* a;
+    const uint32_t* b;
+};
+
+inline float low(uint32_t pair) {
+    pair <<= 16;
+    float value;
+    memcpy(&value, &pair, 4);
+    return value;
+}
+inline float high(uint32_t pair) {
+    pair &= 0xFFFF0000u;
+    float value;
+    memcpy(&value, &pair, 4);
+    return value;
+}
+
+// Products in order of k, each rounded into the sum: a tensor core adds several at once, so last bits may differ there.
+inline void multiply(Eight (&d)[16], const float (&a)[16][16], const Eight (&b)[16]) {
+    for (int row = 0; row < 16; row += 4)
+        for (int k = 0; k < 16; ++k)
+            for (int each = row; each < row + 4; ++each) d[each] += a[each][k] * b[k];
+}
+
+inline void mma_of_warp(Warp& warp) {
+    alignas(32) float a[16][16];
+    alignas(32) Eight b[16], d[16];
+    for (unsigned lane = 0; lane < WARP; ++lane) {
+        auto part = reinterpret_cast<const Fragments*>(warp.in[lane]);
+        unsigned group = lane / 4, pair = lane % 4 * 2;
+        for (unsigned each = 0; each < 4; ++each) {
+            unsigned row = group + (each & 1) * 8, column = pair + (each >> 1) * 8;
+            a[row][column] = low(part->a[each]), a[row][column + 1] = high(part->a[each]);
+        }
+        for (unsigned each = 0; each < 2; ++each)
+            b[pair + each * 8][group] = low(part->b[each]), b[pair + each * 8 + 1][group] = high(part->b[each]);
+        for (unsigned each = 0; each < 4; ++each) d[group + (each >> 1) * 8][pair + (each & 1)] = part->d[each];
+    }
+    unsigned control = _mm_getcsr();
+    _mm_setcsr(control & ~0x8040u);  // tensor cores keep subnormals
+    multiply(d, a, b);
+    _mm_setcsr(control);
+    for (unsigned lane = 0; lane < WARP; ++lane) {
+        auto part = reinterpret_cast<const Fragments*>(warp.in[lane]);
+        for (unsigned each = 0; each < 4; ++each) part->d[each] = d[lane / 4 + (each >> 1) * 8][lane % 4 * 2 + (each & 1)];
+    }
+}
+
+inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Site& site) {
+    Fragments part{d, a, b};
+    current->warp->in[current->lane()] = reinterpret_cast<uint64_t>(&part);
+    meet(0xFFFFFFFFu, "mma_m16n8k16_bf16", site, mma_of_warp);
+}
+
+struct Rows {  // a lane's part of ldmatrix
+    uint32_t* r;
+    const uint16_t* row;
+};
+
+inline void ldmatrix_of_warp(Warp& warp, bool transposed) {
+    auto part = [&](unsigned lane) { return reinterpret_cast<const Rows*>(warp.in[lane]); };
+    for (unsigned matrix = 0; matrix < 4; ++matrix)
+        for (unsigned lane = 0; lane < WARP; ++lane) {
+            unsigned row = lane / 4, column = lane % 4 * 2;
+            uint32_t first = transposed ? part(matrix * 8 + column)->row[row] : part(matrix * 8 + row)->row[column];
+            uint32_t second = transposed ? part(matrix * 8 + column + 1)->row[row] : part(matrix * 8 + row)->row[column + 1];
+            part(lane)->r[matrix] = first | second << 16;
+        }
+}
+
+}  // namespace fwd::host

@@ -1,0 +1,318 @@
+"""Kernels executed by the CPU: the text of `cuda/` compiled by g++, its blocks and threads as fibers (`cuda/host/`).
+
+What a GPU leaves to chance is random here, by a seed: the order of blocks, warps and lanes, and when copies arrive.
+What it leaves undefined is poison, and what it would hang or be silent about is an error with the line it happens at.
+"""
+
+import ctypes
+import os
+import platform
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fwd.errors import KernelError
+from fwd.kernels import sources
+from fwd.kernels.launch import Argument, Kernel
+
+POISON = 0xFF  # every byte of it: NaN in all formats, −1
+SHARED_LIMIT = 227 * 1024
+MAX_THREADS = 1024
+MAX_GRID = 65535  # in y and z
+MAX_KERNELS = 256  # of a file
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-fPIC",
+    "-DFWD_HOST",
+    "-w",  # the device compiler's warnings are the ones that count
+)
+EXTENSIONS = ("avx2", "fma", "f16c")  # of the CPU, used where it has them
+SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+# What `__global__` is here (cuda/host/crt/host_defines.h), in preprocessed text.
+KERNEL = re.compile(
+    r'extern "C"(?:\s|#[^\n]*\n)+__attribute__\(\(visibility\("default"\), used\)\)(?:\s|#[^\n]*\n)+void\s+(\w+)\s*\('
+)
+CODES = {"p": "Q", "i": "i4x", "f": "f4x"}  # a parameter as struct packs it in 8 bytes
+KINDS = {"p": "a pointer", "i": "an int", "f": "a float"}
+LIBRARY = "kernels.so"
+
+_one_launch = threading.Lock()  # faults are caught for the whole process
+
+
+class _Call(ctypes.Structure):
+    """`fwd::host::Call` of cuda/host/block.h."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_char_p),
+        ("thunk", ctypes.c_void_p),
+        ("arguments", ctypes.c_char_p),
+        ("grid", ctypes.c_uint32 * 3),
+        ("threads", ctypes.c_uint32),
+        ("shared", ctypes.c_uint32),
+        ("cooperative", ctypes.c_uint32),
+        ("workers", ctypes.c_uint32),
+        ("poison", ctypes.c_uint32),
+        ("seed", ctypes.c_uint64),
+    )
+
+
+class _Export(ctypes.Structure):
+    """`fwd::host::Export` of cuda/host/grid.h."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("parameters", ctypes.c_char_p), ("thunk", ctypes.c_void_p))
+
+
+class _Entry(NamedTuple):
+    """One kernel of a library."""
+
+    parameters: str  # a letter of CODES each
+    packing: struct.Struct
+    thunk: int
+
+
+class _Library(NamedTuple):
+    """A file of `cuda/`, compiled and loaded."""
+
+    handle: ctypes.CDLL
+    entries: dict[str, _Entry]
+
+
+class HostLauncher:
+    """Implements `fwd.kernels.launch.Launcher` on the CPU.
+
+    `seed` shuffles, `poison` (a byte) fills shared memory and outputs, `folder` stands for `cuda/`. `sanitize` needs a
+    process that the address sanitizer's library is preloaded into (`sanitizer_environment`).
+    """
+
+    name = "host"
+    device = torch.device("cpu")
+    shared_limit = SHARED_LIMIT
+    dependent = False
+
+    def __init__(
+        self,
+        seed: int = 0,
+        poison: int = POISON,
+        *,
+        sanitize: bool = False,
+        workers: int = 2,
+        multiprocessors: int = 4,
+        folder: Path | None = None,
+    ) -> None:
+        assert 0 <= poison <= 0xFF, "a byte"
+        self.seed = seed
+        self.poison = poison
+        self.sanitize = sanitize
+        self.workers = workers
+        self.multiprocessors = multiprocessors
+        self.folder = folder or sources.home()
+        self._launches = 0
+        self._libraries: dict[str, _Library] = {}
+
+    def launch(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        *arguments: Argument,
+        cooperative: bool = False,
+    ) -> None:
+        """As `Launcher.launch`. Returns when the kernel has run; raises `KernelError` for whatever goes wrong in it."""
+        library = self._library(kernel.source)
+        entry = library.entries.get(kernel.name)
+        if entry is None:
+            raise KernelError(f"{kernel.source} has no kernel {kernel.name}")
+        _check_shape(kernel, grid, threads, shared)
+        self._launches += 1
+        call = _Call(
+            kernel.name.encode(),
+            entry.thunk,
+            _packed(kernel, entry, arguments),
+            grid,
+            threads,
+            shared,
+            cooperative,
+            self.workers,
+            self.poison,
+            (self.seed << 32) + self._launches,
+        )
+        message = ctypes.create_string_buffer(2048)
+        with _one_launch:
+            failed = library.handle.fwd_host_launch(ctypes.byref(call), message, len(message))
+        if failed:
+            raise KernelError(message.value.decode(errors="replace"))
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return memory full of poison."""
+        memory = torch.empty(shape, dtype=dtype)
+        memory.flatten().view(torch.uint8).fill_(self.poison)
+        return memory
+
+    def _library(self, source: str) -> _Library:
+        if source not in self._libraries:
+            self._libraries[source] = _load(build(self.folder / source, sanitize=self.sanitize))
+        return self._libraries[source]
+
+
+@cache
+def build(source: Path, *, sanitize: bool = False) -> Path:
+    """The library of a `.cu` file, from the cache or else compiled; looked at once in a process.
+
+    Raises `KernelError` without a compiler or CUDA's headers, for text that does not compile, an unwritable cache.
+    """
+    home, toolkit = sources.home(), sources.toolkit()
+    folders = [*dict.fromkeys((source.parent, home)), home / "host"]
+    flags = (*FLAGS, *(f"-m{each}" for each in EXTENSIONS if each in _cpu()), *(SANITIZERS if sanitize else ()))
+    compiler, version = _compiler()
+    name = sources.digest(sources.closure(source, (*folders, toolkit)), *flags, version)
+    place = sources.cache("host") / f"{source.stem}-{name[:32]}"
+    if not (place / LIBRARY).is_file():
+        paths = (*(f"-I{folder}" for folder in folders), "-isystem", str(toolkit))
+        library = _compile(compiler, source, (*flags, *paths))
+        try:
+            sources.publish(place, {LIBRARY: library})
+        except OSError as error:
+            raise KernelError(
+                f"the kernel cache {place.parent} cannot be written ({error}): set CACHE_DIRECTORY"
+            ) from None
+    return place / LIBRARY
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """The environment of a process whose launchers sanitize; raises `KernelError` without a compiler."""
+    compiler, _ = _compiler()
+    library = _command(compiler, "-print-file-name=libasan.so").stdout.strip()
+    return {
+        **os.environ,
+        "LD_PRELOAD": library,
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:exitcode=99",
+        "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=99",
+    }
+
+
+def _compile(compiler: str, source: Path, flags: tuple[str, ...]) -> bytes:
+    """Preprocess, add a table of the kernels found, compile."""
+    with tempfile.TemporaryDirectory(prefix="fwd-") as draft:
+        text, library = Path(draft) / "kernels.ii", Path(draft) / LIBRARY
+        _run(source, compiler, "-E", "-x", "c++", *flags, str(source), "-o", str(text))
+        names = dict.fromkeys(KERNEL.findall(text.read_text(encoding="utf-8", errors="replace")))
+        with text.open("a", encoding="utf-8") as stream:
+            stream.write(_table(names))
+        _run(source, compiler, "-shared", *flags, str(text), "-o", str(library))
+        return library.read_bytes()
+
+
+def _table(names: Iterable[str]) -> str:
+    """The text that exports kernels, with what their parameters are."""
+    entry = '    {{"{0}", host::Entry<&{0}>::parameters, &host::Entry<&{0}>::call}},\n'
+    rows = "".join(entry.format(name) for name in names)
+    return f"""
+namespace fwd {{
+extern "C" __attribute__((visibility("default"), used)) const host::Export fwd_host_kernels[] = {{
+{rows}    {{nullptr, nullptr, nullptr}},
+}};
+}}
+"""
+
+
+def _run(source: Path, *command: str) -> None:
+    done = _command(*command)
+    if done.returncode != 0:
+        wrong = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
+        raise KernelError(f"{source.name} does not compile for the CPU: {wrong}")
+
+
+@cache
+def _compiler() -> tuple[str, str]:
+    """The path of the C++ compiler and its version."""
+    if platform.machine() != "x86_64":
+        raise KernelError(f"kernels are executed on x86-64 CPUs, not on {platform.machine()}: use --device cpu")
+    wanted = os.environ.get("CXX", "g++")
+    path = shutil.which(wanted)
+    if path is None:
+        raise KernelError(f"the C++ compiler {wanted} is not found: install g++ or set CXX")
+    return path, _command(path, "--version").stdout.partition("\n")[0]
+
+
+def _command(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run the compiler, in English."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(  # noqa: S603 -- the compiler that `CXX` names
+        command, env=environment, capture_output=True, text=True, errors="replace", check=False
+    )
+
+
+@cache
+def _cpu() -> frozenset[str]:
+    """What the CPU can do, in the words of /proc/cpuinfo."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+@cache
+def _load(path: Path) -> _Library:
+    try:
+        handle = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelError(f"{path} cannot be loaded ({error}): remove its folder, and it is built again") from None
+    entries = {}
+    for export in (_Export * MAX_KERNELS).in_dll(handle, "fwd_host_kernels"):
+        if export.name is None:
+            break
+        parameters = export.parameters.decode()
+        packing = struct.Struct("=" + "".join(CODES[each] for each in parameters))
+        entries[export.name.decode()] = _Entry(parameters, packing, export.thunk)
+    return _Library(handle, entries)
+
+
+def _check_shape(kernel: Kernel, grid: tuple[int, int, int], threads: int, shared: int) -> None:
+    if min(grid) < 1 or grid[0] >= 1 << 31 or max(grid[1:]) > MAX_GRID:
+        raise KernelError(f"kernel {kernel.name}: a grid of {grid}")
+    if threads % 32 or not 32 <= threads <= MAX_THREADS:
+        raise KernelError(f"kernel {kernel.name}: {threads} threads a block are no multiple of 32 up to {MAX_THREADS}")
+    if not 0 <= shared <= SHARED_LIMIT:
+        raise KernelError(f"kernel {kernel.name}: {shared} bytes of shared memory, {SHARED_LIMIT} are there")
+
+
+def _packed(kernel: Kernel, entry: _Entry, arguments: tuple[Argument, ...]) -> bytes:
+    """The arguments, 8 bytes each, if they are what the kernel's parameters take."""
+    if len(arguments) != len(entry.parameters):
+        raise KernelError(f"kernel {kernel.name} takes {len(entry.parameters)} arguments, not {len(arguments)}")
+    values: list[int | float] = []
+    for place, (code, argument) in enumerate(zip(entry.parameters, arguments, strict=True)):
+        if code != _code(argument):
+            raise KernelError(f"kernel {kernel.name}: argument {place} is {KINDS[code]}, not {argument!r}")
+        if isinstance(argument, Tensor):
+            if argument.device.type != "cpu":
+                raise KernelError(f"kernel {kernel.name}: argument {place} is on {argument.device}")
+            values.append(argument.data_ptr())
+        else:
+            values.append(argument or 0)
+    try:
+        return entry.packing.pack(*values)
+    except struct.error as error:
+        raise KernelError(f"kernel {kernel.name}: {error}") from None
+
+
+def _code(argument: Argument) -> str:
+    if argument is None or isinstance(argument, Tensor):
+        return "p"
+    return "f" if isinstance(argument, float) else "i"
