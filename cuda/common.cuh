@@ -96,12 +96,20 @@ FWD_INLINE uint4 philox(uint4 counter, uint2 key) {
     return counter;
 }
 
-// Standard Gumbel noise: −log(−log1p(−u)), u = (x + ½)·2⁻³², x the first word of (token, position, 0, 0) under the seed.
-FWD_INLINE double gumbel(unsigned long long seed, long long position, int token) {
+// The word that the noise of a token comes from: the first of (token, position, 0, 0) under the seed.
+FWD_INLINE uint32_t noise_word(unsigned long long seed, long long position, int token) {
     uint4 counter = make_uint4(static_cast<uint32_t>(token), static_cast<uint32_t>(position), 0, 0);
     uint2 key = make_uint2(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-    double uniform = (static_cast<double>(philox(counter, key).x) + 0.5) * 0x1p-32;
+    return philox(counter, key).x;
+}
+
+// Standard Gumbel noise of a word x: −log(−log1p(−u)), u = (x + ½)·2⁻³².
+FWD_INLINE double gumbel(uint32_t word) {
+    double uniform = (static_cast<double>(word) + 0.5) * 0x1p-32;
     return -log(-log1p(-uniform));
+}
+FWD_INLINE double gumbel(unsigned long long seed, long long position, int token) {
+    return gumbel(noise_word(seed, position, token));
 }
 
 }  // namespace fwd
