@@ -8,26 +8,31 @@ import torch
 from fwd.engine.pages import Copy
 from fwd.engine.plan import Plan
 from fwd.engine.request import Drawn, Prefilled
-from fwd.engine.sampler import drawn
+from fwd.engine.sampler import draw, drawn
 from fwd.engine.scheduler import MAX_ROWS, Chunk, Span
-from fwd.engine.step import Launch, Step
+from fwd.engine.step import Step, new_tables
+from fwd.kernels.ops import Draw
 from fwd.models.model import Model
 
 
 class ModelRunner:
-    """Owns the cache and the two steps: decode rows, and one prefill chunk; all of the plan's sizes."""
+    """Owns the cache and the two steps: decode rows, and one prefill chunk; all of the plan's sizes.
+
+    Everything is computed before a call returns: there is nothing to gain from running ahead.
+    """
 
     ahead = False
 
     def __init__(self, model: Model, plan: Plan) -> None:
-        block = model.ops.row_block
+        block, device = model.ops.row_block, model.ops.device
         assert plan.chunk % MAX_ROWS == 0
         assert MAX_ROWS % block == 0
         self._model = model
         self._chunk = plan.chunk
         self._cache = model.new_cache(plan.units, plan.page_size, plan.kv)
-        self._decode = Step(plan, MAX_ROWS, plan.max_seqs, block)
-        self._prefill = Step(plan, plan.chunk, 1, block)
+        self._tables = new_tables(plan, plan.max_seqs, device)
+        self._prefill = Step(plan, plan.chunk, block, new_tables(plan, 1, device), device=device)
+        self._decode = Step(plan, MAX_ROWS, block, self._tables, device=device)
         self._drawn: deque[list[Drawn]] = deque()
 
     def copy(self, copies: Sequence[Copy]) -> None:
@@ -41,22 +46,24 @@ class ModelRunner:
         hidden = self._model.forward(launch.ids, launch.rows, self._cache)
         finite = bool(hidden[launch.rows.sequences >= 0].isfinite().all())
         scores = self._scores(chunk, hidden) if chunk.request.submit.prompt_logprobs >= 0 else []
-        return Prefilled(self._draw(launch, hidden), scores, finite)
+        draws = [draw(request, request.length) for request in chunk.drawing]
+        return Prefilled(self._draw(hidden[launch.drawing], draws), scores, finite)
 
     @torch.inference_mode()
     def launch(self, spans: Sequence[Span]) -> None:
         """Run one decode step at once."""
-        launch = self._decode.decode(spans)
-        self._drawn.append(self._draw(launch, self._model.forward(launch.ids, launch.rows, self._cache)))
+        size, drawing = self._decode.decode(spans, range(len(spans)))
+        hidden = self._model.forward(self._decode.ids[:size], self._decode.rows(size), self._cache)
+        draws = [draw(span.request, span.end) for span in spans if span.draws]
+        self._drawn.append(self._draw(hidden[drawing], draws))
 
     def collect(self) -> Sequence[Drawn]:
         """What the oldest step drew that is not collected."""
         return self._drawn.popleft()
 
-    def _draw(self, launch: Launch, hidden: torch.Tensor) -> list[Drawn]:
-        if not launch.draws:
-            return []
-        return drawn(self._model.ops.sample(self._model.logits(hidden[launch.drawing]), launch.draws))
+    def _draw(self, hidden: torch.Tensor, draws: Sequence[Draw]) -> list[Drawn]:
+        """What each of the rows draws."""
+        return drawn(self._model.ops.sample(self._model.logits(hidden), draws)) if draws else []
 
     def _scores(self, chunk: Chunk, hidden: torch.Tensor) -> list[Drawn]:
         """Scores of the prompt tokens that the rows of the chunk predict."""

@@ -1,5 +1,7 @@
 """Between requests and the sampling ops: what each row is to draw, and what came of it."""
 
+from collections.abc import Sequence
+
 from fwd.engine.request import Drawn, Request
 from fwd.kernels.noise import choice_seed
 from fwd.kernels.ops import Draw, Sampled, Top
@@ -8,16 +10,15 @@ from fwd.protocol.messages import TopLogprobs
 NO_TOP = TopLogprobs()
 
 
-def draw(request: Request) -> Draw:
-    """How the next token of a request is drawn."""
+def draw(request: Request, length: int, *, history: bool = True) -> Draw:
+    """How a request draws the token that comes after `length` ones; without `history` the ids they are stay out."""
     submit = request.submit
     sampling = submit.sampling
-    assert submit.seed is not None
-    penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
-    seen, counts = request.history.read(request.ids, request.prompt) if penalties else ((), {})
+    wanted = history and penalized(request)
+    seen, counts = request.history.read(request.ids, request.prompt) if wanted else ((), {})
     return Draw(
-        seed=choice_seed(submit.seed, submit.choice),
-        position=request.length,
+        seed=seed(request),
+        position=length,
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
@@ -26,11 +27,29 @@ def draw(request: Request) -> Draw:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         bias=sampling.logit_bias,
-        banned=submit.limits.stop_ids if request.output < submit.limits.min_tokens else (),
+        banned=banned(request, length),
         seen=seen,
         counts=counts,
         top_logprobs=sampling.logprobs,
     )
+
+
+def seed(request: Request) -> int:
+    """The 64 bits that the noise of a request depends on."""
+    assert request.submit.seed is not None
+    return choice_seed(request.submit.seed, request.submit.choice)
+
+
+def penalized(request: Request) -> bool:
+    """What a request draws depends on what it has drawn."""
+    sampling = request.submit.sampling
+    return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def banned(request: Request, length: int) -> Sequence[int]:
+    """The ids that are never drawn after `length` tokens."""
+    limits = request.submit.limits
+    return limits.stop_ids if length - request.prompt < limits.min_tokens else ()
 
 
 def drawn(sampled: Sampled) -> list[Drawn]:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
 
@@ -176,6 +177,7 @@ class Ops(Protocol):
 
     name: str  # in the receipt
     row_block: int
+    device: torch.device  # of all tensors
 
     def pack(self, weight: QTensor) -> QTensor:
         """Return the weight in the order that `qkv`, `linear` and `gate_up` stream it here; done once, at load."""

@@ -57,6 +57,7 @@ class Reference:
 
     name = "reference"
     row_block = 4
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self._step: _Step | None = None

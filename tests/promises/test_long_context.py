@@ -4,6 +4,7 @@ import random
 import sys
 import time
 import tracemalloc
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from fwd.engine.plan import plan
 from fwd.engine.request import Drawn, Prefilled
 from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.space import Space
-from fwd.engine.step import Step
+from fwd.engine.step import CPU, Step, new_tables
 from fwd.models import cache
 from fwd.models.spec import read_spec, run_spec
 from fwd.protocol.frames import close_all, pack
@@ -57,26 +58,28 @@ class Books:
 
     def __init__(self, sizes):
         self.written = 0
-        self._prefill, self._decode = Step(sizes, sizes.chunk, 1, 4), Step(sizes, MAX_ROWS, 1, 4)
-        for step in (self._prefill, self._decode):
-            for _, table in step._paged:
-                table.lines = table.lines.view(Counted)
-                table.lines.books = self
+        known = [new_tables(sizes, 1, CPU) for _ in range(2)]
+        self._prefill, self._decode = (
+            Step(sizes, rows, 4, of) for rows, of in zip((sizes.chunk, MAX_ROWS), known, strict=True)
+        )
+        for table in chain(*known):
+            table.lines = table.lines.view(Counted)
+            table.lines.books = self
 
     def copy(self, copies):
         pass
 
     def prefill(self, chunk):
-        return Prefilled(self._drawn(self._prefill.prefill(chunk)), [], True)
+        return Prefilled(self._drawn(self._prefill.prefill(chunk).drawing), [], True)
 
     def launch(self, spans):
-        self.drawn = self._drawn(self._decode.decode(spans))
+        self.drawn = self._drawn(self._decode.decode(spans, [0])[1])
 
     def collect(self):
         return self.drawn
 
-    def _drawn(self, launch):
-        return [Drawn(7, 0.0, TopLogprobs(), True) for _ in launch.draws]
+    def _drawn(self, drawing):
+        return [Drawn(7, 0.0, TopLogprobs(), True) for _ in drawing]
 
 
 class Counted(np.ndarray):
