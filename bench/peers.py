@@ -31,7 +31,7 @@ class Points(NamedTuple):
     rounds: int
 
 
-TINY = Points((32,), 24, 1)
+TINY = Points((32,), 12, 1)
 QUICK = Points((128,), 128, 3)
 WHOLE = Points((128, 4096), 256, 5)
 

@@ -8,16 +8,30 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- numbers: python bench/readme.py -->\n", "<!-- end of numbers -->\n"
 Row = tuple[str, str, str]
+GPU_ROWS = {"read bandwidth, cold", "bf16 matrix rate", "dependent launch, one more kernel in a graph"}
+
+
+def results(what: str) -> list[dict[str, Any]]:
+    """The results of that kind, oldest first: the names begin with the date. Dry runs hold no figures."""
+    found = [json.loads(path.read_text()) for path in sorted((ROOT / "bench" / "results").glob(f"*-{what}.json"))]
+    return [result for result in found if not result.get("dry")]
 
 
 def newest(what: str) -> dict[str, Any] | None:
-    """The last result of that kind; the names begin with the date."""
-    found = sorted((ROOT / "bench" / "results").glob(f"*-{what}.json"))
-    return json.loads(found[-1].read_text()) if found else None
+    """The last result of that kind."""
+    return next(reversed(results(what)), None)
 
 
-def rows(bench: dict[str, Any] | None, front: dict[str, Any] | None, cache: dict[str, Any] | None) -> list[Row]:
+def newest_gpu() -> dict[str, Any] | None:
+    """The last run on a GPU, with the parts that it left out taken from earlier ones on the same GPU."""
+    runs = results("gpu")
+    same = [run for run in runs if run["gpu"]["name"] == runs[-1]["gpu"]["name"]]
+    return {**runs[-1], "parts": {name: part for run in same for name, part in run["parts"].items()}} if runs else None
+
+
+def rows(sources: dict[str, dict[str, Any] | None]) -> list[Row]:
     """What was measured, the value, what it is to be seen against."""
+    bench, front, cache, gpu = (sources[what] for what in ("bench", "front", "cache", "gpu"))
     found: list[Row] = []
     if bench:
         start = bench["startup"]
@@ -36,7 +50,26 @@ def rows(bench: dict[str, Any] | None, front: dict[str, Any] | None, cache: dict
             way, streams = name.split("-")
             label = f"front CPU a token event, fake engine, {way}, {streams} at once"
             found.append((label, f"{run['us_per_event']:.1f} µs", f"≤ {front['target_us']:.0f} µs"))
-    return found + (cache_rows(cache) if cache else [])
+    return found + (cache_rows(cache) if cache else []) + (gpu_rows(gpu) if gpu else [])
+
+
+def gpu_rows(gpu: dict[str, Any]) -> list[Row]:
+    """The GPU's own numbers, decode and the peers; the other numbers stay in the file."""
+    numbers = [number for part in gpu["parts"].values() for number in part.get("numbers", ())]
+    return [gpu_row(number) for number in numbers if shown(number)]
+
+
+def shown(number: dict[str, Any]) -> bool:
+    """Of decode what one client reads, of reads and products the ceilings."""
+    if number.get("way"):
+        return bool(number["way"] == "socket" and number["rows"] in {1, 8})
+    return number["name"] in GPU_ROWS or number["name"].rpartition(": ")[2].startswith(("fwd over", "step of"))
+
+
+def gpu_row(number: dict[str, Any]) -> Row:
+    """The ceiling and the share behind the value."""
+    against = f"{number['share']:.0%} of {number['against']}, {number['ceiling']:,.4g}" if number["ceiling"] else ""
+    return f"GPU: {number['name']}", f"{number['value']:,.4g} {number['unit']}", against
 
 
 def cache_rows(cache: dict[str, Any]) -> list[Row]:
@@ -74,12 +107,11 @@ def decode_rows(dtype: str, decode: dict[str, Any]) -> list[Row]:
 
 def table() -> str:
     """The markdown between the markers."""
-    sources = {what: newest(what) for what in ("bench", "front", "cache")}
+    sources = {**{what: newest(what) for what in ("bench", "front", "cache")}, "gpu": newest_gpu()}
     if not any(sources.values()):
         return "No results yet.\n"
     lines = [
-        f"| {' | '.join(row)} |"
-        for row in (("measured", "value", "against"), ("---", "---", "---"), *rows(*sources.values()))
+        f"| {' | '.join(row)} |" for row in (("measured", "value", "against"), ("---", "---", "---"), *rows(sources))
     ]
     origins = [f"- {what}: {origin(source)}" for what, source in sources.items() if source]
     return "\n".join([*lines, "", *origins, ""])
@@ -88,7 +120,10 @@ def table() -> str:
 def origin(source: dict[str, Any]) -> str:
     """What a result was measured on."""
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
-    return f"{source['cpu']}, {source['cores']} cores; {versions}; commit {source['commit']}; {source['when'][:10]}."
+    gpu = f"{source['gpu']['name']}, driver {source['gpu']['driver']}; " if source.get("gpu") else ""
+    return (
+        f"{gpu}{source['cpu']}, {source['cores']} cores; {versions}; commit {source['commit']}; {source['when'][:10]}."
+    )
 
 
 def main() -> int:

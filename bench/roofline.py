@@ -108,7 +108,7 @@ def edges(report: Report, device: str, scale: Scale) -> None:
         chain = [lambda launcher=launcher, steps=steps: kernels.empty_step(launcher, steps)] * scale.chain
         found = timing.clock(device).samples(chain, scale.repeats)
         if dependent and not launcher.dependent:
-            report.skip("dependent launch", "the driver refuses it, so launches are plain")
+            report.skip("dependent launch", f"launches are plain on {launcher.name}")
             continue
         _edge(report, f"{'dependent' if dependent else 'plain'} launch, one more kernel in a graph", found)
 

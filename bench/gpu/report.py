@@ -110,8 +110,8 @@ def facts() -> dict[str, Any]:
 def summary(samples: Sequence[float], ceiling: float | None, *, lower: bool) -> dict[str, Any]:
     """Median, share of the ceiling and spread."""
     value = statistics.median(samples)
-    parts = statistics.quantiles(samples, n=4) if len(samples) > 1 else [value] * 3
-    found: dict[str, Any] = {"ceiling": ceiling, "value": value, "share": None}
+    parts = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [value] * 3
+    found: dict[str, Any] = {"ceiling": ceiling or None, "value": value, "share": None}
     if ceiling:
         found["share"] = ceiling / value if lower and value else value / ceiling
     spread = {"quartiles": [parts[0], parts[2]], "range": [min(samples), max(samples)]}
