@@ -8,5 +8,29 @@ ARCHES = ("sm_90a", "sm_100a")  # H100 and H200; B200
 MAX_BUILDS = 150  # kernels × arches: what a first start without a cache has to compile
 
 BUILDS: dict[str, dict[str, int]] = {  # file in `cuda/` → kernel → registers a thread, at most, on every arch
+    "paged_attention.cu": {
+        "decode_attention_bf16_64": 168,
+        "decode_attention_bf16_128": 168,
+        "decode_attention_bf16_256": 255,
+        "decode_attention_fp8_64": 168,
+        "decode_attention_fp8_128": 255,
+        "decode_attention_fp8_256": 255,
+    },
+    "prefill.cu": {
+        "prefill_attention_bf16_64": 255,
+        "prefill_attention_bf16_128": 255,
+        "prefill_attention_bf16_256": 255,
+        "prefill_attention_fp8_64": 255,
+        "prefill_attention_fp8_128": 255,
+        "prefill_attention_fp8_256": 255,
+    },
+    "prefill_kv.cu": {
+        "prefill_kv_bf16_64": 48,
+        "prefill_kv_bf16_128": 48,
+        "prefill_kv_bf16_256": 48,
+        "prefill_kv_fp8_64": 48,
+        "prefill_kv_fp8_128": 48,
+        "prefill_kv_fp8_256": 48,
+    },
     "roofline.cu": {"read_stream": 64, "empty_step": 16, "meet": 24},
 }
