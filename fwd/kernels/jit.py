@@ -60,13 +60,13 @@ class Jit:
         cache: Path | None = None,
         *,
         folder: Path | None = None,
-        table: Mapping[str, Mapping[str, int]] = BUILDS,
+        table: Mapping[str, Mapping[str, int]] | None = None,
         debug: bool = False,
         fallback: bool = False,
     ) -> None:
         self.cache = cache / "kernels" if cache else sources.cache("kernels")
         self.folder = folder or sources.home()
-        self.table = table
+        self.table = BUILDS if table is None else table
         self.fallback = fallback
         self._defines = ("-DFWD_DEBUG",) if debug else ()
         self._private: Path | None = None

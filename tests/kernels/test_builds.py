@@ -1,0 +1,58 @@
+"""Every kernel of `cuda/` for every architecture: compiled, in the table, within its bounds, without a spill."""
+
+import os
+import re
+
+import pytest
+
+from fwd.kernels import sources
+from fwd.kernels.builds import ARCHES, BUILDS, MAX_BUILDS
+from fwd.kernels.gpu import ARCHES as SERVED
+from fwd.kernels.jit import Jit
+
+FILES = sorted(sources.home().glob("*.cu*"))
+PAIRS = [(source, arch) for source in BUILDS for arch in ARCHES]
+
+
+@pytest.fixture(scope="session")
+def builds(request):
+    """All builds by (file, architecture), kept between sessions while their sources stand."""
+    jit = Jit(request.config.cache.mkdir("fwd"))
+    found = {(each.record.source, each.record.arch): each.record for each in jit.builds(ARCHES, os.cpu_count() or 1)}
+    for each in jit.kept():
+        if jit.stale(each):
+            sources.discard(each.path.parent)
+    return found
+
+
+def test_the_table_is_of_these_files():
+    assert sorted(BUILDS) == sorted(file.name for file in sources.home().glob("*.cu"))
+    assert sum(map(len, BUILDS.values())) * len(ARCHES) <= MAX_BUILDS
+    assert set(SERVED.values()) == set(ARCHES)
+
+
+@pytest.mark.parametrize(("source", "arch"), PAIRS, ids="-".join)
+def test_a_build(builds, source, arch):
+    record = builds[source, arch]
+    assert set(record.kernels) == set(BUILDS[source]), "the table and the file name other kernels"
+    assert record.warnings == ()
+    over = {
+        name: f"{usage} of {BUILDS[source][name]} registers"
+        for name, usage in record.kernels.items()
+        if usage.registers > BUILDS[source][name] or usage.spills or usage.stack or usage.shared
+    }
+    assert not over
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_one_file_speaks_ptx_and_no_shared_memory_is_static(file):
+    text = re.sub(r"//.*", "", file.read_text())
+    assert file.name == "ptx.cuh" or not re.search(r"\basm\b", text)
+    assert file.name == "ptx.cuh" or "__shared__" not in text
+
+
+@pytest.mark.parametrize("source", BUILDS)
+def test_every_kernel_bounds_its_threads(source):
+    files = set(sources.closure(sources.home() / source, ())) & set(FILES)
+    text = re.sub(r"//.*", "", "".join(file.read_text() for file in files))
+    assert text.count("__global__") == len(re.findall(r"__global__ void __launch_bounds__\(", text)) > 0
