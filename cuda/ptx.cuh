@@ -16,6 +16,7 @@ using int32_t = int;
 using uint64_t = unsigned long;
 using int64_t = long;
 #define INFINITY __builtin_bit_cast(float, 0x7F800000u)  // NVRTC has no math.h
+#define NAN __builtin_bit_cast(float, 0x7FC00000u)
 #else
 #include <math.h>
 #include <stdint.h>
@@ -321,7 +322,7 @@ FWD_INLINE void grid_dependency_trigger() {
 template <typename T>
 FWD_INLINE T shuffle_xor(T value, int mask FWD_SITE) {
 #ifdef FWD_HOST
-    return host::shuffle(value, FULL_WARP, [mask](int lane) { return lane ^ mask; }, "shuffle_xor", site);
+    return host::shuffle(value, FULL_WARP, int(threadIdx.x) ^ mask, "shuffle_xor", site);
 #else
     return __shfl_xor_sync(FULL_WARP, value, mask);
 #endif
@@ -330,7 +331,7 @@ FWD_INLINE T shuffle_xor(T value, int mask FWD_SITE) {
 template <typename T>
 FWD_INLINE T shuffle(T value, int lane FWD_SITE) {
 #ifdef FWD_HOST
-    return host::shuffle(value, FULL_WARP, [lane](int) { return lane & 31; }, "shuffle", site);
+    return host::shuffle(value, FULL_WARP, lane, "shuffle", site);
 #else
     return __shfl_sync(FULL_WARP, value, lane);
 #endif
@@ -340,8 +341,8 @@ FWD_INLINE T shuffle(T value, int lane FWD_SITE) {
 template <typename T>
 FWD_INLINE T shuffle_up(T value, int distance FWD_SITE) {
 #ifdef FWD_HOST
-    auto source = [distance](int lane) { return lane - distance < 0 ? lane : lane - distance; };
-    return host::shuffle(value, FULL_WARP, source, "shuffle_up", site);
+    int lane = threadIdx.x % 32;
+    return host::shuffle(value, FULL_WARP, lane < distance ? lane : lane - distance, "shuffle_up", site);
 #else
     return __shfl_up_sync(FULL_WARP, value, distance);
 #endif
@@ -350,8 +351,8 @@ FWD_INLINE T shuffle_up(T value, int distance FWD_SITE) {
 template <typename T>
 FWD_INLINE T shuffle_down(T value, int distance FWD_SITE) {
 #ifdef FWD_HOST
-    auto source = [distance](int lane) { return lane + distance > 31 ? lane : lane + distance; };
-    return host::shuffle(value, FULL_WARP, source, "shuffle_down", site);
+    int lane = threadIdx.x % 32;
+    return host::shuffle(value, FULL_WARP, lane + distance > 31 ? lane : lane + distance, "shuffle_down", site);
 #else
     return __shfl_down_sync(FULL_WARP, value, distance);
 #endif

@@ -12,24 +12,19 @@
 #include <vector>
 
 #include "fiber.h"
+#include "runtime.h"
 
 namespace fwd::host {
 
 constexpr unsigned WARP = 32;
 constexpr unsigned MAX_THREADS = 1024;
 
-// A place in the text of a kernel.
-struct Site {
-    const char* file = "";
-    int line = 0;
+inline bool operator==(const Site& one, const Site& other) { return one.line == other.line && one.file == other.file; }
 
-    static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
-    bool operator==(const Site& other) const { return line == other.line && file == other.file; }
-    std::string text() const {
-        const char* slash = strrchr(file, '/');
-        return std::string(slash ? slash + 1 : file) + ":" + std::to_string(line);
-    }
-};
+inline std::string text(const Site& site) {
+    const char* slash = strrchr(site.file, '/');
+    return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
+}
 
 struct Random {  // xorshift64* (Vigna 2016)
     uint64_t state = 1;
@@ -63,14 +58,12 @@ struct Copy {  // on its way to shared memory
 struct Block;
 struct Warp;
 
-struct Thread {
+struct Thread : Self {
     Context context;
     Block* block = nullptr;
     Warp* warp = nullptr;
     Stack* stack = nullptr;  // none: not started
-    unsigned index = 0;
     unsigned groups = 0;  // of cp.async that were committed
-    bool waited = false;  // for the launch before
     const char* what = nullptr;  // it waits in, and where
     Site site;
     std::vector<Copy> copies;
@@ -78,6 +71,8 @@ struct Thread {
     unsigned lane() const { return index % WARP; }
     uint32_t bit() const { return 1u << lane(); }
 };
+
+inline Thread& self() { return *static_cast<Thread*>(current); }
 
 struct Group {  // lanes that meet in a collective of a warp
     uint32_t mask = 0;
@@ -115,19 +110,18 @@ struct Worker;
 
 struct Block {
     Worker* worker = nullptr;
-    uint32_t place[3] = {};  // blockIdx
+    Where where = {};
     unsigned threads = 0;
     unsigned alive = 0;
     uint32_t runnable = 0;  // warps that have runnable lanes
     Barrier barrier;
-    char* shared = nullptr;
-    uint32_t shared_bytes = 0;
     std::vector<Thread> thread;
     std::vector<Warp> warp;
     std::vector<uint64_t*> mbarriers;  // that were initialised
     std::vector<Waiter> waiters;
     std::vector<Copy> copies;  // bulk
 
+    char* shared() const { return reinterpret_cast<char*>(where.shared); }
     void wake(Thread& it) {
         it.warp->runnable |= it.bit();
         runnable |= 1u << it.index / WARP;
@@ -140,20 +134,6 @@ struct Block {
         warp[each].blocked = 0;
         if (warp[each].runnable) runnable |= 1u << each;
     }
-};
-
-// A launch, as the caller describes it.
-struct Call {
-    const char* kernel;
-    void (*thunk)(const char* arguments);
-    const char* arguments;  // 8 bytes each
-    uint32_t grid[3];
-    uint32_t threads;
-    uint32_t shared;
-    uint32_t cooperative;
-    uint32_t workers;
-    uint32_t poison;
-    uint64_t seed;
 };
 
 struct Grid {
@@ -180,13 +160,12 @@ struct Worker {
     Stack* ended = nullptr;  // of the thread that ended last: it left it only now
 };
 
-static __thread Thread* current __attribute__((tls_model("initial-exec"))) = nullptr;
-
 // ---- errors ----
 
 inline std::string describe(const Grid& grid, const Block& block) {
     char text[256];
-    snprintf(text, sizeof text, "kernel %s, block (%u, %u, %u)", grid.call->kernel, block.place[0], block.place[1], block.place[2]);
+    const uint3& place = block.where.block;
+    snprintf(text, sizeof text, "kernel %s, block (%u, %u, %u)", grid.call->kernel, place.x, place.y, place.z);
     return text;
 }
 
@@ -203,15 +182,15 @@ inline void report(Grid& grid, const std::string& error) {
 
 // Ends the launch from within a thread of the kernel; what lies on the stacks is left behind.
 [[noreturn]] inline void fail(const std::string& error) {
-    Thread& self = *current;
-    Worker& worker = *self.block->worker;
-    report(*worker.grid, describe(*worker.grid, *self.block) + ", " + describe(self) + ": " + error);
+    Thread& it = self();
+    Worker& worker = *it.block->worker;
+    report(*worker.grid, describe(*worker.grid, *it.block) + ", " + describe(it) + ": " + error);
     current = nullptr;
-    switch_context(self.context, worker.main, true);
+    switch_context(it.context, worker.main, true);
     __builtin_unreachable();
 }
 
-inline std::string at(const char* what, const Site& site) { return std::string(what) + " at " + site.text(); }
+inline std::string at(const char* what, const Site& site) { return std::string(what) + " at " + text(site); }
 
 // ---- who runs next ----
 
@@ -252,36 +231,36 @@ inline void go(Worker& worker, Context& from, Thread& to, bool forever = false) 
 
 // Lets another thread run until this one is chosen again. One switch in 16 leaves the warp.
 inline void pause(bool elsewhere = false) {
-    Thread& self = *current;
-    Worker& worker = *self.block->worker;
+    Thread& it = self();
+    Worker& worker = *it.block->worker;
     elsewhere = elsewhere || (worker.random.state >> 60) == 0;
-    Thread* next = choose(worker, *self.block, self.index / WARP, elsewhere);
-    while (!next && land_any(worker)) next = choose(worker, *self.block, self.index / WARP, elsewhere);
-    if (next == &self) return;
-    if (next) return go(worker, self.context, *next);
+    Thread* next = choose(worker, *it.block, it.index / WARP, elsewhere);
+    while (!next && land_any(worker)) next = choose(worker, *it.block, it.index / WARP, elsewhere);
+    if (next == &it) return;
+    if (next) return go(worker, it.context, *next);
     current = nullptr;
-    switch_context(self.context, worker.main);
+    switch_context(it.context, worker.main);
 }
 
 // Waits until another makes it runnable.
 inline void park(const char* what, const Site& site) {
-    Thread& self = *current;
-    self.what = what, self.site = site;
-    self.block->worker->spins = 0;
+    Thread& it = self();
+    it.what = what, it.site = site;
+    it.block->worker->spins = 0;
     pause();
 }
 
 // ---- barriers of a block or a grid ----
 
 // The lanes that wait in a collective for this one, which goes elsewhere: an error.
-inline void check_not_awaited(Thread& self, const std::string& doing) {
-    for (const Group& group : self.warp->groups)
-        if (group.pending && group.mask & self.bit())
+inline void check_not_awaited(Thread& it, const std::string& doing) {
+    for (const Group& group : it.warp->groups)
+        if (group.pending && group.mask & it.bit())
             fail(doing + " while lanes of its warp wait for it in " + at(group.what, group.site));
 }
 
-inline void check_arrival(Thread& self, Barrier& barrier, const char* what, const Site& site) {
-    if (self.warp->parked) check_not_awaited(self, "comes to " + at(what, site));
+inline void check_arrival(Thread& it, Barrier& barrier, const char* what, const Site& site) {
+    if (it.warp->parked) check_not_awaited(it, "comes to " + at(what, site));
     if (barrier.exited)
         fail("comes to " + at(what, site) + ", and " + std::to_string(barrier.exited) + " threads have ended that would have to");
     if (barrier.arrived && (!(barrier.site == site) || strcmp(barrier.what, what) != 0))
@@ -291,13 +270,13 @@ inline void check_arrival(Thread& self, Barrier& barrier, const char* what, cons
 }
 
 // Meets all threads of the block; true for all where the predicate holds in any.
-inline bool block_barrier(bool predicate, const char* what, const Site& site) {
-    Thread& self = *current;
-    Block& block = *self.block;
+bool block_barrier(bool predicate, const char* what, const Site& site) {
+    Thread& it = self();
+    Block& block = *it.block;
     Barrier& barrier = block.barrier;
-    check_arrival(self, barrier, what, site);
+    check_arrival(it, barrier, what, site);
     barrier.any = (barrier.arrived++ != 0 && barrier.any) || predicate;
-    self.warp->blocked |= self.bit();
+    it.warp->blocked |= it.bit();
     if (barrier.arrived == block.threads) {
         barrier.arrived = 0, barrier.result = barrier.any;
         block.release_all();
@@ -306,15 +285,15 @@ inline bool block_barrier(bool predicate, const char* what, const Site& site) {
     return barrier.result;  // the next time needs this thread
 }
 
-inline void grid_barrier(unsigned* state, const Site& site) {
-    Thread& self = *current;
-    Worker& worker = *self.block->worker;
+void grid_barrier(unsigned* state, const Site& site) {
+    Thread& it = self();
+    Worker& worker = *it.block->worker;
     Barrier& barrier = worker.grid->barrier;
     if (!worker.grid->call->cooperative) fail("comes to " + at("grid_barrier", site) + " in a launch that is not cooperative");
     if (*state & 0x7FFFFFFFu) fail("finds a state that is not 0 in " + at("grid_barrier", site));
-    check_arrival(self, barrier, "grid_barrier", site);
-    self.warp->blocked |= self.bit();
-    if (++barrier.arrived == worker.grid->blocks() * self.block->threads) {
+    check_arrival(it, barrier, "grid_barrier", site);
+    it.warp->blocked |= it.bit();
+    if (++barrier.arrived == worker.grid->blocks() * it.block->threads) {
         barrier.arrived = 0;
         *state ^= 0x80000000u;
         for (unsigned each = 0; each < worker.resident; ++each) worker.blocks[each]->release_all();
@@ -323,10 +302,10 @@ inline void grid_barrier(unsigned* state, const Site& site) {
 }
 
 // A look at what another block may store: others go on before it.
-inline int load_acquire(const int* address, const Site& site) {
-    Thread& self = *current;
-    if (++self.block->worker->spins > 1u << 20) fail("waits without end for a store, in " + at("load_acquire", site));
-    self.block->wake(self);
+int load_acquire(const int* address, const Site& site) {
+    Thread& it = self();
+    if (++it.block->worker->spins > 1u << 20) fail("waits without end for a store, in " + at("load_acquire", site));
+    it.block->wake(it);
     pause(true);
     return __atomic_load_n(address, __ATOMIC_SEQ_CST);
 }

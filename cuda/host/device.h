@@ -4,49 +4,25 @@
 // as may fused multiply-adds, which nvcc forms and g++ is told not to.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "runtime.h"
 
-#include <vector_types.h>
 #include <vector_functions.h>
 
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
-#include <cuda_fp4.h>
-
-#include "grid.h"
 
 #define FWD_SITE , ::fwd::host::Site site = ::fwd::host::Site::here()
 #define FWD_ONLY_SITE ::fwd::host::Site site = ::fwd::host::Site::here()
 #define FWD_PASS , site
 #define FWD_ONLY_PASS site
-#define FWD_SHARED(name) unsigned char* const name = reinterpret_cast<unsigned char*>(::fwd::host::current->block->shared)
+#define FWD_SHARED(name) unsigned char* const name = ::fwd::host::current->where->shared
 #define FWD_TRAP_IF(condition) \
-    if (condition) ::fwd::host::fail("traps: " #condition " at " + ::fwd::host::Site::here().text())
+    if (condition) ::fwd::host::trap(#condition, ::fwd::host::Site::here())
 
 #define threadIdx (::uint3{::fwd::host::current->index, 0, 0})
-#define blockIdx (::fwd::host::block_index())
-#define blockDim (::uint3{::fwd::host::current->block->threads, 1, 1})
-#define gridDim (::fwd::host::grid_size())
-
-namespace fwd::host {
-inline uint3 block_index() {
-    const uint32_t* place = current->block->place;
-    return {place[0], place[1], place[2]};
-}
-inline uint3 grid_size() {
-    const uint32_t* grid = current->block->worker->grid->call->grid;
-    return {grid[0], grid[1], grid[2]};
-}
-template <typename To, typename From>
-inline To bits(From from) {
-    static_assert(sizeof(To) == sizeof(From), "the same bits");
-    To to;
-    memcpy(&to, &from, sizeof(To));
-    return to;
-}
-}  // namespace fwd::host
+#define blockIdx (::fwd::host::current->where->block)
+#define blockDim (::fwd::host::current->where->threads)
+#define gridDim (::fwd::host::current->where->grid)
 
 // ---- integers ----
 
@@ -129,18 +105,6 @@ inline T __ldcs(const T* address) { return *address; }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
-namespace fwd::host {
-// Replaces what is at the address by change(it); returns what was there. Blocks of two workers may do so at once.
-template <typename T, typename Change>
-inline T atomically(T* address, Change change) {
-    T before, after;
-    __atomic_load(address, &before, __ATOMIC_SEQ_CST);
-    do after = change(before);
-    while (!__atomic_compare_exchange(address, &before, &after, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
-    return before;
-}
-}  // namespace fwd::host
-
 #define FWD_ATOMIC(name, T, change) \
     inline T name(T* address, T value) { \
         return fwd::host::atomically(address, [value]([[maybe_unused]] T before) { return static_cast<T>(change); }); \
@@ -176,19 +140,21 @@ inline int __all_sync(unsigned mask, int predicate FWD_SITE) { return fwd::host:
 
 template <typename T>
 inline T __shfl_sync(unsigned mask, T value, int lane FWD_SITE) {
-    return fwd::host::shuffle(value, mask, [=](int) { return lane; }, "__shfl_sync", site);
+    return fwd::host::shuffle(value, mask, lane, "__shfl_sync", site);
 }
 template <typename T>
 inline T __shfl_xor_sync(unsigned mask, T value, int lanes FWD_SITE) {
-    return fwd::host::shuffle(value, mask, [=](int lane) { return lane ^ lanes; }, "__shfl_xor_sync", site);
+    return fwd::host::shuffle(value, mask, int(threadIdx.x) ^ lanes, "__shfl_xor_sync", site);
 }
 template <typename T>
 inline T __shfl_up_sync(unsigned mask, T value, unsigned by FWD_SITE) {
-    return fwd::host::shuffle(value, mask, [=](int lane) { return lane < int(by) ? lane : lane - int(by); }, "__shfl_up_sync", site);
+    unsigned lane = threadIdx.x % 32;
+    return fwd::host::shuffle(value, mask, int(lane < by ? lane : lane - by), "__shfl_up_sync", site);
 }
 template <typename T>
 inline T __shfl_down_sync(unsigned mask, T value, unsigned by FWD_SITE) {
-    return fwd::host::shuffle(value, mask, [=](int lane) { return lane + int(by) > 31 ? lane : lane + int(by); }, "__shfl_down_sync", site);
+    unsigned lane = threadIdx.x % 32;
+    return fwd::host::shuffle(value, mask, int(lane + by > 31 ? lane : lane + by), "__shfl_down_sync", site);
 }
 
 #define FWD_REDUCE(name, T, combined) \

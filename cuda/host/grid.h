@@ -18,42 +18,42 @@ constexpr char CANARY_BYTE = 0x5C;
 
 // ---- one thread ----
 
-inline void check_end(Thread& self) {
-    Block& block = *self.block;
-    if (!self.waited) fail("ends and has not come to grid_dependency_wait");
-    if (!self.copies.empty()) fail("ends with cp.async under way that nobody waited for: " + std::to_string(self.copies.size()));
+inline void check_end(Thread& it) {
+    Block& block = *it.block;
+    if (!it.waited) fail("ends and has not come to grid_dependency_wait");
+    if (!it.copies.empty()) fail("ends with cp.async under way that nobody waited for: " + std::to_string(it.copies.size()));
     if (block.alive == 1 && !block.copies.empty()) fail("ends, the last of its block, with bulk copies under way");
-    if (self.warp->parked) check_not_awaited(self, "ends");
+    if (it.warp->parked) check_not_awaited(it, "ends");
     for (const Barrier* barrier : {&block.barrier, &block.worker->grid->barrier})
         if (barrier->arrived)
             fail("ends while " + std::to_string(barrier->arrived) + " threads wait for it in " + at(barrier->what, barrier->site));
 }
 
 [[noreturn]] inline void end_thread() {
-    Thread& self = *current;
-    Block& block = *self.block;
+    Thread& it = self();
+    Block& block = *it.block;
     Worker& worker = *block.worker;
-    check_end(self);
-    self.warp->exited |= self.bit();
+    check_end(it);
+    it.warp->exited |= it.bit();
     ++block.barrier.exited, --block.alive;
     if (worker.grid->call->cooperative) ++worker.grid->barrier.exited;
     worker.spins = 0;
     if (worker.ended) worker.stacks.give(worker.ended);
-    worker.ended = self.stack;
-    Thread* next = choose(worker, block, self.index / WARP, false);
-    while (!next && land_any(worker)) next = choose(worker, block, self.index / WARP, false);
+    worker.ended = it.stack;
+    Thread* next = choose(worker, block, it.index / WARP, false);
+    while (!next && land_any(worker)) next = choose(worker, block, it.index / WARP, false);
     if (next) {
-        go(worker, self.context, *next, true);
+        go(worker, it.context, *next, true);
     } else {
         current = nullptr;
-        switch_context(self.context, worker.main, true);
+        switch_context(it.context, worker.main, true);
     }
     __builtin_unreachable();
 }
 
 inline void thread_main() {
-    arrive(current->context);
-    const Call& call = *current->block->worker->grid->call;
+    arrive(self().context);
+    const Call& call = *self().block->worker->grid->call;
     call.thunk(call.arguments);
     end_thread();
 }
@@ -69,20 +69,21 @@ inline char* map_shared() {
     return end;
 }
 
-inline uint32_t aligned_shared(const Block& block) { return (block.shared_bytes + 127) / 128 * 128; }
+inline uint32_t aligned_shared(const Block& block) { return (block.where.shared_bytes + 127) / 128 * 128; }
 
 inline void prepare(Worker& worker, Block& block, uint32_t index) {
     const Call& call = *worker.grid->call;
-    char* end = block.shared ? block.shared + aligned_shared(block) : map_shared();
-    block.shared_bytes = call.shared;
-    block.shared = end - aligned_shared(block);
-    memset(block.shared - CANARY, CANARY_BYTE, CANARY);
-    memset(block.shared, int(call.poison), block.shared_bytes);
-    memset(block.shared + block.shared_bytes, CANARY_BYTE, aligned_shared(block) - block.shared_bytes);
+    char* end = block.where.shared ? block.shared() + aligned_shared(block) : map_shared();
+    block.where.shared_bytes = call.shared;
+    char* shared = end - aligned_shared(block);
+    memset(shared - CANARY, CANARY_BYTE, CANARY);
+    memset(shared, int(call.poison), call.shared);
+    memset(shared + call.shared, CANARY_BYTE, aligned_shared(block) - call.shared);
+    block.where.shared = reinterpret_cast<unsigned char*>(shared);
+    block.where.block = {index % call.grid[0], index / call.grid[0] % call.grid[1], index / call.grid[0] / call.grid[1]};
+    block.where.threads = {call.threads, 1, 1};
+    block.where.grid = {call.grid[0], call.grid[1], call.grid[2]};
     block.worker = &worker;
-    block.place[0] = index % call.grid[0];
-    block.place[1] = index / call.grid[0] % call.grid[1];
-    block.place[2] = index / call.grid[0] / call.grid[1];
     block.threads = block.alive = call.threads;
     block.barrier = {};
     block.mbarriers.clear(), block.waiters.clear(), block.copies.clear();
@@ -96,7 +97,7 @@ inline void prepare(Worker& worker, Block& block, uint32_t index) {
     block.runnable = 0xFFFFFFFFu >> (WARP - block.warp.size());
     for (unsigned each = 0; each < call.threads; ++each) {
         Thread& thread = block.thread[each];
-        thread.block = &block, thread.warp = &block.warp[each / WARP], thread.index = each;
+        thread.where = &block.where, thread.block = &block, thread.warp = &block.warp[each / WARP], thread.index = each;
         thread.stack = nullptr, thread.groups = 0, thread.waited = false, thread.what = nullptr;
         thread.copies.clear();
     }
@@ -104,9 +105,9 @@ inline void prepare(Worker& worker, Block& block, uint32_t index) {
 
 inline void check_canaries(Grid& grid, const Block& block) {
     for (long offset = -long(CANARY); offset < long(aligned_shared(block)); ++offset) {
-        if (offset == 0) offset = block.shared_bytes;
-        if (offset < long(aligned_shared(block)) && block.shared[offset] != CANARY_BYTE)
-            return report(grid, describe(grid, block) + ": wrote at " + std::to_string(offset) + ", outside its " + std::to_string(block.shared_bytes) + " bytes of shared memory");
+        if (offset == 0) offset = block.where.shared_bytes;
+        if (offset < long(aligned_shared(block)) && block.shared()[offset] != CANARY_BYTE)
+            return report(grid, describe(grid, block) + ": wrote at " + std::to_string(offset) + ", outside its " + std::to_string(block.where.shared_bytes) + " bytes of shared memory");
     }
 }
 
@@ -183,11 +184,11 @@ constexpr int FAULTS[] = {SIGSEGV, SIGBUS, SIGFPE};
 static struct sigaction before[3];
 
 inline std::string fault_text(int signal, const char* place) {
-    const Block& block = *current->block;
+    const Block& block = *self().block;
     if (signal == SIGFPE) return "divides an integer by zero";
-    long offset = place - block.shared;
+    long offset = place - block.shared();
     if (offset >= 0 && offset < long(aligned_shared(block) + GUARD))
-        return "reaches byte " + std::to_string(offset) + " of its " + std::to_string(block.shared_bytes) + " bytes of shared memory";
+        return "reaches byte " + std::to_string(offset) + " of its " + std::to_string(block.where.shared_bytes) + " bytes of shared memory";
     if (block.worker->stacks.overflowed(place)) return "needs a stack of more than " + std::to_string(STACK / 1024) + " KiB";
     if (!place) return "reads or writes a null or misaligned address";
     return "reads or writes at " + address(place) + ", where nothing is";
@@ -198,9 +199,9 @@ static void on_fault(int signal, siginfo_t* info, void*) {
         for (int each = 0; each < 3; ++each) sigaction(FAULTS[each], &before[each], nullptr);
         return;
     }
-    Worker& worker = *current->block->worker;
+    Worker& worker = *self().block->worker;
     std::string error = fault_text(signal, static_cast<const char*>(info->si_addr));
-    report(*worker.grid, describe(*worker.grid, *current->block) + ", " + describe(*current) + ": " + error);
+    report(*worker.grid, describe(*worker.grid, *self().block) + ", " + describe(self()) + ": " + error);
     current = nullptr;
     siglongjmp(worker.escape, 1);
 }
@@ -273,35 +274,6 @@ inline void launch(Grid& grid) {
     run(grid, workers[0]);
     second.join();
 }
-
-// ---- what the library exports ----
-
-struct Export {
-    const char* name;
-    const char* parameters;  // p: a pointer, i: int, f: float
-    void (*thunk)(const char* arguments);
-};
-
-template <typename T>
-constexpr char parameter_code() {
-    static_assert(std::is_pointer_v<T> || std::is_same_v<T, int> || std::is_same_v<T, float>, "parameters of kernels are pointers, int and float");
-    return std::is_pointer_v<T> ? 'p' : std::is_same_v<T, int> ? 'i' : 'f';
-}
-
-template <auto kernel>
-struct Entry;
-
-template <typename... P, void (*kernel)(P...)>
-struct Entry<kernel> {
-    static constexpr char parameters[] = {parameter_code<P>()..., 0};
-
-    template <size_t... each>
-    static void spread(const char* arguments, std::index_sequence<each...>) {
-        static_cast<void>(arguments);
-        kernel(*reinterpret_cast<const P*>(arguments + 8 * each)...);
-    }
-    static void call(const char* arguments) { spread(arguments, std::index_sequence_for<P...>()); }
-};
 
 }  // namespace fwd::host
 

@@ -7,12 +7,12 @@
 
 namespace fwd::host {
 
-inline void check_meeting(Thread& self, Warp& warp, const Group& group, uint32_t mask, const char* what, const Site& site) {
+inline void check_meeting(Thread& it, Warp& warp, const Group& group, uint32_t mask, const char* what, const Site& site) {
     std::string doing = "comes to " + at(what, site);
-    if (!(mask & self.bit())) fail(doing + " and is not in its mask");
+    if (!(mask & it.bit())) fail(doing + " and is not in its mask");
     if (warp.exited & mask) fail(doing + ", and lane " + std::to_string(__builtin_ctz(warp.exited & mask)) + " of its mask has ended");
     if (uint32_t lanes = warp.blocked & mask) {
-        const Thread& other = self.block->thread[(self.index & ~(WARP - 1)) + __builtin_ctz(lanes)];
+        const Thread& other = it.block->thread[(it.index & ~(WARP - 1)) + __builtin_ctz(lanes)];
         fail(doing + ", and lane " + std::to_string(other.lane()) + " of its mask waits in " + at(other.what, other.site));
     }
     if (group.pending && group.mask == mask && group.site == site && strcmp(group.what, what) == 0 &&
@@ -26,20 +26,20 @@ inline void check_meeting(Thread& self, Warp& warp, const Group& group, uint32_t
 // Meets the lanes of `mask`; the last one calls finish(warp).
 template <typename Finish>
 inline void meet(uint32_t mask, const char* what, const Site& site, Finish finish) {
-    Thread& self = *current;
-    Warp& warp = *self.warp;
-    uint32_t bit = self.bit();
+    Thread& it = self();
+    Warp& warp = *it.warp;
+    uint32_t bit = it.bit();
     Group& group = warp.groups[mask ? __builtin_ctz(mask) : 0];
     bool same = !group.pending || (group.mask == mask && group.site == site && group.what == what);
     if (__builtin_expect(!same || !(mask & bit) || (warp.parked & mask) != group.pending || (warp.exited | warp.blocked) & mask, 0))
-        check_meeting(self, warp, group, mask, what, site);
+        check_meeting(it, warp, group, mask, what, site);
     if ((group.pending | bit) == mask) {
         group.pending = 0;
         warp.parked &= ~mask;
         finish(warp);
         warp.runnable |= mask;
-        self.block->runnable |= 1u << self.index / WARP;
-        self.block->worker->spins = 0;
+        it.block->runnable |= 1u << it.index / WARP;
+        it.block->worker->spins = 0;
     } else {
         group.mask = mask, group.what = what, group.site = site;
         group.pending |= bit;
@@ -48,13 +48,11 @@ inline void meet(uint32_t mask, const char* what, const Site& site, Finish finis
     pause();
 }
 
-template <typename T, typename Source>
-inline T shuffle(T value, uint32_t mask, Source source, const char* what, const Site& site) {
-    static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");
-    Warp& warp = *current->warp;
-    unsigned lane = current->lane();
-    memcpy(&warp.in[lane], &value, sizeof(T));
-    warp.source[lane] = static_cast<uint8_t>(source(static_cast<int>(lane)) & 31);
+uint64_t shuffle_bits(uint64_t value, uint32_t mask, int source, const char* what, const Site& site) {
+    Warp& warp = *self().warp;
+    unsigned lane = self().lane();
+    warp.in[lane] = value;
+    warp.source[lane] = static_cast<uint8_t>(source & 31);
     meet(mask, what, site, [&](Warp& all) {
         for (unsigned each = 0; each < WARP; ++each) {
             if (!(mask >> each & 1)) continue;
@@ -62,13 +60,23 @@ inline T shuffle(T value, uint32_t mask, Source source, const char* what, const 
             all.out[each] = all.in[all.source[each]];
         }
     });
-    memcpy(&value, &warp.out[lane], sizeof(T));
-    return value;
+    return warp.out[lane];
 }
 
-inline uint32_t ballot(bool predicate, uint32_t mask, const char* what, const Site& site) {
-    Warp& warp = *current->warp;
-    unsigned lane = current->lane();
+void gather(uint64_t value, uint32_t mask, uint64_t (&all)[32], const char* what, const Site& site) {
+    Warp& warp = *self().warp;
+    unsigned lane = self().lane();
+    warp.in[lane] = value;
+    warp.out[lane] = reinterpret_cast<uint64_t>(all);
+    meet(mask, what, site, [mask](Warp& every) {
+        for (uint32_t rest = mask; rest; rest &= rest - 1)
+            memcpy(reinterpret_cast<void*>(every.out[__builtin_ctz(rest)]), every.in, sizeof every.in);
+    });
+}
+
+uint32_t ballot(bool predicate, uint32_t mask, const char* what, const Site& site) {
+    Warp& warp = *self().warp;
+    unsigned lane = self().lane();
     warp.in[lane] = predicate;
     meet(mask, what, site, [mask](Warp& all) {
         uint64_t votes = 0;
@@ -78,24 +86,6 @@ inline uint32_t ballot(bool predicate, uint32_t mask, const char* what, const Si
             if (mask >> each & 1) all.out[each] = votes;
     });
     return static_cast<uint32_t>(warp.out[lane]);
-}
-
-template <typename T, typename Combine>
-inline T reduce(T value, uint32_t mask, Combine combine, const char* what, const Site& site) {
-    Warp& warp = *current->warp;
-    unsigned lane = current->lane();
-    memcpy(&warp.in[lane], &value, sizeof(T));
-    meet(mask, what, site, [&](Warp& all) {
-        T total, each;
-        memcpy(&total, &all.in[__builtin_ctz(mask)], sizeof(T));
-        for (uint32_t rest = mask & (mask - 1); rest; rest &= rest - 1) {
-            memcpy(&each, &all.in[__builtin_ctz(rest)], sizeof(T));
-            total = combine(total, each);
-        }
-        for (uint32_t rest = mask; rest; rest &= rest - 1) memcpy(&all.out[__builtin_ctz(rest)], &total, sizeof(T));
-    });
-    memcpy(&value, &warp.out[lane], sizeof(T));
-    return value;
 }
 
 // ---- tensor cores ----
@@ -152,9 +142,9 @@ inline void mma_of_warp(Warp& warp) {
     }
 }
 
-inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Site& site) {
+void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Site& site) {
     Fragments part{d, a, b};
-    current->warp->in[current->lane()] = reinterpret_cast<uint64_t>(&part);
+    self().warp->in[self().lane()] = reinterpret_cast<uint64_t>(&part);
     meet(0xFFFFFFFFu, "mma_m16n8k16_bf16", site, mma_of_warp);
 }
 

@@ -84,13 +84,6 @@ class _Entry(NamedTuple):
     thunk: int
 
 
-class _Library(NamedTuple):
-    """A file of `cuda/`, compiled and loaded."""
-
-    handle: ctypes.CDLL
-    entries: dict[str, _Entry]
-
-
 class HostLauncher:
     """Implements `fwd.kernels.launch.Launcher` on the CPU.
 
@@ -121,7 +114,8 @@ class HostLauncher:
         self.multiprocessors = multiprocessors
         self.folder = folder or sources.home()
         self._launches = 0
-        self._libraries: dict[str, _Library] = {}
+        self._kernels: dict[str, dict[str, _Entry]] = {}
+        self._runtime = _runtime(sanitize)
 
     def launch(
         self,
@@ -133,10 +127,7 @@ class HostLauncher:
         cooperative: bool = False,
     ) -> None:
         """As `Launcher.launch`. Returns when the kernel has run; raises `KernelError` for whatever goes wrong in it."""
-        library = self._library(kernel.source)
-        entry = library.entries.get(kernel.name)
-        if entry is None:
-            raise KernelError(f"{kernel.source} has no kernel {kernel.name}")
+        entry = self._entry(kernel)
         _check_shape(kernel, grid, threads, shared)
         self._launches += 1
         call = _Call(
@@ -153,7 +144,7 @@ class HostLauncher:
         )
         message = ctypes.create_string_buffer(2048)
         with _one_launch:
-            failed = library.handle.fwd_host_launch(ctypes.byref(call), message, len(message))
+            failed = self._runtime.fwd_host_launch(ctypes.byref(call), message, len(message))
         if failed:
             raise KernelError(message.value.decode(errors="replace"))
 
@@ -163,15 +154,17 @@ class HostLauncher:
         memory.flatten().view(torch.uint8).fill_(self.poison)
         return memory
 
-    def _library(self, source: str) -> _Library:
-        if source not in self._libraries:
-            self._libraries[source] = _load(build(self.folder / source, sanitize=self.sanitize))
-        return self._libraries[source]
+    def _entry(self, kernel: Kernel) -> _Entry:
+        if kernel.source not in self._kernels:
+            self._kernels[kernel.source] = _load(build(self.folder / kernel.source, sanitize=self.sanitize))
+        if found := self._kernels[kernel.source].get(kernel.name):
+            return found
+        raise KernelError(f"{kernel.source} has no kernel {kernel.name}")
 
 
 @cache
 def build(source: Path, *, sanitize: bool = False) -> Path:
-    """The library of a `.cu` file, from the cache or else compiled; looked at once in a process.
+    """The library of a source, from the cache or else compiled; looked at once in a process.
 
     Raises `KernelError` without a compiler or CUDA's headers, for text that does not compile, an unwritable cache.
     """
@@ -212,7 +205,7 @@ def _compile(compiler: str, source: Path, flags: tuple[str, ...]) -> bytes:
         _run(source, compiler, "-E", "-x", "c++", *flags, str(source), "-o", str(text))
         names = dict.fromkeys(KERNEL.findall(text.read_text(encoding="utf-8", errors="replace")))
         with text.open("a", encoding="utf-8") as stream:
-            stream.write(_table(names))
+            stream.write(_table(names) if names else "")
         _run(source, compiler, "-shared", *flags, str(text), "-o", str(library))
         return library.read_bytes()
 
@@ -268,19 +261,28 @@ def _cpu() -> frozenset[str]:
 
 
 @cache
-def _load(path: Path) -> _Library:
+def _runtime(sanitize: bool) -> ctypes.CDLL:
+    """The runtime, whose symbols the libraries of kernels loaded after it use."""
+    return _open(build(sources.home() / "host/runtime.cpp", sanitize=sanitize), ctypes.RTLD_GLOBAL)
+
+
+def _open(path: Path, mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
     try:
-        handle = ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path), mode)
     except OSError as error:
         raise KernelError(f"{path} cannot be loaded ({error}): remove its folder, and it is built again") from None
+
+
+@cache
+def _load(path: Path) -> dict[str, _Entry]:
     entries = {}
-    for export in (_Export * MAX_KERNELS).in_dll(handle, "fwd_host_kernels"):
+    for export in (_Export * MAX_KERNELS).in_dll(_open(path), "fwd_host_kernels"):
         if export.name is None:
             break
         parameters = export.parameters.decode()
         packing = struct.Struct("=" + "".join(CODES[each] for each in parameters))
         entries[export.name.decode()] = _Entry(parameters, packing, export.thunk)
-    return _Library(handle, entries)
+    return entries
 
 
 def _check_shape(kernel: Kernel, grid: tuple[int, int, int], threads: int, shared: int) -> None:
