@@ -31,7 +31,7 @@ def test_the_table_is_of_these_files():
     assert set(SERVED.values()) == set(ARCHES)
 
 
-@pytest.mark.parametrize(("source", "arch"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("source", "arch"), PAIRS)
 def test_a_build(builds, source, arch):
     record = builds[source, arch]
     assert set(record.kernels) == set(BUILDS[source]), "the table and the file name other kernels"
