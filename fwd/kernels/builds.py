@@ -8,6 +8,18 @@ ARCHES = ("sm_90a", "sm_100a")  # H100 and H200; B200
 MAX_BUILDS = 150  # kernels × arches: what a first start without a cache has to compile
 
 BUILDS: dict[str, dict[str, int]] = {  # file in `cuda/` → kernel → registers a thread, at most, on every arch
+    "gemv.cu": {
+        "embed": 32,
+        "linear_1x8": 128,
+        "linear_1x16": 128,
+        "linear_2x8": 128,
+        "linear_2x16": 255,
+        "gate_up_8": 128,
+        "gate_up_16": 128,
+        "head_8": 128,
+        "head_16": 128,
+    },
+    "qkv.cu": {"qkv_paired_8": 128, "qkv_paired_16": 128, "qkv_whole_8": 128, "qkv_whole_16": 128},
     "paged_attention.cu": {
         "decode_attention_bf16_64": 168,
         "decode_attention_bf16_128": 168,

@@ -1,10 +1,12 @@
 """A weight matrix in the format it is stored in: what every op takes as its weight."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from fwd.kernels import packing
 
 Format = Literal["fp32", "fp16", "bf16"]
 
@@ -18,6 +20,7 @@ class QTensor:
     data: Tensor
     format: Format
     shape: tuple[int, int]
+    packed: bool = False  # `data` stands as `fwd.kernels.packing.pack` leaves it
 
     @classmethod
     def plain(cls, data: Tensor) -> "QTensor":
@@ -25,9 +28,14 @@ class QTensor:
         assert data.dim() == 2, tuple(data.shape)
         return cls(data.contiguous(), FORMATS[data.dtype], (data.shape[0], data.shape[1]))
 
+    def pack(self) -> "QTensor":
+        """Return the same weight, which is bfloat16, in the order that kernels stream it."""
+        assert not self.packed, "packed twice"
+        return replace(self, data=packing.pack(self.data), packed=True)
+
     def dequantize(self) -> Tensor:
         """Return the matrix [out, in] in float32 (a copy unless it is float32 already)."""
-        return self.data.to_dense().float()
+        return packing.unpack(self).float() if self.packed else self.data.to_dense().float()
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,295 @@
+// A packed matrix times a few rows: weights are the A operand of mma.m16n8k16 and are streamed once, rows are its B.
+//
+// Packed (fwd/kernels/packing.py): groups of 8 outputs, each of blocks of 8 × 32 numbers, 512 bytes, 16 of them a lane's.
+// Two groups are a tile of 16 outputs. A block of 8 warps takes tiles in turn: warp w sums their blocks w, w + 8, … in
+// order, then the sums of the warps are added in the order of the warps. So what comes out depends on the row and the
+// weights alone: not on the rows beside it, how many tiles a block takes at once, or how many blocks there are.
+#pragma once
+
+#include "common.cuh"
+
+namespace fwd::gemv {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kResident = 2;           // blocks that share a multiprocessor's registers
+constexpr int kSteps = 8;              // blocks of a tile that a warp has under way: 64 KiB a block of threads
+constexpr int kBlockBytes = 512;
+constexpr int kInputs = 32;            // of a block
+constexpr int kTile = 16;              // outputs
+constexpr int kPitch = 20;             // floats from a row of sums to the next: no two lanes in one bank
+constexpr int kSums = 8 * kPitch;      // floats of a warp's sums of one tile and eight rows
+
+FWD_INLINE int blocks_of(int inputs) { return (inputs + kInputs - 1) / kInputs; }
+FWD_INLINE int warp_index() { return threadIdx.x / 32; }
+FWD_INLINE int lane_index() { return threadIdx.x % 32; }
+
+// ---- which groups are a tile: from `first`, every `stride`-th ----
+
+template <int kWide>
+struct Neighbours {
+    FWD_INLINE int first(int tile) const { return tile * (2 * kWide); }
+    FWD_INLINE int stride() const { return 1; }
+};
+
+// The same group of both halves of a matrix.
+struct Halves {
+    int half;  // groups
+    FWD_INLINE int first(int tile) const { return tile; }
+    FWD_INLINE int stride() const { return half; }
+};
+
+// The same group of both halves of a head.
+struct HeadHalves {
+    unsigned half;  // groups
+    FWD_INLINE int first(unsigned tile) const { return tile + tile / half * half; }
+    FWD_INLINE int stride() const { return half; }
+};
+
+// ---- where the rows are: a lane wants the 8 inputs at lane % 4 · 8 of a block, of row lane / 4 of 8 ----
+
+// Rows past the last read the last one: their sums go nowhere.
+FWD_INLINE int row_of(int column, int rows) { return min(8 * column + lane_index() / 4, rows - 1); }
+
+// Blocks past the last are asked for and not used; what is read then stands in shared memory behind the rows.
+template <int kColumns>
+struct Staged {
+    static constexpr int kBatch = 1;  // reads of a column that are under way at once
+    const unsigned char* place[kColumns];
+
+    FWD_INLINE Staged(const unsigned char* staged, int pitch, int rows) {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) place[c] = staged + row_of(c, rows) * pitch + lane_index() % 4 * 16;
+    }
+    FWD_INLINE uint4 at(int column, int block) const { return load_shared(place[column] + block * (2 * kInputs)); }
+};
+
+// Inputs past the last are the last 8: their weights are 0.
+template <int kColumns, int kReads>
+struct Direct {
+    static constexpr int kBatch = kReads;
+    const bf16* place[kColumns];
+    int last;  // from this lane's first
+
+    FWD_INLINE Direct(const bf16* x, int rows, int inputs) : last(inputs - 8 - lane_index() % 4 * 8) {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c)
+            place[c] = x + static_cast<int64_t>(row_of(c, rows)) * inputs + lane_index() % 4 * 8;
+    }
+    FWD_INLINE uint4 at(int column, int block) const { return load_global(place[column] + min(block * kInputs, last)); }
+};
+
+// ---- the weights: registers that are filled again as soon as they are used, across tiles ----
+
+template <int kWide, class Tiling>
+struct Weights {
+    static constexpr int kDepth = kSteps / kWide, kGroups = 2 * kWide;
+
+    const unsigned char* data;  // of this lane
+    Tiling tiling;
+    int blocks, tiles;
+    int tile;                            // what is fetched next: of this one,
+    const unsigned char* next[kGroups];  // from here,
+    int left;                            // as many blocks and those between them, which are other warps'
+    uint4 held[kDepth][kGroups];
+
+    FWD_INLINE Weights(const void* matrix, Tiling tiling, int inputs, int tiles)
+        : data(static_cast<const unsigned char*>(matrix) + lane_index() * 16 + warp_index() * kBlockBytes),
+          tiling(tiling),
+          blocks(blocks_of(inputs)),
+          tiles(tiles) {
+        aim(blockIdx.x);
+#pragma unroll
+        for (int step = 0; step < kDepth; ++step) fetch(step);
+        advance();
+    }
+    FWD_INLINE void aim(int wanted) {
+        tile = wanted;
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group)
+            next[group] = data + static_cast<int64_t>(tiling.first(tile) + group * tiling.stride()) * (blocks * kBlockBytes);
+        left = tile < tiles ? blocks - warp_index() : 0;
+    }
+    FWD_INLINE void fetch(int step) {
+        if (step * kWarps >= left) return;
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group)
+            held[step][group] = load_stream(next[group] + step * (kWarps * kBlockBytes));
+    }
+    // Eight inputs of a lane are two steps of 16: any order of inputs will do that weights and rows share.
+    template <int kColumns>
+    FWD_INLINE void accumulate(float (&sums)[kWide][kColumns][4], int step, const uint4 (&x)[kColumns]) const {
+#pragma unroll
+        for (int w = 0; w < kWide; ++w)
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) {
+                const uint4 &first = held[step][2 * w], &second = held[step][2 * w + 1];
+                mma_m16n8k16_bf16(sums[w][c], {first.x, second.x, first.y, second.y}, {x[c].x, x[c].y});
+                mma_m16n8k16_bf16(sums[w][c], {first.z, second.z, first.w, second.w}, {x[c].z, x[c].w});
+            }
+    }
+    FWD_INLINE void advance() {
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) next[group] += kDepth * kWarps * kBlockBytes;
+        left -= kDepth * kWarps;
+        if (left <= 0) aim(tile + gridDim.x);
+    }
+};
+
+// This warp's part of `kWide` tiles.
+template <int kWide, int kColumns, class Tiling, class Rows>
+FWD_INLINE void multiply(float (&sums)[kWide][kColumns][4], Weights<kWide, Tiling>& weights, const Rows& rows) {
+    constexpr int kBatch = Rows::kBatch;
+#pragma unroll
+    for (int w = 0; w < kWide; ++w)
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) sums[w][c][0] = sums[w][c][1] = sums[w][c][2] = sums[w][c][3] = 0.0f;
+    int block = warp_index();
+    do {
+        int there = weights.blocks - block;
+#pragma unroll
+        for (int first = 0; first < weights.kDepth; first += kBatch) {
+            uint4 x[kBatch][kColumns];
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+                for (int c = 0; c < kColumns; ++c) x[i][c] = rows.at(c, block + (first + i) * kWarps);
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+                if ((first + i) * kWarps < there) weights.accumulate(sums, first + i, x[i]);
+                weights.fetch(first + i);
+            }
+        }
+        weights.advance();
+        block += weights.kDepth * kWarps;
+    } while (block < weights.blocks);
+}
+
+// A warp's sums as [tile][row][output], where all warps find them.
+template <int kWide, int kColumns>
+FWD_INLINE void store_sums(float* shared, const float (&sums)[kWide][kColumns][4]) {
+    int group = lane_index() / 4, pair = lane_index() % 4 * 2;
+#pragma unroll
+    for (int w = 0; w < kWide; ++w)
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+            float* own = shared + ((warp_index() * kWide + w) * kColumns + c) * kSums + pair * kPitch + group;
+            own[0] = sums[w][c][0], own[kPitch] = sums[w][c][1];
+            own[8] = sums[w][c][2], own[kPitch + 8] = sums[w][c][3];
+        }
+}
+
+template <int kSpan>  // floats of a warp's sums
+FWD_INLINE float total(const float* shared) {
+    float sum = shared[0];
+#pragma unroll
+    for (int warp = 1; warp < kWarps; ++warp) sum += shared[warp * kSpan];
+    return sum;
+}
+
+// All tiles of this block. For each output of each row the epilogue is asked early for what it will need, then given the
+// sum; both by whole warps, whose lanes hold outputs m and m ^ 8 of a tile 8 apart. `end` comes after a tile's last.
+// `shared` holds 2·kWarps·kWide·kColumns·kSums floats: a tile's sums are read while the next one's are written.
+template <int kWide, int kColumns, class Tiling, class Rows, class Epilogue>
+FWD_INLINE void run(Weights<kWide, Tiling>& weights, const Rows& rows, float* shared, Epilogue& epilogue) {
+    constexpr int kSpan = kWide * kColumns * kSums, kOutputs = kWide * kColumns * 8 * kTile;
+    constexpr int kShare = (kOutputs + kThreads - 1) / kThreads;  // of a thread
+    bool busy = threadIdx.x < kOutputs;
+    int m = threadIdx.x % kTile, place = threadIdx.x / kTile;  // [kWide][8·kColumns]
+    float* turn = shared;
+    for (int tile = blockIdx.x; tile < weights.tiles; tile += gridDim.x) {
+        typename Epilogue::Early early[kShare];
+#pragma unroll
+        for (int i = 0; i < kShare; ++i) {
+            int at = place + i * (kThreads / kTile);
+            if (busy) early[i] = epilogue.early(tile * kWide + at / (8 * kColumns), at % (8 * kColumns), m);
+        }
+        float sums[kWide][kColumns][4];
+        multiply(sums, weights, rows);
+        store_sums(turn, sums);
+        block_barrier();
+#pragma unroll
+        for (int i = 0; i < kShare; ++i) {
+            if (!busy) break;
+            int at = place + i * (kThreads / kTile);
+            float sum = total<kSpan>(turn + at * kPitch + m);
+            epilogue.put(tile * kWide + at / (8 * kColumns), at % (8 * kColumns), m, sum, early[i]);
+        }
+        epilogue.end(tile);
+        turn = turn == shared ? shared + kWarps * kSpan : shared;
+    }
+}
+
+// ---- rows that are normed first ----
+
+// A row in shared memory begins half a cycle of banks after the one before.
+FWD_INLINE int pitch_of(int inputs) { return (blocks_of(inputs) * kInputs * 2) | 64; }
+
+// RMSNorm of `rows` rows as bf16 in shared memory at `staged`, `pitch` bytes each, zeros behind `inputs`. Each thread has
+// the same chunks of 8 inputs of every row, and of the norm's weight, so that most of it needs no barrier.
+struct Normed {
+    const bf16* hidden;
+    const bf16* weight;
+    float eps;
+    int rows, inputs, pitch;
+    unsigned char* staged;   // [rows][pitch]
+    unsigned char* factors;  // [pitch]: the weight
+    float* partials;         // [rows][kWarps]
+
+    FWD_INLINE Normed(const bf16* hidden, const bf16* weight, float eps, int rows, int inputs, unsigned char* shared)
+        : hidden(hidden), weight(weight), eps(eps), rows(rows), inputs(inputs), pitch(pitch_of(inputs)) {
+        staged = shared;
+        factors = staged + rows * pitch;
+        partials = reinterpret_cast<float*>(factors + pitch);
+    }
+    FWD_INLINE float* behind() const { return partials + rows * kWarps; }
+    FWD_INLINE int chunks() const { return blocks_of(inputs) * (kInputs / 8); }
+
+    FWD_INLINE void copy(unsigned char* target, const bf16* source) const {
+        for (int chunk = threadIdx.x; chunk < chunks(); chunk += kThreads) {
+            bool valid = chunk * 8 < inputs;
+            cp_async_16_zfill(target + chunk * 16, source + (valid ? chunk * 8 : 0), valid);
+        }
+    }
+    FWD_INLINE float squares(int row) const {
+        float sum = 0.0f;
+        for (int chunk = threadIdx.x; chunk < chunks(); chunk += kThreads) {
+            float x[8];
+            unpack8(load_shared(staged + row * pitch + chunk * 16), x);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sum = fmaf(x[i], x[i], sum);
+        }
+        return warp_sum(sum);
+    }
+    FWD_INLINE void scale(int row, float factor) const {
+        for (int chunk = threadIdx.x; chunk < chunks(); chunk += kThreads) {
+            float x[8], w[8];
+            unpack8(load_shared(staged + row * pitch + chunk * 16), x);
+            unpack8(load_shared(factors + chunk * 16), w);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) x[i] = round_bf16(x[i] * factor) * w[i];
+            store_shared(staged + row * pitch + chunk * 16, pack8(x));
+        }
+    }
+
+    // Before the wait: only the weight is read.
+    FWD_INLINE void prepare() const { copy(factors, weight); }
+
+    FWD_INLINE void stage() const {
+        for (int row = 0; row < rows; ++row) copy(staged + row * pitch, hidden + static_cast<int64_t>(row) * inputs);
+        cp_async_commit();
+        cp_async_wait<0>();
+        for (int row = 0; row < rows; ++row) {
+            float sum = squares(row);
+            if (lane_index() == 0) partials[row * kWarps + warp_index()] = sum;
+        }
+        block_barrier();
+        for (int row = 0; row < rows; ++row) {
+            float sum = total<1>(partials + row * kWarps);
+            scale(row, rsqrtf(sum / inputs + eps));
+        }
+        block_barrier();
+    }
+};
+
+}  // namespace fwd::gemv
