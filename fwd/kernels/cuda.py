@@ -31,6 +31,7 @@ INT32 = range(-(2**31), 2**31)
 class _Function:
     pointer: int  # CUfunction
     sizes: tuple[int, ...]  # bytes of each parameter: 8 for pointers, 4 for int and float
+    owner: Any  # CuPy's kernel, which keeps the module loaded
 
 
 class CudaLauncher:
@@ -122,7 +123,8 @@ def _load(jit: Jit, arch: str, shared_limit: int) -> dict[Kernel, _Function]:
             for name in jit.table[source]:
                 function = module.get_function(name)
                 function.max_dynamic_shared_size_bytes = shared_limit
-                found[Kernel(source, name)] = _Function(function.kernel.ptr, _sizes(function.kernel.ptr))
+                pointer = function.kernel.ptr
+                found[Kernel(source, name)] = _Function(pointer, _sizes(pointer), function)
         except RuntimeError as error:  # CuPy's own
             raise KernelError(f"{source} could not be loaded for {arch}: {error}") from error
     return found
