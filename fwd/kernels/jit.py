@@ -124,7 +124,7 @@ class Jit:
     def kept(self) -> list[Build]:
         """All builds in the cache that are whole, by source, architecture and age."""
         found = []
-        for file in self.cache.glob(f"*/{RECORD}"):
+        for file in self.cache.glob(f"[!.]*/{RECORD}"):  # no drafts
             try:
                 found.append(_read(file.parent))
             except (OSError, ValueError):

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 PLACES = (PACKAGE / "cuda", PACKAGE.parent / "cuda")  # in a wheel, in the source tree
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"]([^<>"\n]+)[>"]', re.MULTILINE)
 TOOLKIT = "cuda_bf16.h"  # by which the toolkit's headers are known
+DRAFT, ABANDONED = ".draft-", 3600  # a folder that is being written, and seconds after which nobody writes it
 READABLE = 0o755  # a folder of the cache may be read by the daemon's user when another one built it
 
 
@@ -93,7 +95,8 @@ def publish(place: Path, files: Mapping[str, bytes]) -> None:
     Raises OSError where that cannot be.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place.parent))
+    _sweep(place.parent)
+    draft = Path(tempfile.mkdtemp(prefix=DRAFT, dir=place.parent))
     try:
         for name, data in files.items():
             _write(draft / name, data)
@@ -108,10 +111,18 @@ def publish(place: Path, files: Mapping[str, bytes]) -> None:
 def discard(place: Path) -> None:
     """Remove a folder of the cache, whole at once for all who look; raises OSError where that cannot be."""
     with (
-        tempfile.TemporaryDirectory(prefix=".draft-", dir=place.parent) as gone,
+        tempfile.TemporaryDirectory(prefix=DRAFT, dir=place.parent) as gone,
         contextlib.suppress(FileNotFoundError),
     ):
         place.rename(Path(gone) / place.name)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove drafts of builders that were killed."""
+    for draft in folder.glob(f"{DRAFT}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if draft.stat().st_mtime < time.time() - ABANDONED:
+                shutil.rmtree(draft, ignore_errors=True)
 
 
 def _rename(draft: Path, place: Path) -> None:

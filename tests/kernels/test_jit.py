@@ -1,6 +1,7 @@
 """Builds of kernels: right by name, whole or not there, and what helps where they cannot be made."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -228,6 +229,17 @@ def test_a_broken_build_that_cannot_be_removed_does_not_serve(make, monkeypatch)
     assert second.path != first.path
     assert second.record.sha256 == first.record.sha256
     assert made.build("some.cu", "sm_90a").path == second.path
+
+
+def test_what_a_killed_builder_left_is_not_listed_and_goes(make):
+    first = make().build("some.cu", "sm_90a")
+    young, old = (first.path.parents[1] / f".draft-{name}" for name in ("young", "old"))
+    for draft in (young, old):
+        shutil.copytree(first.path.parent, draft)
+    os.utime(old, (0, 0))
+    assert make().kept() == [first._replace(fresh=False)]
+    second = make().build("some.cu", "sm_100a")
+    assert places(make()) == sorted([young, first.path.parent, second.path.parent])
 
 
 def test_builders_at_once(make):
