@@ -8,7 +8,7 @@
 #include <cstdlib>
 #include <vector>
 
-#ifdef __SANITIZE_ADDRESS__
+#ifdef FWD_SANITIZE
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -20,7 +20,7 @@
 namespace fwd::host {
 
 constexpr size_t PAGE = 4096;
-#ifdef __SANITIZE_ADDRESS__
+#ifdef FWD_SANITIZE
 constexpr size_t STACK = 256 * 1024;
 #else
 constexpr size_t STACK = 64 * 1024;
@@ -61,7 +61,7 @@ struct Stack {
 
     // A context that enters `entry` when it is switched to. Tops are spread over the sets of the caches.
     void** start(void (*entry)()) const {
-#ifdef __SANITIZE_ADDRESS__
+#ifdef FWD_SANITIZE
         __asan_unpoison_memory_region(bottom, STACK);
 #endif
         void** top = reinterpret_cast<void**>(bottom + STACK - size_t(color % 64) * 192);
@@ -115,7 +115,7 @@ struct Context {
     void* fake = nullptr;
 };
 
-#ifdef __SANITIZE_ADDRESS__
+#ifdef FWD_SANITIZE
 // To be called first in a context that was switched to.
 inline void arrive(Context& here) { __sanitizer_finish_switch_fiber(here.fake, nullptr, nullptr); }
 

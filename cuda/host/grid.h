@@ -179,7 +179,7 @@ inline void work(Worker& worker) {
 
 // ---- faults ----
 
-#ifndef __SANITIZE_ADDRESS__
+#ifndef FWD_SANITIZE
 constexpr int FAULTS[] = {SIGSEGV, SIGBUS, SIGFPE};
 static struct sigaction before[3];
 
@@ -247,7 +247,7 @@ constexpr unsigned MAX_WORKERS = 2;
 inline void run(Grid& grid, Worker& worker) {
     SignalStack stack;
     worker.grid = &grid;
-#ifdef __SANITIZE_ADDRESS__
+#ifdef FWD_SANITIZE
     pthread_attr_t attributes;
     void* bottom;
     pthread_getattr_np(pthread_self(), &attributes);

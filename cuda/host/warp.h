@@ -113,9 +113,17 @@ inline float high(uint32_t pair) {
 
 // Products in order of k, each rounded into the sum: a tensor core adds several at once, so last bits may differ there.
 inline void multiply(Eight (&d)[16], const float (&a)[16][16], const Eight (&b)[16]) {
-    for (int row = 0; row < 16; row += 4)
-        for (int k = 0; k < 16; ++k)
-            for (int each = row; each < row + 4; ++each) d[each] += a[each][k] * b[k];
+    for (int row = 0; row < 16; row += 8) {
+        Eight sum[8];
+#pragma GCC unroll 8
+        for (int each = 0; each < 8; ++each) sum[each] = d[row + each];
+        for (int k = 0; k < 16; ++k) {
+#pragma GCC unroll 8
+            for (int each = 0; each < 8; ++each) sum[each] += a[row + each][k] * b[k];
+        }
+#pragma GCC unroll 8
+        for (int each = 0; each < 8; ++each) d[row + each] = sum[each];
+    }
 }
 
 inline void mma_of_warp(Warp& warp) {
@@ -124,12 +132,15 @@ inline void mma_of_warp(Warp& warp) {
     for (unsigned lane = 0; lane < WARP; ++lane) {
         auto part = reinterpret_cast<const Fragments*>(warp.in[lane]);
         unsigned group = lane / 4, pair = lane % 4 * 2;
+#pragma GCC unroll 4
         for (unsigned each = 0; each < 4; ++each) {
             unsigned row = group + (each & 1) * 8, column = pair + (each >> 1) * 8;
             a[row][column] = low(part->a[each]), a[row][column + 1] = high(part->a[each]);
         }
+#pragma GCC unroll 2
         for (unsigned each = 0; each < 2; ++each)
             b[pair + each * 8][group] = low(part->b[each]), b[pair + each * 8 + 1][group] = high(part->b[each]);
+#pragma GCC unroll 4
         for (unsigned each = 0; each < 4; ++each) d[group + (each >> 1) * 8][pair + (each & 1)] = part->d[each];
     }
     unsigned control = _mm_getcsr();
@@ -138,6 +149,7 @@ inline void mma_of_warp(Warp& warp) {
     _mm_setcsr(control);
     for (unsigned lane = 0; lane < WARP; ++lane) {
         auto part = reinterpret_cast<const Fragments*>(warp.in[lane]);
+#pragma GCC unroll 4
         for (unsigned each = 0; each < 4; ++each) part->d[each] = d[lane / 4 + (each >> 1) * 8][lane % 4 * 2 + (each & 1)];
     }
 }

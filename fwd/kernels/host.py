@@ -36,11 +36,13 @@ FLAGS = (
     "-fno-math-errno",
     "-ffp-contract=off",
     "-fno-strict-aliasing",
+    "-fno-semantic-interposition",
     "-fPIC",
     "-DFWD_HOST",
     "-w",  # the device compiler's warnings are the ones that count
 )
 EXTENSIONS = ("avx2", "fma", "f16c")  # of the CPU, used where it has them
+ANNOTATED = ("-DFWD_SANITIZE",)  # the runtime tells the sanitizer of its fibers
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 # What `__global__` is here (cuda/host/crt/host_defines.h), in preprocessed text.
 KERNEL = re.compile(
@@ -170,7 +172,11 @@ def build(source: Path, *, sanitize: bool = False) -> Path:
     """
     home, toolkit = sources.home(), sources.toolkit()
     folders = [*dict.fromkeys((source.parent, home)), home / "host"]
-    flags = (*FLAGS, *(f"-m{each}" for each in EXTENSIONS if each in _cpu()), *(SANITIZERS if sanitize else ()))
+    flags = (
+        *FLAGS,
+        *(f"-m{each}" for each in EXTENSIONS if each in _cpu()),
+        *((SANITIZERS if source.suffix == ".cu" else ANNOTATED) if sanitize else ()),
+    )
     compiler, version = _compiler()
     name = sources.digest(sources.closure(source, (*folders, toolkit)), *flags, version)
     place = sources.cache("host") / f"{source.stem}-{name[:32]}"
