@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
 from fwd.models.formats import Shard
 from fwd.models.rope import rope_table
@@ -94,6 +95,7 @@ def _rotated(x: Tensor, rope: Tensor) -> Tensor:
 @torch.no_grad()
 def rates(folder: Path, chosen: argparse.Namespace) -> list[float]:
     """Tokens per second of `rounds` answers after `context` tokens; the first ones compile and do not count."""
+    inductor.coordinate_descent_tuning = True  # without it products with one row go to the library
     model = Decoder(folder, chosen.context + chosen.tokens, chosen.device)
     step = model if chosen.device == "cpu" else torch.compile(model, mode="reduce-overhead", fullgraph=True)
     found = [_rate(step, chosen) for _ in range(chosen.rounds + 2)]

@@ -22,6 +22,7 @@ from gpu.streams import MODEL
 
 SHM = Path("/dev/shm")
 SEED = 20261124
+QUEUE = 1 << 22  # tokens that may wait: many prompts of 128k at once
 WORDS = 300  # the first id that is a word in every tokenizer here
 
 
@@ -54,9 +55,11 @@ def model_folder(name: str, device: str) -> Iterator[Path]:
 @contextlib.contextmanager
 def serving(folder: Path, device: str, max_seqs: int) -> Iterator[Served]:
     """`fwd serve` on the folder, ready, on a socket and a port of its own."""
-    port = free_port()
+    port, settings = free_port(), folder / "fwd.toml"
+    settings.write_text(f"max_queue = {QUEUE}\n")
     flags = ("--device", device, "--max-seqs", str(max_seqs), "--http", f"127.0.0.1:{port}", "--name", MODEL)
-    with private_daemon(str(folder), *flags, "--log-level", "error") as daemon, daemon.connect() as client:
+    more = ("--config", str(settings), "--log-level", "error")
+    with private_daemon(str(folder), *flags, *more) as daemon, daemon.connect() as client:
         status = wait_ready(client)
         assert status.engine, "a daemon that is ready has an engine"
         yield Served(daemon, client, port, status.engine, time.perf_counter() - daemon.started)

@@ -1,0 +1,249 @@
+"""What kernels.py times: each operation of a step at a model's shapes, over as many copies as keep the L2 cold.
+
+A case has our launches and torch's own for the same work, on the same random numbers, and the floor: bytes that must be
+read, or operations. Ours are called through the ops that the engine calls.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own name for it
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from fwd.kernels import drawing, sample
+from fwd.kernels.device import DeviceOps
+from fwd.kernels.launch import Launcher
+from fwd.kernels.ops import KV, QKV, Cells, Draw, Norm, Rows
+from fwd.kernels.prefill import Prefill
+from fwd.kernels.qtensor import QTensor
+from fwd.models.rope import rope_table
+from fwd.models.spec import ModelSpec
+from gpu.shapes import step_work
+from gpu.timing import Work, copies
+
+PAGE = 16
+SEED = 20261124
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one size."""
+
+    name: str
+    ours: list[Work]
+    theirs: list[Work]
+    read: int = 0  # bytes that a launch must read
+    operations: int = 0  # or what it must compute
+    per_step: int = 0  # launches in a decode step
+    call: str = ""  # of torch's
+
+
+class Cases:
+    """The cases of a model on a device with `l2` bytes of cache."""
+
+    def __init__(self, launcher: Launcher, model: ModelSpec, l2: int) -> None:
+        self.launcher, self.model, self.l2, self.device = launcher, model, l2, launcher.device
+        self.ops, self.chunks = DeviceOps(launcher), Prefill(launcher)
+        self._generator = torch.Generator(self.device).manual_seed(SEED)
+        self.rope = rope_table(model.rope, model.head_dim, model.max_context).to(self.device)
+
+    def decode(self, rows: int, context: int) -> Iterator[Case]:
+        """The products of a step; `context` is where its rows write."""
+        work = step_work(self.model, rows, context, "bfloat16")
+        cases = (self._qkv(rows, context), self._output(rows), self._gate_up(rows), self._down(rows), self._head(rows))
+        for case in cases:
+            launches, size = work[case.name]
+            yield Case(case.name, case.ours, case.theirs, read=size, per_step=launches, call=case.call)
+
+    def embed(self, rows: int) -> Case:
+        """The rows of the embedding."""
+        model = self.model
+        table = self.random(model.vocab, model.hidden)
+        count = min(64, max(2, model.vocab // rows))
+        places = torch.randint(0, model.vocab, (count, rows), generator=self._generator, device=self.device)
+        return Case(
+            "embed",
+            [lambda ids=ids: self.ops.embed(ids, QTensor.plain(table)) for ids in places],
+            [lambda ids=ids: F.embedding(ids, table) for ids in places],
+            read=rows * model.hidden * 2,
+            per_step=1,
+            call="F.embedding",
+        )
+
+    def attention(self, rows: int, context: int) -> Case:
+        """Decode attention over pages in any order; torch's has its keys in one piece."""
+        model = self.model
+        launches, size = step_work(model, rows, context, "bfloat16")["attention"]
+        q = self.random(rows, model.heads, model.head_dim)
+        step = self.rows(rows, context)
+        ours, theirs = [], []
+        for _ in range(copies(size, self.l2)):
+            kv = self.cache(rows * self._pages(context))
+            dense = [self.random(rows, model.kv_heads, context, model.head_dim) for _ in range(2)]
+            ours.append(lambda kv=kv: self.ops.decode_attention(q, step, kv))
+            theirs.append(lambda dense=dense: F.scaled_dot_product_attention(q[:, :, None], *dense, enable_gqa=True))
+        call = "F.scaled_dot_product_attention"
+        return Case("attention", ours, theirs, read=size, per_step=launches, call=call)
+
+    def prefill(self, chunk: int, context: int) -> Iterator[Case]:
+        """A chunk that ends at `context`: products of library kernels over packed weights, attention of our own."""
+        model, hidden = self.model, self.random(chunk, self.model.hidden)
+        norm, index = self.norm(), context // chunk - 1
+        x = self.random(chunk, model.intermediate)
+        for name, outputs, inputs, run in (
+            ("prefill gate_up", 2 * model.intermediate, model.hidden, lambda w: self.chunks.gate_up(hidden, norm, w)),
+            ("prefill down", model.hidden, model.intermediate, lambda w: self.chunks.linear(x, w, hidden)),
+        ):
+            plain, packed = self._matrices(outputs, inputs)
+            source = hidden if inputs == model.hidden else x
+            yield Case(
+                name,
+                [lambda w=w, run=run: run(w) for w in packed],
+                [lambda w=w, source=source: F.linear(source, w) for w in plain],
+                operations=2 * chunk * outputs * inputs,
+                call="F.linear",
+            )
+        yield self._prefill_attention(chunk, index)
+
+    def sampler(self, rows: int, draw: Draw, name: str) -> Case:
+        """Sample and commit, the two launches of a step; torch takes the highest logit."""
+        vocab, device = self.model.vocab, self.device
+        logits = [torch.randn(rows, vocab, generator=self._generator, device=device) for _ in range(8)]
+        space = sample.Workspace.new(self.launcher, vocab)
+        state = drawing.new_drawing(device, rows, rows, vocab)
+        arrays = {field: getattr(state, field).cpu().numpy() for field in drawing.FIELDS}
+        for row in range(rows):
+            drawing.fill_row(arrays, row, draw, drawing.kinds_of(draw))
+        for field, array in arrays.items():
+            getattr(state, field).copy_(torch.from_numpy(array))
+        outcome = drawing.new_outcome(rows, rows, device)
+        ids, step = (torch.zeros(size, dtype=torch.int64, device=device) for size in (rows, 1))
+        told = {"drawing": state, "outcome": outcome, "next_ids": ids.clone(), "step": step}
+        place = self.rows(rows, 1)
+        return Case(
+            f"sample, {name}",
+            [lambda each=each: sample.draw(self.launcher, space, each, ids, place, **told) for each in logits],
+            [lambda each=each: each.argmax(-1) for each in logits],
+            read=rows * vocab * 4,
+            per_step=1,
+            call="Tensor.argmax",
+        )
+
+    def rows(self, count: int, context: int) -> Rows:
+        """Decode rows that stand at the end of `context` tokens each, their pages in random order."""
+        pages = self._pages(context)
+        tables = torch.randperm(count * pages, generator=self._generator, device=self.device).view(count, pages).int()
+        last = context - 1
+        slots = tables[:, last // PAGE].long() * PAGE + last % PAGE
+        sequences = torch.arange(count, device=self.device)
+        positions, parents = torch.full_like(sequences, last), torch.full_like(sequences, -1)
+        return Rows(positions, sequences, parents, (Cells(slots, tables),))
+
+    def cache(self, pages: int) -> KV:
+        """A layer's pages."""
+        shape = (pages * PAGE, self.model.kv_heads, self.model.head_dim)
+        return KV(self.random(*shape), self.random(*shape), PAGE)
+
+    def random(self, *shape: int) -> Tensor:
+        """Standard normal numbers in bfloat16."""
+        return torch.randn(shape, generator=self._generator, device=self.device, dtype=torch.float32).to(BF16)
+
+    def norm(self) -> Norm:
+        """A norm of the hidden width."""
+        return Norm(self.random(self.model.hidden), self.model.eps)
+
+    def _qkv(self, rows: int, context: int) -> Case:
+        model, norm = self.model, self.norm()
+        hidden, step = self.random(rows, model.hidden), self.rows(rows, context)
+        kv = self.cache(rows * self._pages(context))
+        plain, packed = self._matrices(model.qkv_width, model.hidden)
+        layers = [QKV(norm, weight, None, None, None, model.kv_heads, model.head_dim) for weight in packed]
+        return Case(
+            "qkv",
+            [lambda layer=layer: self.ops.qkv(hidden, layer, self.rope, step, kv) for layer in layers],
+            [lambda weight=weight: F.linear(self._normed(hidden, norm), weight) for weight in plain],
+            call="F.rms_norm, F.linear",
+        )
+
+    def _output(self, rows: int) -> Case:
+        return self._linear("output", rows, self.model.heads * self.model.head_dim)
+
+    def _down(self, rows: int) -> Case:
+        return self._linear("down", rows, self.model.intermediate)
+
+    def _linear(self, name: str, rows: int, inputs: int) -> Case:
+        x, residual = self.random(rows, inputs), self.random(rows, self.model.hidden)
+        plain, packed = self._matrices(self.model.hidden, inputs)
+        return Case(
+            name,
+            [lambda weight=weight: self.ops.linear(x, weight, residual) for weight in packed],
+            [lambda weight=weight: residual + F.linear(x, weight) for weight in plain],
+            call="F.linear, add",
+        )
+
+    def _gate_up(self, rows: int) -> Case:
+        hidden, norm = self.random(rows, self.model.hidden), self.norm()
+        plain, packed = self._matrices(2 * self.model.intermediate, self.model.hidden)
+
+        def theirs(weight: Tensor) -> Tensor:
+            gate, up = F.linear(self._normed(hidden, norm), weight).chunk(2, -1)
+            return F.silu(gate) * up
+
+        return Case(
+            "gate_up",
+            [lambda weight=weight: self.ops.gate_up(hidden, norm, weight) for weight in packed],
+            [lambda weight=weight: theirs(weight) for weight in plain],
+            call="F.rms_norm, F.linear, F.silu, mul",
+        )
+
+    def _head(self, rows: int) -> Case:
+        hidden, norm = self.random(rows, self.model.hidden), self.norm()
+        plain, packed = self._matrices(self.model.vocab, self.model.hidden, self.ops.pack_head)
+        return Case(
+            "head",
+            [lambda weight=weight: self.ops.head(hidden, norm, weight) for weight in packed],
+            [lambda weight=weight: F.linear(self._normed(hidden, norm), weight) for weight in plain],
+            call="F.rms_norm, F.linear",
+        )
+
+    def _prefill_attention(self, chunk: int, index: int) -> Case:
+        model, end = self.model, (index + 1) * chunk
+        q, kv = self.random(chunk, model.heads, model.head_dim), self.cache(self._pages(end))
+        at = torch.arange(index * chunk, end, device=self.device)
+        table = torch.randperm(self._pages(end), generator=self._generator, device=self.device).view(1, -1).int()
+        slots = table[0, at // PAGE].long() * PAGE + at % PAGE
+        none = torch.full_like(at, -1)
+        step = Rows(at, torch.zeros_like(at), none, (Cells(slots, table),), chunk=index)
+        keys, values = (self.random(1, model.kv_heads, end, model.head_dim) for _ in range(2))
+
+        def theirs() -> Tensor:
+            query, mask = q.transpose(0, 1)[None], causal_lower_right(chunk, end)
+            return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
+
+        visible = sum(range(index * chunk + 1, end + 1))
+        operations = 4 * model.heads * model.head_dim * visible
+        ours = [lambda: self.chunks.attention(q, step, kv)] * 2
+        call = "F.scaled_dot_product_attention"
+        return Case(f"prefill attention up to {end}", ours, [theirs] * 2, operations=operations, call=call)
+
+    def _matrices(
+        self, outputs: int, inputs: int, pack: Callable[[QTensor], QTensor] | None = None
+    ) -> tuple[list[Tensor], list[QTensor]]:
+        """Copies of a random matrix, as torch has it and as our kernels stream it."""
+        plain = self.random(outputs, inputs) * inputs**-0.5
+        count = copies(plain.nbytes, self.l2)
+        packed = (pack or self.ops.pack)(QTensor.plain(plain))
+        return [plain.clone() for _ in range(count)], [_copy(packed) for _ in range(count)]
+
+    def _normed(self, x: Tensor, norm: Norm) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+
+    def _pages(self, context: int) -> int:
+        return -(-context // PAGE)
+
+
+def _copy(weight: QTensor) -> QTensor:
+    return QTensor(weight.data.clone(), weight.format, weight.shape, weight.packed)
