@@ -12,7 +12,7 @@ constexpr int GIVEN = 8;  // the token is `ids` of the row: only its log-probabi
 
 constexpr int MAX_ROWS = 16, MAX_TOPS = 20;
 constexpr int IN_PROMPT = 1 << 30;  // of counts
-constexpr int ID_BITS = 20, ORDER_BITS = 32 + ID_BITS;
+constexpr int ID_BITS = 20;
 constexpr float GREEDY_BELOW = 1e-5f, SMALLEST = 0x1p-126f, LARGEST = 0x1.fffffep127f;
 
 // Products and sums that are never fused, so that they round as numpy rounds.

@@ -1,8 +1,8 @@
 // How a row with thresholds is cut without sorting it, by one block.
 //
 // Tokens stand on levels of their tempered logits (1/64 of an octave of probability). From the histogram of the levels,
-// by number and by weight, comes the level in which a threshold falls; the few tokens of it are listed, and the cut is
-// narrowed bit by bit to one token. All of it is integer sums and one total order of the tokens: exact, whatever the
+// by number and by weight, comes the level in which a threshold falls; the few tokens of it are listed, and halved down
+// to the last one that is let through. All of it is integer sums and one total order of the tokens: exact, whatever the
 // order of threads. Where more than HELD tokens stand on one level, as in a row of equal logits, the row is gone over
 // instead of the list: slower, and the same.
 #pragma once
@@ -13,12 +13,12 @@ namespace fwd {
 
 constexpr int SELECT_THREADS = 512;
 constexpr int EACH = 8;  // logits of a thread at a time
-constexpr int LEVEL_BITS = 11, LEVELS = 1 << LEVEL_BITS;
-constexpr int HELD = 2016;  // tokens of a list
+constexpr int LEVELS = 2048;  // a power of 2
+constexpr int HELD = 1984;  // tokens of a list
 constexpr double UNIT = 1073741824.0;
 
 // Shared memory, in bytes.
-constexpr int SCRATCH = 0, DRAFTS = 256, HELD_COUNT = 320, REST = 384;
+constexpr int SCRATCH = 0, DRAFTS = 512, HELD_COUNT = 576, REST = 640;
 constexpr int MASSES = REST, ORDERS = MASSES + 8 * LEVELS, COUNTS = ORDERS + 8 * HELD, WEIGHTS = COUNTS + 4 * LEVELS;
 constexpr int SELECT_SHARED = WEIGHTS + 4 * HELD;
 static_assert(SELECT_SHARED <= 48 * 1024, "no launch has to ask for more");
@@ -74,19 +74,16 @@ FWD_INLINE void visit(const float* values, float peak, int begin, int end, F f) 
     }
 }
 
-// The greatest n below 2^bits at or above which there is `limit`, in a sum that falls with n and reaches it at 0.
-// `exact`: a sum that equals the limit is found at once.
-template <typename Sum>
-FWD_INLINE uint64_t descend(int bits, uint64_t limit, bool exact, Sum sum) {
-    uint64_t cut = 0;
-#pragma unroll 1
-    for (int bit = bits - 1; bit >= 0; --bit) {
-        uint64_t probe = cut | uint64_t{1} << bit;
-        uint64_t found = sum(probe);
-        if (found >= limit) cut = probe;
-        if (exact && found == limit) break;
-    }
-    return cut;
+// Of tokens: the sum of those at a probe or above, the greatest order below it, the least at it or above.
+struct Split {
+    uint64_t sum, below, above;
+};
+
+FWD_INLINE Split from_lane(const Split& value, int mask) {
+    return {from_lane(value.sum, mask), from_lane(value.below, mask), from_lane(value.above, mask)};
+}
+FWD_INLINE Split joined(const Split& a, const Split& b) {
+    return {a.sum + b.sum, a.below > b.below ? a.below : b.below, a.above < b.above ? a.above : b.above};
 }
 
 // A row with thresholds, in the hands of one block. In view are the tokens of levels low … high.
@@ -126,11 +123,16 @@ struct Selection {
         }
     }
 
-    // Of the tokens at `order` or above, with those above the view.
-    FWD_INLINE uint64_t tokens(bool mass, uint64_t order) const {
-        uint64_t sum = 0;
-        each([&](uint64_t other, uint32_t weight) { sum += other < order ? 0 : mass ? weight : 1; });
-        return block_total(sum, scratch) + (mass ? mass_above : count_above);
+    // The tokens in view; the sum is of their number or their weight, with those above the view.
+    FWD_INLINE Split split(bool mass, uint64_t probe) const {
+        Split own = {0, 0, ~uint64_t{0}};
+        each([&](uint64_t order, uint32_t weight) {
+            uint64_t part = mass ? weight : 1;
+            own = joined(own, order < probe ? Split{0, order, ~uint64_t{0}} : Split{part, 0, order});
+        });
+        Split all = block_join(own, scratch, [](const Split& a, const Split& b) { return joined(a, b); });
+        all.sum += mass ? mass_above : count_above;
+        return all;
     }
 
     FWD_INLINE void list() {
@@ -155,12 +157,28 @@ struct Selection {
         if (levels(false, low, high) <= HELD) list();
     }
 
-    // The last token, in the order, that is needed for `limit` tokens or so much weight.
+    // The highest level at or above which there is `limit`.
+    FWD_INLINE int border_level(bool mass, uint64_t limit) const {
+        int level = 0;
+#pragma unroll 1
+        for (int bit = LEVELS / 2; bit > 0; bit /= 2) {
+            if (levels(mass, level + bit, LEVELS - 1) >= limit) level += bit;
+        }
+        return level;
+    }
+
+    // The last token, in the order, that is needed for `limit` tokens or so much weight. Every step halves what is left,
+    // to where tokens are.
     FWD_INLINE uint64_t border(bool mass, uint64_t limit) {
-        view(static_cast<int>(descend(LEVEL_BITS, limit, false, [&](uint64_t level) {
-            return levels(mass, static_cast<int>(level), LEVELS - 1);
-        })));
-        return descend(ORDER_BITS, limit, true, [&](uint64_t order) { return tokens(mass, order); });
+        view(border_level(mass, limit));
+        uint64_t low = 0, high = ~uint64_t{0};
+#pragma unroll 1
+        while (low < high) {
+            Split found = split(mass, low + (high - low) / 2 + 1);
+            if (found.sum >= limit) low = found.above;
+            if (found.sum <= limit) high = found.sum == limit ? low : found.below;
+        }
+        return low;
     }
 
     // The last token that top-k and then top-p let through; 0: all.
@@ -172,7 +190,7 @@ struct Selection {
             double share = ceil(mul_rn(static_cast<double>(top_p), static_cast<double>(total)));
             uint64_t limit = mass ? static_cast<uint64_t>(share) : top_k;
             cut = border(mass, limit > 0 ? limit : 1);
-            if (!mass) total = tokens(true, cut);
+            if (!mass) total = split(true, cut).sum;
         }
         return cut;
     }

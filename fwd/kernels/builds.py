@@ -44,5 +44,6 @@ BUILDS: dict[str, dict[str, int]] = {  # file in `cuda/` → kernel → register
         "prefill_kv_fp8_128": 48,
         "prefill_kv_fp8_256": 48,
     },
+    "sample.cu": {"sample_scan": 72, "sample_select": 96},
     "roofline.cu": {"read_stream": 64, "empty_step": 16, "meet": 24},
 }

@@ -35,7 +35,7 @@ _SCAN, _SELECT = Kernel("sample.cu", "sample_scan"), Kernel("sample.cu", "sample
 _SCAN_THREADS, _SELECT_THREADS = 256, 512
 _CHUNK, _PIECE = 2048, 4096  # logits of a block
 _LEVELS = 2048
-_SCAN_SHARED, _SELECT_SHARED = 384 + MAX_TOPS * 8, 48 * 1024
+_SCAN_SHARED, _SELECT_SHARED = 640 + MAX_TOPS * 8, 640 + 12 * (_LEVELS + 1984)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
