@@ -1,7 +1,8 @@
 """What a plan needs to know of a device, also of one that is not in this machine. No torch here."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from fwd.kernels.gpu import Facts
 
@@ -20,6 +21,17 @@ class Device:
     pool: int
     graphs: int
     reserve: int
+    kind: Literal["cpu", "host", "cuda"] = "cuda"
+
+    @property
+    def kernels(self) -> bool:
+        """Decode steps are launches of kernels, else the reference's."""
+        return self.kind != "cpu"
+
+    @property
+    def gpu(self) -> bool:
+        """It has a memory of its own."""
+        return self.kind == "cuda"
 
 
 def cpu(memory: int) -> Device:
@@ -27,17 +39,23 @@ def cpu(memory: int) -> Device:
 
     The reserve holds Python and torch (0.2 GiB once imported), the ids of open requests and oneDNN's scratch pads.
     """
-    return Device("cpu", memory, bandwidth=0.0, chunk=64, pool=1 << 30, graphs=0, reserve=512 << 20)
+    return Device("cpu", memory, bandwidth=0.0, chunk=64, pool=1 << 30, graphs=0, reserve=512 << 20, kind="cpu")
+
+
+def host(memory: int) -> Device:
+    """The same, with the kernels executed by the CPU."""
+    return replace(cpu(memory), name="host", kind="host")
 
 
 def gpu(facts: Facts) -> Device:
     """The GPU of this machine, with the memory that nobody holds now and the bandwidth that its clocks give."""
-    return _gpu(facts.name, facts.free, facts.bandwidth)
+    named = next((known.bandwidth for name, known in GPUS.items() if name in facts.name.lower()), 0.0)
+    return _gpu(facts.name, facts.free, facts.bandwidth or named)
 
 
 def _gpu(name: str, memory: float, bandwidth: float) -> Device:
-    """Assumed until measured: 40 MB a captured graph, and 1 GiB for the context, its modules and library workspaces."""
-    graphs = 5 * 40_000_000  # buckets 1, 2, 4, 8, 16
+    """Assumed until measured: 20 MB a captured graph, and 1 GiB for the context, its modules and library workspaces."""
+    graphs = 2 * 5 * 20_000_000  # buckets 1, 2, 4, 8, 16, for both places of the ring
     return Device(name, int(memory), bandwidth, chunk=512, pool=sys.maxsize, graphs=graphs, reserve=1 << 30)
 
 

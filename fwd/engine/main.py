@@ -11,6 +11,7 @@ import time
 
 from fwd import __version__
 from fwd.errors import BadFrameError, FwdError
+from fwd.log import configure
 from fwd.protocol.frames import Channel
 from fwd.protocol.messages import VERSION, Failed, Hello, Load, Loading, Ready, ToEngine, to_engine
 
@@ -46,6 +47,7 @@ def _serve(channel: Channel[ToEngine]) -> None:
     if not isinstance(hello, Hello) or hello.version != VERSION or not isinstance(load, Load):
         raise BadFrameError(f"the engine expects Hello of version {VERSION} and then Load")
     started = time.monotonic()
+    configure("info")
     from fwd.engine.start import start  # noqa: PLC0415  # torch: seconds, and the link is up before
 
     loop, info = start(load, channel, _Progress(channel), started)

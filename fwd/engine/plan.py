@@ -22,6 +22,10 @@ FP8_BLOCK = 16  # kernels read fp8 vectors in blocks of 16 bytes
 PIECES = 256  # at most, in which attention splits a context (DESIGN §4)
 PIECE, PIECE_GRAIN = 4096, 64  # tokens of a piece on the CPU where there are fewer, and by which it grows
 GATHERED_BYTES = 48  # per number of a key: it and its value read from pages in any order, widened, copied; measured
+RING = 2  # decode steps whose buffers are apart where there are kernels
+DRAWING_BYTES, OUTCOME_BYTES = 52, 176  # of a row: how it draws, and what comes of it (`kernels.drawing`)
+MAX_TOPS, SCANNED, SELECTED_LEVELS = 20, 2048, 2048  # of the sampler (`kernels.sample`)
+UNPACKED_BYTES = 16 << 20  # weights that a GPU has in rows at once while it prefills (`kernels.prefill`)
 SAMPLED_BYTES = 112  # per id of the vocabulary, while one row is sampled; measured
 
 
@@ -73,9 +77,10 @@ class Plan:
             f"head_{_head_dtype(self)}": _head(self),
             "rope": self.context * self.spec.head_dim * 4,  # cos and sin, float32 [context, 2, head_dim/2]
             **_pool_items(self),
-            "steps": _step_buffers(self, MAX_ROWS, self.max_seqs) + _step_buffers(self, self.chunk, 1),
+            "steps": _steps(self),
+            **(_kernel_items(self) if self.device.kernels else {}),
             "workspace": _workspace(self),
-            **({"prefix_index": self.index_bytes} if self.device.name == "cpu" else {}),
+            **({} if self.device.gpu else {"prefix_index": self.index_bytes}),
             "graphs": self.device.graphs,
             "drafter": 0,
         }
@@ -252,39 +257,79 @@ def _weights(spec: ModelSpec) -> int:
 
 def _head_dtype(plan: Plan) -> str:
     """The reference keeps the head in float32, since products of narrower matrices are rounded to their dtype."""
-    return "float32" if plan.device.name == "cpu" else plan.spec.dtype
+    return plan.spec.dtype if plan.device.kernels else "float32"
 
 
 def _head(plan: Plan) -> int:
-    """Bytes of the head as it is streamed, which a tied model has beside the embedding that it is a copy of."""
-    return _matrix(plan.spec, _head_dtype(plan))
+    """Bytes of the head as it is streamed, beside the embedding of a tied model unless a kernel reads it as such."""
+    return 0 if plan.spec.tied and plan.device.kernels else _matrix(plan.spec, _head_dtype(plan))
 
 
 def _unpacked_head(plan: Plan) -> int:
     """Bytes beside the weights while the head is packed: what was read of it, and the same in the head's dtype."""
     spec, head = plan.spec, _head_dtype(plan)
+    if plan.device.kernels:
+        return 2 * _matrix(spec, head)  # padded to whole tiles, and in order
     return (0 if spec.tied else _matrix(spec, spec.dtype)) + (0 if spec.dtype == head else _matrix(spec, head))
 
 
-def _step_buffers(plan: Plan, rows: int, sequences: int) -> int:
-    """int64 [rows]: ids, positions, sequences, parents, records, slots per paged group; block tables in int32."""
+def _steps(plan: Plan) -> int:
+    """The buffers of a decode step, of each in the ring where there are kernels, and of a prefill chunk."""
+    rows = _row_bytes(plan)
+    decode = RING * MAX_ROWS * (rows + 8 + DRAWING_BYTES) if plan.device.kernels else MAX_ROWS * rows
+    return decode + plan.chunk * rows + (plan.max_seqs + 1) * _paged(plan) * 4 * _pages(plan.context)
+
+
+def _row_bytes(plan: Plan) -> int:
+    """int64: id, position, sequence, parent, records to read and to write, a slot per paged group."""
     paged = _paged(plan)
-    states = len(plan.groups) - paged
-    return 8 * rows * (4 + paged + 2 * states) + 4 * paged * sequences * _pages(plan.context)
+    return 8 * (4 + paged + 2 * (len(plan.groups) - paged))
+
+
+def _kernel_items(plan: Plan) -> dict[str, int]:
+    """What only kernels take: what they keep of each line, and what their blocks leave for each other.
+
+    On a GPU what is only sent or fetched is in the memory of the host.
+    """
+    vocab = plan.spec.vocab
+    fetched = 0 if plan.device.gpu else RING * (MAX_ROWS * OUTCOME_BYTES + 8 * plan.max_seqs + 8) + 8 * vocab
+    return {"lines": plan.max_seqs * 8 * vocab + fetched, "kernels": _split(plan) + _projected(plan) + _sampled(plan)}
 
 
 def _workspace(plan: Plan) -> int:
     """What a step takes beside its buffers, at its widest moments; only a prefill chunk is wider than a decode step."""
-    spec, cpu = plan.spec, plan.device.name == "cpu"
+    spec = plan.spec
     width = 4 * spec.hidden + 4 * spec.qkv_width + 3 * spec.intermediate
     activations = plan.chunk * width * 4  # of a layer, in float32 at most
-    logits = spec.vocab * (MAX_ROWS * 4 + SAMPLED_BYTES)
-    return activations + logits + (_gathered(plan) + _spans(plan) if cpu else _split(plan))
+    logits = spec.vocab * (MAX_ROWS * 4 + (MAX_ROWS * 8 if plan.device.kernels else SAMPLED_BYTES))
+    if plan.device.gpu:
+        return activations + logits + UNPACKED_BYTES
+    return activations + logits + _gathered(plan) + _spans(plan) + (_unpacked(plan) if plan.device.kernels else 0)
 
 
 def _split(plan: Plan) -> int:
-    """float32 [rows, heads, pieces, head_dim + 2]: the weighted values of each piece, their maximum and their sum."""
-    return MAX_ROWS * plan.spec.heads * PIECES * (plan.spec.head_dim + 2) * 4
+    """What the pieces of a context leave (`kernels.paged_attention`): values, maximum and sum in float32, arrivals."""
+    spec = plan.spec
+    return MAX_ROWS * (spec.heads * PIECES * (spec.head_dim + 2) + spec.kv_heads) * 4
+
+
+def _projected(plan: Plan) -> int:
+    """Heads that are normed or quantised once they are whole (`kernels.gemv`), and their counters."""
+    spec = plan.spec
+    return (spec.heads + 2 * spec.kv_heads) * (MAX_ROWS * spec.head_dim * 2 + 4)
+
+
+def _sampled(plan: Plan) -> int:
+    """What the parts of a row of logits leave (`kernels.sample`), and the tokens that the next step starts from."""
+    vocab = plan.spec.vocab
+    a_row = _ceil(vocab, SCANNED) * 8 * (3 + MAX_TOPS) + vocab * 4 + 24 + MAX_TOPS * 8 + SELECTED_LEVELS * 12 + 4
+    return MAX_ROWS * a_row + 4 + 8 * MAX_ROWS
+
+
+def _unpacked(plan: Plan) -> int:
+    """The widest matrix of a layer as the reference wants it, and on its way there."""
+    spec = plan.spec
+    return 2 * spec.hidden * max(2 * spec.intermediate, spec.qkv_width) * ITEMSIZE[spec.dtype]
 
 
 def _gathered(plan: Plan) -> int:

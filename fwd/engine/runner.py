@@ -15,25 +15,17 @@ from fwd.kernels.ops import Draw
 from fwd.models.model import Model
 
 
-class ModelRunner:
-    """Owns the cache and the two steps: decode rows, and one prefill chunk; all of the plan's sizes.
-
-    Everything is computed before a call returns: there is nothing to gain from running ahead.
-    """
-
-    ahead = False
+class Prefiller:
+    """Owns the cache and the step of one prefill chunk, which is waited for; all of the plan's sizes."""
 
     def __init__(self, model: Model, plan: Plan) -> None:
-        block, device = model.ops.row_block, model.ops.device
+        device, block = model.ops.device, model.ops.row_block
         assert plan.chunk % MAX_ROWS == 0
         assert MAX_ROWS % block == 0
         self._model = model
         self._chunk = plan.chunk
         self._cache = model.new_cache(plan.units, plan.page_size, plan.kv)
-        self._tables = new_tables(plan, plan.max_seqs, device)
         self._prefill = Step(plan, plan.chunk, block, new_tables(plan, 1, device), device=device)
-        self._decode = Step(plan, MAX_ROWS, block, self._tables, device=device)
-        self._drawn: deque[list[Drawn]] = deque()
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copy pages, in order, before what is launched next."""
@@ -44,22 +36,10 @@ class ModelRunner:
         """Run one chunk: a drawn token for each of `chunk.drawing`, and the scores that are wanted."""
         launch = self._prefill.prefill(chunk)
         hidden = self._model.forward(launch.ids, launch.rows, self._cache)
-        finite = bool(hidden[launch.rows.sequences >= 0].isfinite().all())
+        finite = bool((hidden.isfinite().all(dim=1) | (launch.rows.sequences < 0)).all())
         scores = self._scores(chunk, hidden) if chunk.request.submit.prompt_logprobs >= 0 else []
         draws = [draw(request, request.length) for request in chunk.drawing]
         return Prefilled(self._draw(hidden[launch.drawing], draws), scores, finite)
-
-    @torch.inference_mode()
-    def launch(self, spans: Sequence[Span]) -> None:
-        """Run one decode step at once."""
-        size, drawing = self._decode.decode(spans, range(len(spans)))
-        hidden = self._model.forward(self._decode.ids[:size], self._decode.rows(size), self._cache)
-        draws = [draw(span.request, span.end) for span in spans if span.draws]
-        self._drawn.append(self._draw(hidden[drawing], draws))
-
-    def collect(self) -> Sequence[Drawn]:
-        """What the oldest step drew that is not collected."""
-        return self._drawn.popleft()
 
     def _draw(self, hidden: torch.Tensor, draws: Sequence[Draw]) -> list[Drawn]:
         """What each of the rows draws."""
@@ -76,3 +56,27 @@ class ModelRunner:
             logits = self._model.logits(hidden[first + row : first + row + len(wanted)])
             scores += drawn(self._model.ops.score(logits, wanted, [top] * len(wanted)))
         return scores
+
+
+class ModelRunner(Prefiller):
+    """Computes each step before `launch` returns: there is nothing to gain from running ahead."""
+
+    ahead = False
+
+    def __init__(self, model: Model, plan: Plan) -> None:
+        super().__init__(model, plan)
+        tables, device = new_tables(plan, plan.max_seqs, model.ops.device), model.ops.device
+        self._decode = Step(plan, MAX_ROWS, model.ops.row_block, tables, device=device)
+        self._drawn: deque[list[Drawn]] = deque()
+
+    @torch.inference_mode()
+    def launch(self, spans: Sequence[Span]) -> None:
+        """Run one decode step at once."""
+        size, drawing = self._decode.decode(spans, range(len(spans)))
+        hidden = self._model.forward(self._decode.ids[:size], self._decode.rows(size), self._cache)
+        draws = [draw(span.request, span.end) for span in spans if span.draws]
+        self._drawn.append(self._draw(hidden[drawing], draws))
+
+    def collect(self) -> Sequence[Drawn]:
+        """What the oldest step drew that is not collected."""
+        return self._drawn.popleft()

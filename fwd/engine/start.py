@@ -8,15 +8,19 @@ from pathlib import Path
 import torch
 
 from fwd import __version__
-from fwd.engine.device import cpu
+from fwd.engine.device import Device, cpu, gpu, host
+from fwd.engine.device_runner import DeviceRunner
 from fwd.engine.keyfile import prefix_key
-from fwd.engine.loop import Loop
+from fwd.engine.loop import Loop, Runner
 from fwd.engine.memory import available, blocks_apart
 from fwd.engine.plan import Plan, plan
 from fwd.engine.runner import ModelRunner
 from fwd.engine.space import Space
-from fwd.kernels.select import select
+from fwd.kernels.cuda import CudaLauncher, Facts, probe
+from fwd.kernels.device import DeviceOps
+from fwd.kernels.select import Kind, resolve
 from fwd.models.load import load as load_model
+from fwd.models.load import shape
 from fwd.models.model import Model
 from fwd.models.spec import ModelSpec, read_spec, run_spec
 from fwd.protocol.frames import Channel
@@ -32,30 +36,48 @@ def start(
 
     Raises `ConfigError` before a weight is read if the model does not fit, `ModelError` for what is wrong with it.
     """
-    planned, key = plan_load(load), prefix_key(load.state_dir)
+    facts = probe() if load.device in {"auto", "cuda"} else Facts()
+    planned, key = plan_load(load, facts), prefix_key(load.state_dir)
     threads = load.threads or _threads(planned.spec)
     torch.set_num_threads(threads)
     with blocks_apart():
         model = load_model(
-            Path(load.model), device=load.device, dtype=load.dtype, context=planned.context, progress=progress
+            Path(load.model), device=planned.device.kind, dtype=load.dtype, context=planned.context, progress=progress
         )
-        runner = ModelRunner(model, planned)
+        runner = runner_of(model, planned)
     space = Space(planned.groups, planned.units, planned.page_size, chunk=planned.chunk, key=key, nodes=planned.nodes)
     loop = Loop(channel, runner, space, max_seqs=planned.max_seqs, chunk=planned.chunk)
     return loop, _info(planned, model, threads, (time.monotonic() - started) * 1e3)
 
 
-def plan_load(load: Load) -> Plan:
-    """The plan for what this machine has available now; raises `ConfigError` or `ModelError`."""
-    select(load.device)
+def runner_of(model: Model, planned: Plan) -> Runner:
+    """What executes steps: launches of kernels where there are such."""
+    if isinstance(model.ops, DeviceOps):
+        return DeviceRunner(model, model.ops, planned)
+    return ModelRunner(model, planned)
+
+
+def plan_load(load: Load, facts: Facts) -> Plan:
+    """The plan for what this machine has available now; raises `ConfigError`, `ModelError` or `KernelError`."""
+    spec = run_spec(read_spec(Path(load.model)), load.dtype)
     return plan(
-        run_spec(read_spec(Path(load.model)), load.dtype),
-        cpu(available()),
+        spec,
+        _device(resolve(load.device, shape(spec), facts), facts),
         context=load.context,
         max_seqs=load.max_seqs,
         kv_dtype=load.kv_dtype,
         kv_bytes=load.kv_bytes,
     )
+
+
+def _device(kind: Kind, facts: Facts) -> Device:
+    match kind:
+        case "cpu":
+            return cpu(available())
+        case "host":
+            return host(available())
+        case "cuda":
+            return gpu(facts)
 
 
 def _info(planned: Plan, model: Model, threads: int, load_ms: float) -> EngineInfo:
@@ -81,7 +103,18 @@ def _info(planned: Plan, model: Model, threads: int, load_ms: float) -> EngineIn
         pid=os.getpid(),
         kv_dtype=planned.kv,
         memory=planned.items,
+        launches=_launches(model),
     )
+
+
+def _launches(model: Model) -> str:
+    """How the kernels of a step are launched; "" where there are none."""
+    match getattr(model.ops, "launcher", None):
+        case CudaLauncher() as cuda:
+            return f"graph + {cuda.how}" if cuda.dependent else f"graph, {cuda.how}"
+        case None:
+            return ""
+    return model.ops.name
 
 
 def _threads(spec: ModelSpec) -> int:

@@ -11,7 +11,13 @@ from fwd.models.layout import CacheLayout, KVFormat, Paged, groups
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
-def new_cache(layouts: tuple[CacheLayout, ...], units: Sequence[int], page_size: int, kv: KVFormat) -> KVCache:
+def new_cache(
+    layouts: tuple[CacheLayout, ...],
+    units: Sequence[int],
+    page_size: int,
+    kv: KVFormat,
+    device: torch.device | None = None,
+) -> KVCache:
     """Return an empty cache of `units[g]` pages for group g of `groups(layouts)`.
 
     Takes exactly Σ units[g] · group.unit_bytes(page_size, kv) bytes, which are touched as they are written.
@@ -19,7 +25,7 @@ def new_cache(layouts: tuple[CacheLayout, ...], units: Sequence[int], page_size:
     assert page_size > 0, page_size
     assert page_size % 4 == 0, page_size
     plan = list(zip(groups(layouts), units, strict=True))
-    arena = _Arena(sum(pages * group.unit_bytes(page_size, kv) for group, pages in plan), page_size, kv)
+    arena = _Arena(sum(pages * group.unit_bytes(page_size, kv) for group, pages in plan), page_size, kv, device)
     layers: dict[int, KV] = {}
     for number, (group, pages) in enumerate(plan):
         for layout in group.layouts:
@@ -32,8 +38,8 @@ def new_cache(layouts: tuple[CacheLayout, ...], units: Sequence[int], page_size:
 class _Arena:
     """Bytes that are handed out front to back."""
 
-    def __init__(self, size: int, page_size: int, kv: KVFormat) -> None:
-        self._bytes = torch.empty(size, dtype=torch.uint8)
+    def __init__(self, size: int, page_size: int, kv: KVFormat, device: torch.device | None) -> None:
+        self._bytes = torch.empty(size, dtype=torch.uint8, device=device)
         self._used = 0
         self._page_size, self._kv = page_size, kv
 

@@ -47,25 +47,25 @@ class Dense:
     def __init__(self, spec: ModelSpec, ops: Ops, dtype: torch.dtype, checkpoint: Checkpoint, context: int) -> None:
         self.spec, self.ops, self.dtype = spec, ops, dtype
         weights = _Weights(spec, ops, checkpoint, dtype)
-        self.embedding = weights.matrix((EMBEDDING,), (spec.vocab,), spec.hidden)
+        embedding = weights.matrix((EMBEDDING,), (spec.vocab,), spec.hidden)
         self.layers = [weights.layer(LAYER.format(index)) for index in range(spec.layers)]
         self.last_norm = weights.norm(LAST_NORM, spec.hidden)
-        head = self.embedding if spec.tied else weights.matrix((HEAD,), (spec.vocab,), spec.hidden)
-        self.head = ops.pack_head(head)
-        self.rope = rope_table(spec.rope, spec.head_dim, context)
+        self.head = ops.pack_head(embedding if spec.tied else weights.matrix((HEAD,), (spec.vocab,), spec.hidden))
+        self.embedding = self.head if spec.tied and self.head.packed else embedding
+        self.rope = rope_table(spec.rope, spec.head_dim, context).to(ops.device)
         checkpoint.finish(lambda name: name.endswith("rotary_emb.inv_freq") or (spec.tied and name == HEAD))
         self.weights_hash = checkpoint.digest()
 
     def new_cache(self, units: Sequence[int], page_size: int, kv: KVFormat) -> KVCache:
         """Return an empty cache of `units[g]` pages for each group g."""
-        return caches.new_cache(self.spec.cache, units, page_size, kv)
+        return caches.new_cache(self.spec.cache, units, page_size, kv, self.ops.device)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, rows: Rows, cache: KVCache) -> Tensor:
         """Return hidden [rows, hidden]."""
         ops, count, rows = self.ops, len(ids), rows.padded(self.ops.row_block)
         attend = ops.decode_attention if rows.chunk < 0 else ops.prefill_attention
-        hidden = ops.embed(F.pad(ids, (0, len(rows.positions) - count)), self.embedding)  # [rows, hidden]
+        hidden = ops.embed(_padded(ids, len(rows.positions)), self.embedding)  # [rows, hidden]
         for layer, kv in zip(self.layers, cache.layers, strict=True):
             q = ops.qkv(hidden, layer.qkv, self.rope, rows, kv)  # [rows, heads, head_dim]
             mixed = attend(q, rows, kv)  # [rows, heads·head_dim]
@@ -77,7 +77,7 @@ class Dense:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits float32 [rows, vocab]."""
-        padded = F.pad(hidden, (0, 0, 0, -len(hidden) % self.ops.row_block))
+        padded = _padded(hidden, len(hidden) + -len(hidden) % self.ops.row_block)
         return self.ops.head(padded, self.last_norm, self.head)[: len(hidden)]
 
 
@@ -118,14 +118,21 @@ class _Weights:
         return Norm(self.vector((name,), (width,)), self.spec.eps)
 
     def vector(self, names: tuple[str, ...], widths: tuple[int, ...]) -> Tensor:
-        return self.checkpoint.take(names, [(width,) for width in widths], self.dtype)
+        return self.checkpoint.take(names, [(width,) for width in widths], self.dtype).to(self.ops.device)
 
     def packed(self, names: tuple[str, ...], outputs: tuple[int, ...], inputs: int) -> QTensor:
         return self.ops.pack(self.matrix(names, outputs, inputs))
 
     def matrix(self, names: tuple[str, ...], outputs: tuple[int, ...], inputs: int) -> QTensor:
-        return QTensor.plain(self.checkpoint.take(names, [(width, inputs) for width in outputs], self.dtype))
+        taken = self.checkpoint.take(names, [(width, inputs) for width in outputs], self.dtype)
+        return QTensor.plain(taken.to(self.ops.device))
 
 
 def _under(prefix: str, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(prefix + name for name in names)
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """`rows` and zeros after them; themselves where there are enough, for a step that is captured launches no more."""
+    extra = count - len(rows)
+    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, extra)) if extra else rows

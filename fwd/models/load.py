@@ -4,11 +4,12 @@ from pathlib import Path
 
 import torch
 
-from fwd.kernels.select import select
+from fwd.kernels.device import Shape
+from fwd.kernels.select import resolve, select
 from fwd.models.dense import Dense
 from fwd.models.formats import Checkpoint, Progress
 from fwd.models.model import Model
-from fwd.models.spec import read_spec, run_spec
+from fwd.models.spec import ModelSpec, read_spec, run_spec
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -23,9 +24,22 @@ def load(
 ) -> Model:
     """Load a Hugging Face folder for up to `context` positions; `progress` gets bytes done and in total.
 
-    Raises ModelError for anything wrong with the folder, ConfigError for a device that this build has no kernels for.
+    Raises ModelError for anything wrong with the folder, and what `fwd.kernels.select` raises for the device.
     """
     spec = run_spec(read_spec(folder), dtype)
-    ops = select(device)
+    ops = select(resolve(device, shape(spec)))
     checkpoint = Checkpoint(folder, progress)
     return Dense(spec, ops, _DTYPES[spec.dtype], checkpoint, min(context or spec.max_context, spec.max_context))
+
+
+def shape(spec: ModelSpec) -> Shape:
+    """What kernels must know of a model to take it."""
+    return Shape(
+        dtype=spec.dtype,
+        hidden=spec.hidden,
+        intermediate=spec.intermediate,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        vocab=spec.vocab,
+    )

@@ -1,0 +1,96 @@
+"""Executes scheduled work with the kernels of a device: steps in a ring, each launched whole, read when it is done."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from fwd.engine.graphs import Eager, Graphs
+from fwd.engine.lines import Lines
+from fwd.engine.pages import Copy
+from fwd.engine.plan import RING, Plan
+from fwd.engine.request import Drawn, Prefilled
+from fwd.engine.ring import Slot
+from fwd.engine.runner import Prefiller
+from fwd.engine.scheduler import Chunk, Span
+from fwd.engine.step import BUCKETS, CPU, new_tables
+from fwd.errors import EngineError
+from fwd.kernels.device import DeviceOps
+from fwd.models.model import Model
+
+
+class DeviceRunner(Prefiller):
+    """Launches a step before the one before it is read: its ids are read where that one leaves them.
+
+    Raises `EngineError` from any call once something has gone wrong on the device, which is heard of late.
+    """
+
+    ahead = True
+
+    def __init__(self, model: Model, ops: DeviceOps, plan: Plan) -> None:
+        super().__init__(model, plan)
+        self._ops = ops
+        with _device_errors():
+            if ops.device != CPU:
+                _leave_default_stream()
+            tables = new_tables(plan, plan.max_seqs, ops.device)
+            lines = Lines(plan.max_seqs, plan.spec.vocab, ops.device)
+            self._slots = [Slot(plan, tables, lines, ops.device) for _ in range(RING)]
+            self._launched = self._collected = 0
+            self._steps = self._prepared()
+
+    def copy(self, copies: Sequence[Copy]) -> None:  # noqa: D102
+        with _device_errors():
+            super().copy(copies)
+
+    def prefill(self, chunk: Chunk) -> Prefilled:  # noqa: D102
+        with _device_errors():
+            return super().prefill(chunk)
+
+    def launch(self, spans: Sequence[Span]) -> None:
+        """Launch one decode step."""
+        assert self._launched < self._collected + RING, "the ring is full"
+        self._launched += 1
+        place = self._launched % RING
+        with _device_errors():
+            size = self._slots[place].fill(spans, self._launched)
+            self._steps.launch(place, size)
+            self._slots[place].launched()
+
+    def collect(self) -> Sequence[Drawn]:
+        """Wait for the oldest step that is not collected: what it drew."""
+        assert self._collected < self._launched, "nothing is in flight"
+        self._collected += 1
+        with _device_errors():
+            return self._slots[self._collected % RING].collect(self._collected)
+
+    @torch.inference_mode()
+    def _run(self, place: int, size: int) -> None:
+        """Launch every kernel of a step: nothing here depends on what is in the buffers."""
+        slot = self._slots[place]
+        ids, rows = slot.ids[size], slot.rows[size]
+        logits = self._model.logits(self._model.forward(ids, rows, self._cache))
+        self._ops.draw(logits, ids, rows, slot.drawing, slot.outcome, step=slot.number)
+
+    def _prepared(self) -> Eager | Graphs:
+        """The steps, once each kernel has run on rows that are all padding."""
+        if self._ops.device != CPU:
+            return Graphs(self._run, [(place, size) for place in range(RING) for size in BUCKETS])
+        self._run(0, 1)
+        return Eager(self._run)
+
+
+def _leave_default_stream() -> None:
+    """Nothing is captured on it. What was loaded is there before anything is launched."""
+    torch.cuda.synchronize()
+    torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _device_errors() -> Iterator[None]:
+    """What torch says of the device ends the engine, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise EngineError(f"the device failed: {reason}; a new engine is started") from error

@@ -1,0 +1,83 @@
+"""The ring of steps in flight: each place has buffers of its own, so that the host fills one while another runs."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from fwd.engine.lines import Lines
+from fwd.engine.plan import Plan
+from fwd.engine.request import Drawn
+from fwd.engine.sampler import NO_TOP
+from fwd.engine.scheduler import MAX_ROWS, Span
+from fwd.engine.step import BUCKETS, CPU, Step, Table
+from fwd.errors import EngineError
+from fwd.kernels.drawing import FIELDS, new_outcome
+from fwd.protocol.messages import TopLogprobs
+
+SPINS = 20_000  # looks at the stamp before the host waits between them: some milliseconds
+PAUSE = 50e-6  # seconds; the kernel makes twice that of it
+
+
+class Slot:
+    """One place: the inputs of a step, and where the device writes what comes of it, in memory that the host reads.
+
+    The stamp is polled, since it is written last and a look at it costs nothing; an event says if it never comes.
+    """
+
+    def __init__(self, plan: Plan, tables: Sequence[Table], lines: Lines, device: torch.device) -> None:
+        self._step = Step(plan, MAX_ROWS, 1, tables, device=device, fields={"numbers": torch.int64, **FIELDS})
+        self._lines, self._vocab = lines, plan.spec.vocab
+        self._step.block.arrays["tops"].fill(-1)
+        self._step.block.upload()
+        self._wanted: list[tuple[int, int]] = []  # rows that draw, and how many of the most likely ids each wants
+        self._done = torch.cuda.Event() if device != CPU else None  # type: ignore[no-untyped-call]
+        self.outcome = new_outcome(MAX_ROWS, plan.max_seqs, device, pinned=device != CPU)
+        self._stamp = self.outcome.stamp.numpy()
+        self.drawing = lines.drawing(self._step)
+        self.number = self._step.block.tensors["numbers"][:1]
+        self.ids = {size: self._step.ids[:size] for size in BUCKETS}
+        self.rows = {size: self._step.rows(size) for size in BUCKETS}
+
+    def fill(self, spans: Sequence[Span], number: int) -> int:
+        """Fill in a step, its `number` being new, and send it to the device; the rows of its bucket."""
+        lines, step = self._lines.assign(spans), self._step
+        size, drawing = step.decode(spans, lines)
+        step.block.arrays["kinds"][:size] = 0
+        step.block.arrays["numbers"][0] = number
+        self._wanted = []
+        draws = [(line, span) for line, span in zip(lines, spans, strict=True) if span.draws]
+        for row, (line, span) in zip(drawing, draws, strict=True):
+            self._lines.fill(step, row, line, span)
+            self._wanted.append((row, span.request.submit.sampling.logprobs))
+        step.block.upload()
+        return size
+
+    def launched(self) -> None:
+        """All of the step is launched."""
+        if self._done:
+            self._done.record()
+
+    def collect(self, number: int) -> list[Drawn]:
+        """Wait for the step and return what its rows drew; raises `EngineError` if it never came to its end."""
+        self._wait(number)
+        found = self.outcome
+        ids, logprobs, finite = found.ids.tolist(), found.logprobs.tolist(), found.finite.tolist()
+        return [Drawn(ids[row], logprobs[row], self._top(row, top), finite[row] != 0) for row, top in self._wanted]
+
+    def _wait(self, number: int) -> None:
+        for _ in range(SPINS):
+            if self._stamp[0] == number:
+                return
+        while self._stamp[0] != number:
+            ended = self._done is None or self._done.query()  # type: ignore[no-untyped-call]  # raises what went wrong on the device
+            if ended and self._stamp[0] != number:
+                raise EngineError(f"step {number} ended and left no result (the last one is of step {self._stamp[0]})")
+            time.sleep(PAUSE)
+
+    def _top(self, row: int, count: int) -> TopLogprobs:
+        if count < 0:
+            return NO_TOP
+        count = min(count, self._vocab)
+        ids, logprobs = self.outcome.top_ids[row, :count], self.outcome.top_logprobs[row, :count]
+        return TopLogprobs(ids=tuple(ids.tolist()), logprobs=tuple(logprobs.tolist()))
