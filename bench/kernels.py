@@ -58,23 +58,25 @@ class Bench:
             found = self.case(label, case)
             for name in totals:
                 totals[name] += case.per_step * found[name]
-        more = {"torch_us": totals["torch"] * 1e6}
-        self._add(f"{label}: all kernels of a step", [totals["ours"]], totals["floor"], **more)
+        whole = f"{label}: all kernels of a step"
+        self._add(whole, [totals["ours"]], totals["floor"], totals["torch"] * 1e6, kernel="step")
 
     def case(self, label: str, case: Case) -> dict[str, float]:
         """One kernel: seconds of its floor, of ours and of torch's."""
         rate, amount = (self.matmul, case.operations) if case.operations else (self.bandwidth, case.read)
         floor = amount / rate if rate else 0.0
         torch_s = statistics.median(self.clock.samples(case.theirs, self.repeats))
-        more = {"torch_us": torch_s * 1e6, "torch_call": case.call, "bytes": case.read, "operations": case.operations}
+        more = {"kernel": case.name, "torch_call": case.call, "bytes": case.read, "operations": case.operations}
         samples = self.clock.samples(case.ours, self.repeats)
-        ours = self._add(f"{label}: {case.name}", samples, floor, kernel=case.name, **more)
+        ours = self._add(f"{label}: {case.name}", samples, floor, torch_s * 1e6, **more)
         return {"floor": floor, "ours": ours, "torch": torch_s}
 
-    def _add(self, name: str, seconds: list[float], floor: float, **more: object) -> float:
+    def _add(self, name: str, seconds: list[float], floor: float, torch_us: float, **more: object) -> float:
         micros = [each * 1e6 for each in seconds]
-        against = "bytes or operations over what was measured,"
-        return self.report.add(name, "µs", micros, ceiling=floor * 1e6, against=against, **more) / 1e6
+        more |= {"torch_us": torch_us, "over_torch": torch_us / statistics.median(micros)}
+        ours = self.report.add(name, "µs", micros, ceiling=floor * 1e6, against="floor", **more) / 1e6
+        print(f"  torch {torch_us:,.4g} µs: {more['over_torch']:.2f} × as fast", flush=True)
+        return ours
 
 
 def step_cases(cases: Cases, rows: int, context: int) -> Iterator[Case]:
@@ -95,10 +97,13 @@ def measure(bench: Bench, model: str, cases: Cases, points: Points) -> None:
         label = f"{model}, rows 1, context {context}"
         with bench.report.part(f"{label}: attention"):
             bench.case(label, cases.attention(1, context))
+    label = f"{model}, prefill chunk of {points.chunk}"
+    with bench.report.part(label):
+        for case in cases.products(points.chunk):
+            bench.case(label, case)
     for end in points.prefills:
-        with bench.report.part(f"{model}: prefill up to {end}"):
-            for case in cases.prefill(points.chunk, end):
-                bench.case(f"{model}, chunk of {points.chunk}", case)
+        with bench.report.part(f"{label}: attention up to {end}"):
+            bench.case(label, cases.prefill_attention(points.chunk, end // points.chunk - 1))
     for name, draw in DRAWS.items():
         with bench.report.part(f"{model}: sample, {name}"):
             bench.case(f"{model}, rows 1", cases.sampler(1, draw, name))

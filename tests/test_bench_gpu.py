@@ -178,6 +178,23 @@ def test_roofline_runs_dry(tmp_path):
     assert {"read bandwidth, cold", "bf16 matrix rate", "meeting of all blocks in a kernel"} <= names
 
 
+def test_kernels_run_dry(tmp_path, ceilings):
+    bench("kernels.py", "--device", "host", "--tiny", "--roofline", ceilings, "--save", tmp_path)
+    found = saved(tmp_path, "kernels")
+    check(found)
+    timed = {number["name"]: number for number in found["numbers"]}
+    assert len(timed) == len(found["numbers"]), "names are unique"
+    assert all(number["torch_us"] > 0 for number in timed.values())
+    for rows in (1, 2):
+        label = f"tiny, rows {rows}, context 64: "
+        for name, (_, size) in shapes.step_work(shapes.spec("tiny"), rows, 64, "bfloat16").items():
+            assert timed[label + name]["bytes"] == size
+            assert timed[label + name]["ceiling"] == pytest.approx(size / 1e10 * 1e6)
+        logits = rows * 512 * 4
+        floor = (shapes.spec("tiny").step_bytes(rows, 64, "bfloat16") + logits) / 1e10 * 1e6
+        assert timed[f"{label}all kernels of a step"]["ceiling"] == pytest.approx(floor)
+
+
 def test_decode_runs_dry(tmp_path, ceilings):
     bench("decode.py", "--device", "cpu", "--tiny", "--roofline", ceilings, "--save", tmp_path)
     found = saved(tmp_path, "decode-tiny")

@@ -88,25 +88,41 @@ class Cases:
         call = "F.scaled_dot_product_attention"
         return Case("attention", ours, theirs, read=size, per_step=launches, call=call)
 
-    def prefill(self, chunk: int, context: int) -> Iterator[Case]:
-        """A chunk that ends at `context`: products of library kernels over packed weights, attention of our own."""
-        model, hidden = self.model, self.random(chunk, self.model.hidden)
-        norm, index = self.norm(), context // chunk - 1
-        x = self.random(chunk, model.intermediate)
-        for name, outputs, inputs, run in (
-            ("prefill gate_up", 2 * model.intermediate, model.hidden, lambda w: self.chunks.gate_up(hidden, norm, w)),
-            ("prefill down", model.hidden, model.intermediate, lambda w: self.chunks.linear(x, w, hidden)),
+    def products(self, chunk: int) -> Iterator[Case]:
+        """A chunk's products: library kernels over packed weights."""
+        model, norm = self.model, self.norm()
+        hidden, x = self.random(chunk, model.hidden), self.random(chunk, model.intermediate)
+        for name, source, outputs, run in (
+            ("gate_up", hidden, 2 * model.intermediate, lambda weight: self.chunks.gate_up(hidden, norm, weight)),
+            ("down", x, model.hidden, lambda weight: self.chunks.linear(x, weight, hidden)),
         ):
-            plain, packed = self._matrices(outputs, inputs)
-            source = hidden if inputs == model.hidden else x
+            plain, packed = self._matrices(outputs, source.shape[1])
             yield Case(
                 name,
-                [lambda w=w, run=run: run(w) for w in packed],
-                [lambda w=w, source=source: F.linear(source, w) for w in plain],
-                operations=2 * chunk * outputs * inputs,
+                [lambda weight=weight, run=run: run(weight) for weight in packed],
+                [lambda weight=weight, source=source: F.linear(source, weight) for weight in plain],
+                operations=2 * source.numel() * outputs,
                 call="F.linear",
             )
-        yield self._prefill_attention(chunk, index)
+
+    def prefill_attention(self, chunk: int, index: int) -> Case:
+        """A chunk's attention over all that is before it; torch's has its keys in one piece."""
+        model, end = self.model, (index + 1) * chunk
+        q, kv = self.random(chunk, model.heads, model.head_dim), self.cache(self._pages(end))
+        at = torch.arange(index * chunk, end, device=self.device)
+        table = torch.randperm(self._pages(end), generator=self._generator, device=self.device).view(1, -1).int()
+        slots = table[0, at // PAGE].long() * PAGE + at % PAGE
+        step = Rows(at, torch.zeros_like(at), torch.full_like(at, -1), (Cells(slots, table),), chunk=index)
+        keys, values = (self.random(1, model.kv_heads, end, model.head_dim) for _ in range(2))
+
+        def theirs() -> Tensor:
+            query, mask = q.transpose(0, 1)[None], causal_lower_right(chunk, end)
+            return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
+
+        operations = 4 * model.heads * model.head_dim * sum(range(index * chunk + 1, end + 1))
+        ours = [lambda: self.chunks.attention(q, step, kv)] * 2
+        call = "F.scaled_dot_product_attention"
+        return Case(f"attention up to {end}", ours, [theirs] * 2, operations=operations, call=call)
 
     def sampler(self, rows: int, draw: Draw, name: str) -> Case:
         """Sample and commit, the two launches of a step; torch takes the highest logit."""
@@ -208,26 +224,6 @@ class Cases:
             [lambda weight=weight: F.linear(self._normed(hidden, norm), weight) for weight in plain],
             call="F.rms_norm, F.linear",
         )
-
-    def _prefill_attention(self, chunk: int, index: int) -> Case:
-        model, end = self.model, (index + 1) * chunk
-        q, kv = self.random(chunk, model.heads, model.head_dim), self.cache(self._pages(end))
-        at = torch.arange(index * chunk, end, device=self.device)
-        table = torch.randperm(self._pages(end), generator=self._generator, device=self.device).view(1, -1).int()
-        slots = table[0, at // PAGE].long() * PAGE + at % PAGE
-        none = torch.full_like(at, -1)
-        step = Rows(at, torch.zeros_like(at), none, (Cells(slots, table),), chunk=index)
-        keys, values = (self.random(1, model.kv_heads, end, model.head_dim) for _ in range(2))
-
-        def theirs() -> Tensor:
-            query, mask = q.transpose(0, 1)[None], causal_lower_right(chunk, end)
-            return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
-
-        visible = sum(range(index * chunk + 1, end + 1))
-        operations = 4 * model.heads * model.head_dim * visible
-        ours = [lambda: self.chunks.attention(q, step, kv)] * 2
-        call = "F.scaled_dot_product_attention"
-        return Case(f"prefill attention up to {end}", ours, [theirs] * 2, operations=operations, call=call)
 
     def _matrices(
         self, outputs: int, inputs: int, pack: Callable[[QTensor], QTensor] | None = None
