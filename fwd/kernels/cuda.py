@@ -108,7 +108,7 @@ def _start(device: torch.device, facts: Facts) -> None:
         torch.cuda.synchronize(device)
     except RuntimeError as error:  # torch's, also for memory
         reason = str(error).splitlines()[0]
-        raise KernelError(", ".join(filter(None, (f"{facts.name} cannot be used: {reason}", held(facts))))) from error
+        raise KernelError("; ".join(filter(None, (f"{facts.name} cannot be used: {reason}", held(facts))))) from error
 
 
 def _load(jit: Jit, arch: str, shared_limit: int) -> dict[Kernel, _Function]:

@@ -74,13 +74,15 @@ def usable(facts: Facts) -> str | None:
 
 
 def held(facts: Facts) -> str:
-    """Who holds memory of the GPU, as the end of a sentence; "" if nobody is known to."""
+    """What others hold of the GPU's memory and who they are, as the end of a sentence; "" if nobody is known to."""
     named = [
-        f"pid {holder.pid}{f' ({holder.name})' if holder.name else ''}"
-        f"{f' with {holder.bytes:,} bytes' if holder.bytes else ''}"
+        f"pid {holder.pid}"
+        f"{f' ({holder.name})' if holder.name else ''}"
+        f"{f' with {holder.bytes:,}' if holder.bytes else ''}"
         for holder in nvml.holders(facts.uuid)
     ]
-    return f"held by {', '.join(named)}" if named else ""
+    taken = f"{facts.memory - facts.free:,} of its {facts.memory:,} bytes are taken"
+    return f"{taken}, by {' and '.join(named)}: stop what is not needed" if named else ""
 
 
 def _driver_trouble(facts: Facts) -> str | None:

@@ -77,6 +77,15 @@ class Jit:
         with ThreadPoolExecutor(jobs) as pool:
             yield from pool.map(lambda pair: self.build(*pair), wanted)
 
+    def trouble(self, arch: str) -> str | None:
+        """Why there are no kernels: not all are in the cache, and they cannot be built. None if there are."""
+        try:
+            nvrtc.version()
+            sources.toolkit()
+        except KernelError as error:
+            return None if all(self.find(source, arch) for source in self.table) else error.message
+        return None
+
     def build(self, source: str, arch: str) -> Build:
         """The cubin of one file, from the cache or else compiled.
 

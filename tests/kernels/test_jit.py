@@ -91,6 +91,7 @@ def places(made):
 
 
 def test_a_build_and_its_record(make):
+    assert make().trouble("sm_90a") is None
     built = make().build("some.cu", "sm_90a")
     record = built.record
     assert built.fresh
@@ -269,6 +270,8 @@ def test_without_a_compiler_what_is_built_serves(make, folder, no_nvrtc):
     no_nvrtc()
     made = make()
     assert made.build("some.cu", "sm_90a") == first._replace(fresh=False)
+    assert made.trouble("sm_90a") is None
+    assert made.trouble("sm_100a").startswith("NVRTC is not installed")
     assert not made.stale(first)
     (folder / "constant.cuh").write_text("#define CONSTANT 3\n")
     assert made.stale(first)
@@ -288,6 +291,7 @@ def test_without_headers_what_is_built_serves(make, monkeypatch):
     first = make().build("some.cu", "sm_90a")
     monkeypatch.setattr(sources, "_toolkits", list)
     assert make().build("some.cu", "sm_90a") == first._replace(fresh=False)
+    assert (make().trouble("sm_90a"), "headers of CUDA" in make().trouble("sm_100a")) == (None, True)
     with pytest.raises(KernelError, match=r"headers of CUDA .cuda_bf16.h. are not found: install them with `pip"):
         make().build("some.cu", "sm_100a")
 
