@@ -49,13 +49,16 @@ def stored(kv, cells):
     return keys * kv.key_scales[cells].double()[..., None], values * kv.value_scales[cells].double()[..., None]
 
 
-def expected(q, kv, table, position):
+def expected(q, kv, table, position, sinks=None):
     """The definition, in float64, of one row's attention: q [heads, head_dim]."""
     places = torch.tensor(list(seen(position, kv.window)))
     keys, values = stored(kv, table[places // PAGE] * PAGE + places % PAGE)  # [cells, kv_heads, head_dim]
     grouped = q.double().view(keys.shape[1], -1, q.shape[-1])
     scores = torch.einsum("hgd,chd->hgc", grouped, keys) / q.shape[-1] ** 0.5
-    return torch.einsum("hgc,chd->hgd", scores.softmax(-1), values).reshape(-1)
+    if sinks is not None:  # as keys without a value
+        scores = torch.cat((scores, sinks.double().view(*scores.shape[:2], 1)), dim=-1)
+    weights = scores.softmax(-1)[..., : len(places)]
+    return torch.einsum("hgc,chd->hgd", weights, values).reshape(-1)
 
 
 def filled(block, table, kv, count):
@@ -150,11 +153,68 @@ def test_pieces_in_order_of_arrival_are_seen(monkeypatch):
     monkeypatch.setattr(attention, "PIECE", 8)
     right, arrival = attention._attend_split, random.Random(5)
 
-    def hasty(q, kv, pieces):
-        return right(q, kv, arrival.sample(pieces, len(pieces)))
+    def hasty(q, kv, pieces, sinks):
+        return right(q, kv, arrival.sample(pieces, len(pieces)), sinks)
 
     monkeypatch.setattr(attention, "_attend_split", hasty)
     assert company_disagrees(FEW[0], torch.float32, "float32", 0, seed=31) is not None
+
+
+PARENTS = (-1, 0, 0, 1, 1, 2, 5, 3)  # a tree below row 0
+DEPTHS = (0, 1, 1, 2, 2, 2, 3, 3)
+BRANCHES = ([0, 1, 4], [0, 2, 5, 6], [0, 1, 3, 7])
+
+
+def drafted(block, kv, table, base):
+    """The rows of a tree after `base` tokens; drafts stand in cells that the block table does not name there."""
+    rows = decode_rows([(0, base + depth) for depth in DEPTHS], table)
+    rows.parents[:] = torch.tensor(PARENTS)
+    rows.cells[0].slots[1:] = torch.arange(len(kv.keys) - len(DEPTHS), len(kv.keys))[1:]
+    return rows
+
+
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("base", [0, 3, 29])
+@pytest.mark.parametrize("kv_dtype", ["float32", "fp8"])
+@pytest.mark.parametrize("shape", FEW, ids=str)
+def test_an_accepted_branch_has_the_bits_of_the_plain_chain(shape, kv_dtype, base, window, pieces):
+    block, table = Block(shape, torch.float32, seed=91), scattered_tables(1, 12, seed=92)
+    plain, grown = (block.cache(16, kv=kv_dtype, window=window) for _ in range(2))
+    for kv in (plain, grown):
+        block.generator.manual_seed(93)
+        filled(block, table, kv, base)
+    hidden = block.random(len(DEPTHS), shape[0])
+    tree = block.run(hidden, drafted(block, grown, table, base), grown)
+    for branch in BRANCHES:
+        chain = decode_rows([(0, base + depth) for depth in range(len(branch))], table)
+        assert same_bits(block.run(hidden[branch], chain, plain), tree[branch]), branch
+
+
+def test_a_sibling_that_is_seen_is_caught(monkeypatch):
+    right = attention._branch
+    monkeypatch.setattr(attention, "_branch", lambda parents, row: [max(0, x - 1) for x in right(parents, row)])
+    with pytest.raises(AssertionError, match=r"\[0, 1, 4\]"):
+        test_an_accepted_branch_has_the_bits_of_the_plain_chain(FEW[0], "float32", 3, 0, "one")
+
+
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", FEW, ids=str)
+def test_sinks_take_their_share_of_each_heads_softmax(shape, dtype, window, pieces):
+    block, table = Block(shape, dtype, seed=94), scattered_tables(1, 20, seed=95)
+    kv, heads = block.cache(20, window=window), shape[1]
+    filled(block, table, kv, 2 * CHUNK)
+    sinks = torch.linspace(-3, 4, heads)
+    before = sinks.clone()
+    rows = chunk_rows(1, CHUNK, 2 * CHUNK, table)
+    q = block.random(CHUNK, heads, shape[3])
+    steps = decode_rows([(0, CHUNK + row) for row in range(CHUNK)], table)
+    for each, attend in ((rows, block.ops.prefill_attention), (steps, block.ops.decode_attention)):
+        block.ops._enter(each, block.rope)
+        found = attend(q, each, kv, sinks)
+        truth = torch.stack([expected(q[row], kv, table[0], CHUNK + row, sinks) for row in range(CHUNK)])
+        assert ((found - truth).abs().max() / truth.abs().max()).item() < TOLERANCE[dtype]
+    assert torch.equal(sinks, before)
 
 
 @pytest.mark.parametrize("seed", [41], ids="seed{}".format)
