@@ -89,9 +89,11 @@ def _arches(given: str) -> list[str]:
 
 def _require(config: Config) -> None:
     """Raise if the kernels cannot take the model."""
-    from fwd.models.spec import read_spec, run_spec  # noqa: PLC0415  # the engine half, only where it is needed
+    from fwd.kernels.device import check  # noqa: PLC0415  # the engine half, only where it is needed
+    from fwd.models.load import shape  # noqa: PLC0415
+    from fwd.models.spec import read_spec, run_spec  # noqa: PLC0415
 
-    run_spec(read_spec(config.folder), config.dtype)
+    check("cuda", shape(run_spec(read_spec(config.folder), config.dtype)))
 
 
 def _missing(jit: "Jit") -> list[tuple[str, str]]:

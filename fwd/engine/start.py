@@ -16,8 +16,10 @@ from fwd.engine.memory import available, blocks_apart
 from fwd.engine.plan import Plan, plan
 from fwd.engine.runner import ModelRunner
 from fwd.engine.space import Space
+from fwd.errors import ConfigError, KernelError
 from fwd.kernels.cuda import CudaLauncher, Facts, probe
 from fwd.kernels.device import DeviceOps
+from fwd.kernels.gpu import held
 from fwd.kernels.select import Kind, resolve
 from fwd.models.load import load as load_model
 from fwd.models.load import shape
@@ -60,14 +62,20 @@ def runner_of(model: Model, planned: Plan) -> Runner:
 def plan_load(load: Load, facts: Facts) -> Plan:
     """The plan for what this machine has available now; raises `ConfigError`, `ModelError` or `KernelError`."""
     spec = run_spec(read_spec(Path(load.model)), load.dtype)
-    return plan(
-        spec,
-        _device(resolve(load.device, shape(spec), facts), facts),
-        context=load.context,
-        max_seqs=load.max_seqs,
-        kv_dtype=load.kv_dtype,
-        kv_bytes=load.kv_bytes,
-    )
+    device = _device(resolve(load.device, shape(spec), facts), facts)
+    try:
+        return plan(
+            spec,
+            device,
+            context=load.context,
+            max_seqs=load.max_seqs,
+            kv_dtype=load.kv_dtype,
+            kv_bytes=load.kv_bytes,
+        )
+    except ConfigError as error:
+        if device.gpu and (others := held(facts)):  # perhaps it would fit without them
+            raise KernelError(f"{error.message}; {others}") from None
+        raise
 
 
 def _device(kind: Kind, facts: Facts) -> Device:

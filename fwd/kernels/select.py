@@ -11,6 +11,7 @@ from fwd.kernels import host, sources
 from fwd.kernels.cuda import CudaLauncher
 from fwd.kernels.device import SOURCES, DeviceOps, Shape
 from fwd.kernels.gpu import Facts, probe, usable
+from fwd.kernels.jit import Jit
 from fwd.kernels.ops import Ops
 from fwd.kernels.reference import Reference
 
@@ -55,18 +56,18 @@ def select(kind: Kind) -> Ops:
 
 def _auto(shape: Shape, facts: Facts) -> Kind:
     """The GPU if it can serve the model; why it does not is logged where there is one."""
-    reason = usable(facts)
     try:
-        if not reason:
-            kernels.check("cuda", shape)
-            return "cuda"
+        _refuse_unusable(facts)
+        kernels.check("cuda", shape)
     except FwdError as error:
         reason = error.message
+    else:
+        return "cuda"
     if facts.visible:
         log.warning("gpu_unused", reason=reason)
     return "cpu"
 
 
 def _refuse_unusable(facts: Facts) -> None:
-    if reason := usable(facts):
+    if reason := usable(facts) or Jit().trouble(facts.arch):
         raise KernelError(reason)

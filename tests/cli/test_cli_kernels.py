@@ -9,6 +9,19 @@ import structlog
 from fwd.errors import KernelError
 from fwd.kernels import jit, nvrtc, sources
 
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 4096,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 12288,
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+    "torch_dtype": "bfloat16",
+}
 KERNELS = {
     "gemv.cu": 'extern "C" __global__ void __launch_bounds__(64) {0}(float* x) {{ x[threadIdx.x] *= 2; }}\n',
     "sample.cu": 'extern "C" __global__ void __launch_bounds__(64) {0}(float* x, int n) {{ x[n] += 1; }}\n',
@@ -105,8 +118,31 @@ def test_the_table_says_what_the_document_says(fwd, folder):
     assert lines[-1].startswith("2 kernels in ")
 
 
-def test_a_model_that_the_kernels_take(fwd):
-    assert len(document(fwd("kernels", "build", "demo", "--arch", "sm_90a", "--json"))["builds"]) == 2
+def test_a_model_that_the_kernels_take(fwd, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for model in ("demo", tmp_path):
+        assert len(document(fwd("kernels", "build", model, "--arch", "sm_90a", "--json"))["builds"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            {"torch_dtype": "float32"},
+            "--device cuda runs bfloat16 models, this one is float32: use --dtype bfloat16",
+        ),
+        ({"head_dim": 96}, "head_dim"),
+        ({"num_attention_heads": 64, "num_key_value_heads": 2}, "64 heads on 2 kv heads"),
+        ({"intermediate_size": 12284}, "intermediate_size"),
+    ],
+    ids=str,
+)
+def test_a_model_that_the_kernels_do_not_take(fwd, tmp_path, changes, named):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    line = refusal(fwd("kernels", "build", tmp_path), 2)
+    assert named in line
+    assert "--device cpu" in line
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_model_that_is_none(fwd, tmp_path):
