@@ -127,7 +127,7 @@ def test_a_buffer_that_nobody_planned_is_noticed(folders):
         ({"context": 1025}, "context: 1025 is more than the 1024 tokens of the model"),
         ({"context": 1024, "kv_bytes": 40_000}, "kv_bytes: 40000 hold 16 tokens; raise it to 2097152"),
         ({"kv_dtype": "int4"}, "kv-dtype: unknown 'int4'"),
-        ({"device": "cuda"}, "no cuda kernels"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
         ({"state_dir": "/nowhere"}, "/nowhere/prefix.key"),
     ],
     ids=str,
