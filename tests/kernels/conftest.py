@@ -13,7 +13,7 @@ from agreement import same_bits
 from torch import Tensor
 
 from fwd.kernels import sources
-from fwd.kernels.cuda import CudaLauncher
+from fwd.kernels.cuda import CudaLauncher, probe, usable
 from fwd.kernels.host import HostLauncher, sanitizer_environment
 from fwd.kernels.launch import Launcher
 
@@ -67,6 +67,11 @@ def _of_gpu() -> Launcher:
     return CudaLauncher()
 
 
+@functools.cache
+def _absent() -> str | None:
+    return usable(probe())
+
+
 def assert_same(one: object, other: object, path: str = "result") -> None:
     assert type(one) is type(other), path
     if isinstance(one, Tensor):
@@ -84,19 +89,24 @@ def assert_same(one: object, other: object, path: str = "result") -> None:
 @pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
 def execution(request, tmp_path) -> Execution:
     """What kernels of this test are launched by."""
+    if request.param == "cuda" and (reason := _absent()):
+        pytest.skip(reason)
     return Execution(request.param, tmp_path)
 
 
 @pytest.fixture
-def sanitized() -> Callable[[str], subprocess.CompletedProcess[str]]:
-    """Runs a Python script under the address and undefined-behaviour sanitizers; its launchers say `sanitize=True`."""
+def sanitized() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a Python script under the address and undefined-behaviour sanitizers; its launchers say `sanitize=True`.
 
-    def run(script: str) -> subprocess.CompletedProcess[str]:
+    At the first report it ends with 99 if `halt`. A clean run ends with 0 and an empty stderr.
+    """
+
+    def run(script: str, *, halt: bool = True) -> subprocess.CompletedProcess[str]:
         paths = [str(ROOT / "tests/kernels"), str(ROOT / "tests"), str(ROOT)]
         before = f"import sys; sys.path[:0] = {paths!r}\n"
         return subprocess.run(
             [sys.executable, "-c", before + textwrap.dedent(script)],
-            env=sanitizer_environment(),
+            env=sanitizer_environment(halt=halt),
             capture_output=True,
             text=True,
             check=False,
