@@ -468,7 +468,7 @@ FWD_INLINE void grid_barrier(unsigned* state FWD_SITE) {
 // 2^x to about 2 units in the last place, subnormal results flushed; the host's is libm's, so the last bits may differ.
 FWD_INLINE float exp2_approx(float x) {
 #ifdef FWD_HOST
-    return exp2f(x);
+    return host::flushed(exp2f(x));
 #else
     float value;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));

@@ -40,10 +40,10 @@ struct Random {  // xorshift64* (Vigna 2016)
         return static_cast<uint32_t>(state * 0x2545F4914F6CDD1Du >> 32);
     }
     uint32_t below(uint32_t bound) { return static_cast<uint32_t>(uint64_t(next()) * bound >> 32); }
-    // One of the bits of a mask that is not 0.
+    // One of the bits of a mask that is not 0: the first from a random place up to the last.
     int bit(uint32_t mask) {
-        unsigned turn = next() & 31;
-        return (__builtin_ctz(mask >> turn | mask << (-turn & 31)) + turn) & 31;
+        unsigned turn = below(32 - __builtin_clz(mask));
+        return __builtin_ctz(mask >> turn) + turn;
     }
 };
 
@@ -86,7 +86,7 @@ struct Warp {
     uint32_t parked = 0;  // in a collective of the warp
     uint32_t blocked = 0;  // in a barrier of the block or the grid
     uint32_t exited = 0;
-    Group groups[WARP];  // by the lowest lane of the mask
+    Group groups[1 + WARP];  // the first is of whole warps
     uint64_t in[WARP], out[WARP];  // what collectives exchange
     uint8_t source[WARP];
 };

@@ -74,8 +74,8 @@ inline long long __double_as_longlong(double x) { return fwd::host::bits<long lo
 inline double __longlong_as_double(long long x) { return fwd::host::bits<double>(x); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline double rsqrt(double x) { return 1.0 / sqrt(x); }
-inline float __expf(float x) { return expf(x); }
-inline float __exp2f(float x) { return exp2f(x); }
+inline float __expf(float x) { return fwd::host::flushed(expf(x)); }
+inline float __exp2f(float x) { return fwd::host::flushed(exp2f(x)); }
 inline float __logf(float x) { return logf(x); }
 inline float __log2f(float x) { return log2f(x); }
 inline float __fdividef(float a, float b) { return a / b; }

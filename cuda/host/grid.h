@@ -168,7 +168,7 @@ inline void work(Worker& worker) {
     } else {
         worker.resident = 1;
         for (uint32_t each; !grid.failed && (each = grid.next++) < grid.order.size();) {
-            worker.random.seed(grid.call->seed ^ uint64_t(grid.order[each] + 1) << 32);
+            worker.random.seed(grid.call->seed * 0xD1342543DE82EF95u + grid.order[each]);
             admit(worker, 0, grid.order[each]);
             run_resident(worker);
         }

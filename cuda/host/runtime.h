@@ -108,6 +108,9 @@ inline To bits(From from) {
     return to;
 }
 
+// What libm computes as a subnormal, as the device's flushing functions give it.
+inline float flushed(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
+
 template <typename T>
 inline T shuffle(T value, uint32_t mask, int source, const char* what, const Site& site) {
     static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");

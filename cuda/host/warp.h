@@ -15,12 +15,23 @@ inline void check_meeting(Thread& it, Warp& warp, const Group& group, uint32_t m
         const Thread& other = it.block->thread[(it.index & ~(WARP - 1)) + __builtin_ctz(lanes)];
         fail(doing + ", and lane " + std::to_string(other.lane()) + " of its mask waits in " + at(other.what, other.site));
     }
-    if (group.pending && group.mask == mask && group.site == site && strcmp(group.what, what) == 0 &&
-        (warp.parked & mask) == group.pending)
-        return;  // the same words at two addresses
-    for (const Group& other : warp.groups)
-        if (other.pending & mask)
-            fail(doing + ", and lane " + std::to_string(__builtin_ctz(other.pending & mask)) + " of its mask is in " + at(other.what, other.site));
+    if (group.pending && !(group.site == site && strcmp(group.what, what) == 0))
+        fail(doing + ", and lane " + std::to_string(__builtin_ctz(group.pending)) + " of its mask is in " + at(group.what, group.site));
+    for (const Group& other : warp.groups)  // lanes that are elsewhere and come later are fine
+        if (&other != &group && other.pending & mask && other.mask & it.bit())
+            fail(doing + ", and lane " + std::to_string(__builtin_ctz(other.pending & mask)) + " of its mask waits for it in " + at(other.what, other.site));
+}
+
+// Where lanes of this mask meet: the first place is that of whole warps.
+inline Group& group_of(Warp& warp, uint32_t mask) {
+    if (mask == 0xFFFFFFFFu) return warp.groups[0];
+    Group* free = nullptr;
+    for (Group& group : warp.groups) {
+        if (&group == &warp.groups[0]) continue;
+        if (group.pending && group.mask == mask) return group;
+        if (!group.pending && !free) free = &group;
+    }
+    return *free;  // every pending group holds a lane that is not this one
 }
 
 // Meets the lanes of `mask`; the last one calls finish(warp).
@@ -29,8 +40,8 @@ inline void meet(uint32_t mask, const char* what, const Site& site, Finish finis
     Thread& it = self();
     Warp& warp = *it.warp;
     uint32_t bit = it.bit();
-    Group& group = warp.groups[mask ? __builtin_ctz(mask) : 0];
-    bool same = !group.pending || (group.mask == mask && group.site == site && group.what == what);
+    Group& group = group_of(warp, mask);
+    bool same = !group.pending || (group.site == site && group.what == what);
     if (__builtin_expect(!same || !(mask & bit) || (warp.parked & mask) != group.pending || (warp.exited | warp.blocked) & mask, 0))
         check_meeting(it, warp, group, mask, what, site);
     if ((group.pending | bit) == mask) {

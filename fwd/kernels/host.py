@@ -43,7 +43,7 @@ FLAGS = (
 )
 EXTENSIONS = ("avx2", "fma", "f16c")  # of the CPU, used where it has them
 ANNOTATED = ("-DFWD_SANITIZE",)  # the runtime tells the sanitizer of its fibers
-SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fsanitize-recover=address,undefined")
 # What `__global__` is here (cuda/host/crt/host_defines.h), in preprocessed text.
 KERNEL = re.compile(
     r'extern "C"(?:\s|#[^\n]*\n)+__attribute__\(\(visibility\("default"\), used\)\)(?:\s|#[^\n]*\n)+void\s+(\w+)\s*\('
@@ -192,15 +192,18 @@ def build(source: Path, *, sanitize: bool = False) -> Path:
     return place / LIBRARY
 
 
-def sanitizer_environment() -> dict[str, str]:
-    """The environment of a process whose launchers sanitize; raises `KernelError` without a compiler."""
+def sanitizer_environment(*, halt: bool = True) -> dict[str, str]:
+    """The environment of a process whose launchers sanitize and that exits with 99 at the first report if `halt`.
+
+    Raises `KernelError` without a compiler.
+    """
     compiler, _ = _compiler()
     library = _command(compiler, "-print-file-name=libasan.so").stdout.strip()
     return {
         **os.environ,
         "LD_PRELOAD": library,
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:exitcode=99",
-        "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=99",
+        "ASAN_OPTIONS": f"detect_leaks=0:detect_stack_use_after_return=0:halt_on_error={int(halt)}:exitcode=99",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:halt_on_error={int(halt)}:exitcode=99",
     }
 
 
