@@ -68,6 +68,19 @@ KINDS = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "long": lambda: Qwen3Config(**_LONG),
+    # what kernels take: heads of 64
+    "llama-64": lambda: LlamaConfig(
+        **{**_SIZES, "num_attention_heads": 2, "num_key_value_heads": 1}, head_dim=64, attention_bias=True
+    ),
+    "qwen3-64": lambda: Qwen3Config(**_SIZES, tie_word_embeddings=True, head_dim=64),
+    "qwen3-sliding-64": lambda: Qwen3Config(
+        **_SLIDING,
+        tie_word_embeddings=True,
+        head_dim=64,
+        use_sliding_window=True,
+        sliding_window=17,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
 }
 
 

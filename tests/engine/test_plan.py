@@ -10,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fwd.engine import plan as planning
-from fwd.engine.device import GPUS, cpu
+from fwd.engine.device import GPUS, cpu, host
 from fwd.engine.plan import PAGE_SIZE, Plan, ceilings, kv_format, plan
+from fwd.engine.scheduler import MAX_ROWS
 from fwd.errors import ConfigError
-from fwd.kernels import attention
+from fwd.kernels import attention, drawing, paged_attention, prefill
+from fwd.kernels import device as kernels
 from fwd.models.layout import Latent, Paged, State
+from fwd.models.load import shape
 from fwd.models.spec import ModelSpec, parse_spec
 
 SMALL = {
@@ -199,7 +202,8 @@ def test_the_bytes_of_an_8b_model():
     assert found["head_bfloat16"] == 2 * 128256 * 4096
     assert found["rope"] == 8192 * 128 * 4
     assert found["kv_full"] == 16 * 8192 * 32 * 8 * 2 * (128 + 4)
-    assert found["steps"] == 8 * (16 + 512) * 5 + 4 * (16 + 1) * 512
+    assert found["steps"] == 2 * 16 * (8 * 5 + 8 + 2 * 8 + 9 * 4) + 512 * 8 * 5 + 4 * (16 + 1) * 512
+    assert found["lines"] == 16 * 128256 * (4 + 4)
     assert "prefix_index" not in found
 
 
@@ -282,7 +286,7 @@ def test_ceilings_are_the_bytes_of_a_step_over_the_bandwidth():
     assert 295 < rows[1].tokens_per_s < 320
 
 
-@pytest.mark.parametrize("item", ["_weights", "_head", "_step_buffers", "_workspace"])
+@pytest.mark.parametrize("item", ["_weights", "_head", "_steps", "_workspace"])
 def test_a_kind_that_is_forgotten_is_noticed(monkeypatch, item):
     """The properties above would not see it, the sums do: each of these is in the total."""
     before = plan(SPECS["full"], cpu(8 << 30)).total
@@ -292,7 +296,25 @@ def test_a_kind_that_is_forgotten_is_noticed(monkeypatch, item):
 
 def test_attention_splits_a_context_as_is_planned():
     assert (planning.PIECE, planning.PIECE_GRAIN) == (attention.PIECE, attention._GRAIN)
-    assert planning.PIECES == attention.PIECES
+    assert planning.PIECES == attention.PIECES == paged_attention.PIECES
+
+
+@pytest.mark.parametrize("config", [SMALL, EIGHT_B, SLIDING, {**SMALL, "vocab_size": 50_257}])
+def test_kernels_take_what_is_planned_for_them(config):
+    spec = parse_spec(config)
+    found = plan(spec, host(64 << 30), context=1024, max_seqs=7).items
+    assert found["kernels"] == kernels.workspace_bytes(shape(spec))
+    fetched = 2 * drawing.outcome_bytes(MAX_ROWS, 7) + spec.vocab * 8
+    assert found["lines"] == drawing.drawing_bytes(0, 7, spec.vocab) + fetched
+    assert drawing.drawing_bytes(1, 0, 0) == planning.DRAWING_BYTES
+    assert planning.UNPACKED_BYTES == prefill.SLAB
+
+
+def test_a_tied_model_has_one_copy_of_its_head_where_there_are_kernels():
+    tied = parse_spec({**EIGHT_B, "tie_word_embeddings": True})
+    found = plan(tied, GPUS["h100"], context=1024).items
+    assert found["head_bfloat16"] == 0
+    assert found["weights_bfloat16"] == tied.weight_bytes()
 
 
 def test_the_plan_needs_no_torch():

@@ -48,7 +48,19 @@ KINDS = {
     "tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True),
     "sliding": lambda: Qwen3Config(**SIZES, **SLIDING, tie_word_embeddings=True),
 }
-IN_ENGINE = "weights", "head", "rope", "kv", "steps"  # kinds that a load takes; the others come and go with the work
+FOR_KERNELS = {
+    "untied": lambda: LlamaConfig(**SIZES, head_dim=64, tie_word_embeddings=False),
+    "sliding": lambda: Qwen3Config(**SIZES, **{**SLIDING, "head_dim": 64}, tie_word_embeddings=True),
+}
+IN_ENGINE = (
+    "weights",
+    "head",
+    "rope",
+    "kv",
+    "steps",
+    "lines",
+    "kernels",
+)  # kinds that a load takes; the others come and go with the work
 BIG = LlamaConfig(  # deep and narrow: what one layer takes while it works is small beside what is held
     vocab_size=2048,
     hidden_size=256,
@@ -115,6 +127,15 @@ def test_the_tensors_of_an_engine_are_those_planned(folders, kind, dtype, kv_dty
     assert info.kv_bytes == sum(size for name, size in info.memory.items() if name.startswith("kv_"))
     assert info.context == sizes["context"]
     assert info.pages == sizes["max_seqs"] * -(-sizes["context"] // info.page_size)
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("kind", FOR_KERNELS)
+def test_the_tensors_of_an_engine_of_kernels_are_those_planned(tmp_path, kind, kv_dtype):
+    folder = write(FOR_KERNELS[kind](), tmp_path, torch.bfloat16)
+    loop, info = launch(folder, device="host", kv_dtype=kv_dtype, context=333, max_seqs=3)
+    assert (info.device, info.kernel_set, info.launches) == ("host", "host", "host")
+    assert held_bytes(loop._runner) == taken(info.memory)
 
 
 def test_a_buffer_that_nobody_planned_is_noticed(folders):

@@ -207,9 +207,11 @@ def test_a_float16_checkpoint_asks_for_a_dtype(folder):
     assert load(folder, dtype="bfloat16").dtype == torch.bfloat16
 
 
-def test_a_device_without_kernels_is_a_config_error(folder):
-    with pytest.raises(ConfigError, match="--device cpu"):
-        load(folder, device="cuda")
+def test_a_model_that_kernels_do_not_take_is_refused(folder):
+    with pytest.raises(ConfigError, match="use --dtype bfloat16 or --device cpu"):
+        load(folder, device="host")
+    with pytest.raises(ModelError, match="head_dim is 16: the kernels take one of 64, 128, 256; use --device cpu"):
+        load(folder, device="host", dtype="bfloat16")
 
 
 def test_a_file_cut_anywhere_is_refused(folder):
