@@ -303,9 +303,9 @@ FWD_INLINE void async_proxy_fence() {
 // ---- launches that overlap ----
 
 // Until here only what no kernel writes may be read, and nothing written. Every thread of every kernel comes here.
-FWD_INLINE void grid_dependency_wait() {
+FWD_INLINE void grid_dependency_wait(FWD_ONLY_SITE) {
 #ifdef FWD_HOST
-    host::grid_dependency_wait();
+    host::grid_dependency_wait(site);
 #else
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif

@@ -157,6 +157,9 @@ struct Worker {
     std::vector<Block*> blocks;  // all that were ever resident at once
     unsigned resident = 0;
     unsigned spins = 0;  // loads in a row that only looked for another's store
+    std::vector<std::vector<char>> hidden;  // contents of the regions, until all have waited for the launch before
+    unsigned unwaited = 0;  // threads that have not
+    std::vector<Thread*> held;  // those that have
     Stack* ended = nullptr;  // of the thread that ended last: it left it only now
 };
 
@@ -196,6 +199,7 @@ inline std::string at(const char* what, const Site& site) { return std::string(w
 
 void thread_main();  // grid.h
 bool land_any(Worker& worker);  // copies.h
+bool reveal(Worker& worker);  // overlap.h
 
 inline Thread* pick(Block& block, unsigned index) {
     Warp& warp = block.warp[index];
@@ -220,6 +224,13 @@ inline Thread* choose(Worker& worker, Block& block, unsigned warp, bool elsewher
     return nullptr;
 }
 
+// The same; copies that are under way arrive, and launches end, before there is none.
+inline Thread* next_of(Worker& worker, Block& block, unsigned warp, bool elsewhere = false) {
+    Thread* next = choose(worker, block, warp, elsewhere);
+    while (!next && (land_any(worker) || reveal(worker))) next = choose(worker, block, warp, elsewhere);
+    return next;
+}
+
 inline void go(Worker& worker, Context& from, Thread& to, bool forever = false) {
     if (!to.stack) {
         to.stack = worker.stacks.take();
@@ -234,8 +245,7 @@ inline void pause(bool elsewhere = false) {
     Thread& it = self();
     Worker& worker = *it.block->worker;
     elsewhere = elsewhere || (worker.random.state >> 60) == 0;
-    Thread* next = choose(worker, *it.block, it.index / WARP, elsewhere);
-    while (!next && land_any(worker)) next = choose(worker, *it.block, it.index / WARP, elsewhere);
+    Thread* next = next_of(worker, *it.block, it.index / WARP, elsewhere);
     if (next == &it) return;
     if (next) return go(worker, it.context, *next);
     current = nullptr;

@@ -6,7 +6,7 @@
 #include <thread>
 #include <utility>
 
-#include "copies.h"
+#include "overlap.h"
 
 namespace fwd::host {
 
@@ -40,9 +40,7 @@ inline void check_end(Thread& it) {
     worker.spins = 0;
     if (worker.ended) worker.stacks.give(worker.ended);
     worker.ended = it.stack;
-    Thread* next = choose(worker, block, it.index / WARP, false);
-    while (!next && land_any(worker)) next = choose(worker, block, it.index / WARP, false);
-    if (next) {
+    if (Thread* next = next_of(worker, block, it.index / WARP)) {
         go(worker, it.context, *next, true);
     } else {
         current = nullptr;
@@ -140,10 +138,12 @@ inline std::string waiting(const Block& block) {
 // Runs the blocks that are prepared until all their threads have ended or none can go on.
 inline void run_resident(Worker& worker) {
     Grid& grid = *worker.grid;
+    hide(worker);
     Block& first = *worker.blocks[worker.random.below(worker.resident)];
     if (sigsetjmp(worker.escape, 0) == 0) go(worker, worker.main, *pick(first, worker.random.bit(first.runnable)));
     if (worker.ended) worker.stacks.give(worker.ended);
     worker.ended = nullptr;
+    reveal(worker);
     for (unsigned each = 0; each < worker.resident && !grid.failed; ++each) {
         Block& block = *worker.blocks[each];
         if (block.alive) report(grid, describe(grid, block) + ": deadlock: " + waiting(block));

@@ -85,7 +85,7 @@ void mbarrier_arrive(uint64_t* barrier, uint32_t bytes, const Site& site);
 void mbarrier_wait(uint64_t* barrier, uint32_t parity, const Site& site);
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, const Site& site);
 
-inline void grid_dependency_wait() { current->waited = true; }
+void grid_dependency_wait(const Site& site);
 
 // ---- meetings ----
 
@@ -135,7 +135,7 @@ inline T reduce(T value, uint32_t mask, Combine combine, const char* what, const
 
 struct Export {
     const char* name;
-    const char* parameters;  // p: a pointer, i: int, f: float
+    const char* parameters;  // p: a pointer, w: one to write through, i: int, f: float
     void (*thunk)(const char* arguments);  // 8 bytes each
 };
 
@@ -143,7 +143,8 @@ template <typename T>
 constexpr char parameter_code() {
     static_assert(std::is_pointer_v<T> || std::is_same_v<T, int> || std::is_same_v<T, float>,
                   "parameters of kernels are pointers, int and float");
-    return std::is_pointer_v<T> ? 'p' : std::is_same_v<T, int> ? 'i' : 'f';
+    if (std::is_pointer_v<T>) return std::is_const_v<std::remove_pointer_t<T>> ? 'p' : 'w';
+    return std::is_same_v<T, int> ? 'i' : 'f';
 }
 
 template <auto kernel>
@@ -160,6 +161,11 @@ struct Entry<kernel> {
     static void call(const char* arguments) { spread(arguments, std::index_sequence_for<P...>()); }
 };
 
+struct Region {  // of memory that the launch before may still be writing
+    char* memory;
+    uint64_t bytes;
+};
+
 // A launch, as the caller describes it (fwd/kernels/host.py).
 struct Call {
     const char* kernel;
@@ -172,6 +178,8 @@ struct Call {
     uint32_t workers;
     uint32_t poison;
     uint64_t seed;
+    const Region* regions;
+    uint64_t region_count;
 };
 
 }  // namespace fwd::host

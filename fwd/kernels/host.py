@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -48,15 +49,21 @@ SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fsanitize-recover=address,
 KERNEL = re.compile(
     r'extern "C"(?:\s|#[^\n]*\n)+__attribute__\(\(visibility\("default"\), used\)\)(?:\s|#[^\n]*\n)+void\s+(\w+)\s*\('
 )
-CODES = {"p": "Q", "i": "i4x", "f": "f4x"}  # a parameter as struct packs it in 8 bytes
-KINDS = {"p": "a pointer", "i": "an int", "f": "a float"}
+CODES = {"p": "Q", "w": "Q", "i": "i4x", "f": "f4x"}  # a parameter as struct packs it in 8 bytes
+KINDS = {"p": "a pointer", "w": "a pointer", "i": "an int", "f": "a float"}
 LIBRARY = "kernels.so"
 
 _one_launch = threading.Lock()  # faults are caught for the whole process
 
 
+class _Region(ctypes.Structure):
+    """`fwd::host::Region` of cuda/host/runtime.h."""
+
+    _fields_ = (("memory", ctypes.c_void_p), ("bytes", ctypes.c_uint64))
+
+
 class _Call(ctypes.Structure):
-    """`fwd::host::Call` of cuda/host/block.h."""
+    """`fwd::host::Call` of cuda/host/runtime.h."""
 
     _fields_ = (
         ("kernel", ctypes.c_char_p),
@@ -69,11 +76,13 @@ class _Call(ctypes.Structure):
         ("workers", ctypes.c_uint32),
         ("poison", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
+        ("regions", ctypes.POINTER(_Region)),
+        ("region_count", ctypes.c_uint64),
     )
 
 
 class _Export(ctypes.Structure):
-    """`fwd::host::Export` of cuda/host/grid.h."""
+    """`fwd::host::Export` of cuda/host/runtime.h."""
 
     _fields_ = (("name", ctypes.c_char_p), ("parameters", ctypes.c_char_p), ("thunk", ctypes.c_void_p))
 
@@ -89,20 +98,22 @@ class _Entry(NamedTuple):
 class HostLauncher:
     """Implements `fwd.kernels.launch.Launcher` on the CPU.
 
-    `seed` shuffles, `poison` (a byte) fills shared memory and outputs, `folder` stands for `cuda/`. `sanitize` needs a
-    process that the address sanitizer's library is preloaded into (`sanitizer_environment`).
+    `seed` shuffles, `poison` (a byte) fills shared memory and outputs, `folder` stands for `cuda/`. Where launches are
+    `dependent`, memory that a kernel of this launcher may write holds poison until the next kernel's threads wait for
+    it, as if the one before had not begun. `sanitize` needs a process that the address sanitizer's library is preloaded
+    into (`sanitizer_environment`).
     """
 
     name = "host"
     device = torch.device("cpu")
     shared_limit = SHARED_LIMIT
-    dependent = False
 
     def __init__(
         self,
         seed: int = 0,
         poison: int = POISON,
         *,
+        dependent: bool = False,
         sanitize: bool = False,
         workers: int = 2,
         multiprocessors: int = 4,
@@ -111,11 +122,14 @@ class HostLauncher:
         assert 0 <= poison <= 0xFF, "a byte"
         self.seed = seed
         self.poison = poison
+        self.dependent = dependent
         self.sanitize = sanitize
         self.workers = workers
         self.multiprocessors = multiprocessors
         self.folder = folder or sources.home()
         self._launches = 0
+        # By address: what kernels of this launcher may write.
+        self._written = WeakValueDictionary[int, torch.UntypedStorage]()
         self._kernels: dict[str, dict[str, _Entry]] = {}
         self._runtime = _runtime(sanitize)
 
@@ -132,6 +146,7 @@ class HostLauncher:
         entry = self._entry(kernel)
         _check_shape(kernel, grid, threads, shared)
         self._launches += 1
+        regions = self._regions(entry, arguments) if self.dependent else []
         call = _Call(
             kernel.name.encode(),
             entry.thunk,
@@ -140,9 +155,11 @@ class HostLauncher:
             threads,
             shared,
             cooperative,
-            self.workers,
+            1 if regions else self.workers,
             self.poison,
             (self.seed << 32) + self._launches,
+            (_Region * len(regions))(*regions),
+            len(regions),
         )
         message = ctypes.create_string_buffer(2048)
         with _one_launch:
@@ -155,6 +172,19 @@ class HostLauncher:
         memory = torch.empty(shape, dtype=dtype)
         memory.flatten().view(torch.uint8).fill_(self.poison)
         return memory
+
+    def _regions(self, entry: _Entry, arguments: tuple[Argument, ...]) -> list[_Region]:
+        """The memory of arguments that this kernel or one before may write, each byte once."""
+        spans = []
+        for code, argument in zip(entry.parameters, arguments, strict=True):
+            if not isinstance(argument, Tensor) or not argument.numel():
+                continue
+            storage = argument.untyped_storage()
+            if code == "w":
+                self._written[storage.data_ptr()] = storage
+            if storage.data_ptr() in self._written:
+                spans.append((argument.data_ptr(), argument.data_ptr() + _extent(argument)))
+        return [_Region(first, last - first) for first, last in _merged(spans)]
 
     def _entry(self, kernel: Kernel) -> _Entry:
         if kernel.source not in self._kernels:
@@ -309,7 +339,7 @@ def _packed(kernel: Kernel, entry: _Entry, arguments: tuple[Argument, ...]) -> b
         raise KernelError(f"kernel {kernel.name} takes {len(entry.parameters)} arguments, not {len(arguments)}")
     values: list[int | float] = []
     for place, (code, argument) in enumerate(zip(entry.parameters, arguments, strict=True)):
-        if code != _code(argument):
+        if code.replace("w", "p") != _code(argument):
             raise KernelError(f"kernel {kernel.name}: argument {place} is {KINDS[code]}, not {argument!r}")
         if isinstance(argument, Tensor):
             if argument.device.type != "cpu":
@@ -321,6 +351,22 @@ def _packed(kernel: Kernel, entry: _Entry, arguments: tuple[Argument, ...]) -> b
         return entry.packing.pack(*values)
     except struct.error as error:
         raise KernelError(f"kernel {kernel.name}: {error}") from None
+
+
+def _extent(x: Tensor) -> int:
+    """Bytes from the first to behind the last element."""
+    return (sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1) * x.element_size()
+
+
+def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The union of intervals [first, last)."""
+    union: list[tuple[int, int]] = []
+    for first, last in sorted(spans):
+        if union and first <= union[-1][1]:
+            union[-1] = (union[-1][0], max(last, union[-1][1]))
+        else:
+            union.append((first, last))
+    return union
 
 
 def _code(argument: Argument) -> str:

@@ -34,10 +34,10 @@ class Execution:
         return self.launchers(1)[0]
 
     def launchers(self, count: int = LAUNCHES) -> list[Launcher]:
-        """Fresh ones of different seeds and poisons."""
+        """Fresh ones of different seeds and poisons; the launches of every third overlap."""
         if self.name == "cuda":
             return [_of_gpu()] * count
-        return [HostLauncher(i + 1, POISONS[i % 2], folder=self.folder) for i in range(count)]
+        return [HostLauncher(i + 1, POISONS[i % 2], dependent=i % 3 == 2, folder=self.folder) for i in range(count)]
 
     def everywhere(self, run: Callable[[Launcher], object], count: int = LAUNCHES) -> object:
         """What `run(launcher)` returns (tensors, or tuples and lists of them), the same bits from every launcher."""

@@ -363,6 +363,35 @@ def test_a_dropped_barrier_is_caught(here):
         mutant.everywhere(run)
 
 
+# ---- launches that overlap ----
+
+
+def hasty(each, first=(0, 0), second=(0, 0), **how):
+    """Two kernels, each with whether it reads and writes before it waits."""
+    middle, out = each.empty((256,), torch.float32), each.empty((256,), torch.float32)
+    launch(each, "hasty", middle, torch.arange(256.0), *first, grid=4, threads=64, **how)
+    launch(each, "hasty", out, middle, *second, grid=4, threads=64, **how)
+    return out
+
+
+def test_a_kernel_waits_for_the_one_before(here):
+    for how in ({}, {"cooperative": True}):
+        assert torch.equal(here.everywhere(lambda each, how=how: hasty(each, **how)), torch.arange(256.0))
+    assert torch.equal(here.everywhere(lambda each: hasty(each, first=(1, 0))), torch.arange(256.0)), "a weight"
+    with pytest.raises(AssertionError, match="depends on thread order"):
+        here.everywhere(lambda each: hasty(each, second=(1, 0)))
+    with pytest.raises(KernelError, match=r"kernel hasty, block .* writes before grid_dependency_wait, at byte \d+"):
+        here.everywhere(lambda each: hasty(each, first=(0, 1)))
+
+
+def test_overlapping_launches_see_views_once(here):
+    launcher = HostLauncher(dependent=True, folder=FOLDER)
+    memory = torch.arange(512.0)
+    launch(launcher, "hasty", memory[100:356], memory[:256], 0, 0, grid=1, threads=64)
+    assert memory[100:164].tolist() == list(range(64))
+    assert memory[164:].tolist() == list(range(164, 512))
+
+
 # ---- launches ----
 
 

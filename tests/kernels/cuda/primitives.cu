@@ -234,6 +234,15 @@ extern "C" __global__ void __launch_bounds__(128) gemv(float* out, const bf16* w
     if (threadIdx.x % 32 == 0) out[row] = sum;
 }
 
+// Adds `in`, read before the wait or after, to what may have been written before or after.
+extern "C" __global__ void __launch_bounds__(64) hasty(float* out, const float* in, int reads, int writes) {
+    int index = blockIdx.x * 64 + threadIdx.x;
+    float early = reads ? in[index] : 0;
+    if (writes) out[index] = 0;
+    grid_dependency_wait();
+    out[index] = reads ? early : in[index];
+}
+
 extern "C" __global__ void __launch_bounds__(32) nothing(float* out) {
     grid_dependency_wait();
     if (threadIdx.x == 0) *out = 1;
