@@ -9,7 +9,7 @@
 namespace fwd {
 
 constexpr int SCAN_THREADS = 256;
-constexpr int CHUNK = SCAN_THREADS * EACH, PIECE = SELECT_THREADS * EACH;  // of a block
+constexpr int CHUNK = SCAN_THREADS * EACH;  // logits of a block of the scan
 constexpr float LOG2_E = 1.4426950408889634f;
 
 // What a chunk of a row came to.
@@ -137,13 +137,15 @@ FWD_INLINE Result join_chunks(const Row& row, const Partial* partials, int given
 
 // ---- select ----
 
-// The block's piece of a row, added to the histogram of the row.
-FWD_INLINE void add_levels(const Selection& selection, int begin, unsigned* counts, uint64_t* masses) {
+// The block's piece of a row, added to the histogram of the row. Whole numbers add up to the same in any pieces.
+FWD_INLINE void add_levels(const Selection& selection, unsigned* counts, uint64_t* masses) {
     for (int level = threadIdx.x; level < LEVELS; level += SELECT_THREADS) {
         selection.counts[level] = 0, selection.masses[level] = 0;
     }
     block_barrier();
-    int end = begin + PIECE < selection.vocab ? begin + PIECE : selection.vocab;
+    int piece = (selection.vocab + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+    int begin = static_cast<int>(blockIdx.x) * piece;
+    int end = begin + piece < selection.vocab ? begin + piece : selection.vocab;
     visit(selection.values, selection.peak, begin, end, [&](uint64_t, const Weighed& weighed) {
         atomic_add(selection.counts + weighed.level, 1u);
         atomic_add(selection.masses + weighed.level, uint64_t{weighed.weight});
@@ -226,13 +228,14 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS, 1)
                        frequencies, top_ks, tops, kinds, counts, bias};
     Rows rows = {ids, sequences, parents, kinds, static_cast<int>(gridDim.y)};
     Results in = {reinterpret_cast<Result*>(results), top_ids, top_logprobs};
-    if (is_selected(drawing, in, index, vocab)) {
+    bool selected = is_selected(drawing, in, index, vocab);
+    if (selected) {
         int64_t start = static_cast<int64_t>(index) * vocab;
         Result* result = in.rows + index;
         Selection selection = open_selection(values + start, vocab, result->peak, shared);
         unsigned* row_counts = level_counts + index * LEVELS;
         uint64_t* row_masses = level_masses + index * LEVELS;
-        add_levels(selection, static_cast<int>(blockIdx.x) * PIECE, row_counts, row_masses);
+        add_levels(selection, row_counts, row_masses);
         if (!last_arriver(arrivals + index, static_cast<int>(gridDim.x))) return;
         take_levels(selection, row_counts, row_masses);
         int id = draw_selected(selection, drawing, index);
@@ -240,9 +243,8 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS, 1)
             result->id = id;
             result->logprob = static_cast<float>(static_cast<double>(logits[start + id]) - result->total);
         }
-    } else if (blockIdx.x > 0) {
-        return;
     }
+    if (!selected && blockIdx.x > 0) return;
     if (!last_arriver(done, rows.count)) return;
     Outcome outcome = {out_ids,          out_logprobs, out_finite, out_top_ids,
                        out_top_logprobs, out_accepted, out_last,   out_stamp};

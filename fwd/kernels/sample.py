@@ -33,7 +33,8 @@ MAX_VOCAB = 1 << 19  # a thread of the last block of a row for each chunk
 
 _SCAN, _SELECT = Kernel("sample.cu", "sample_scan"), Kernel("sample.cu", "sample_select")
 _SCAN_THREADS, _SELECT_THREADS = 256, 512
-_CHUNK, _PIECE = 2048, 4096  # logits of a block
+_CHUNK, _PIECE = 2048, 4096  # logits of a block, of the second launch at least
+_BLOCKS = 128  # of the second launch: no more than the smallest GPU has multiprocessors
 _LEVELS = 2048
 _SCAN_SHARED, _SELECT_SHARED = 640 + MAX_TOPS * 8, 640 + 12 * (_LEVELS + 1984)
 
@@ -107,9 +108,9 @@ def chunks(vocab: int) -> int:
     return -(-vocab // _CHUNK)
 
 
-def pieces(vocab: int) -> int:
-    """Blocks of a row in the second launch; only integers are summed, so nothing depends on it."""
-    return -(-vocab // _PIECE)
+def pieces(vocab: int, rows: int) -> int:
+    """Blocks of a row in the second launch: all run at once. Only integers are summed, so nothing depends on them."""
+    return max(1, min(-(-vocab // _PIECE), _BLOCKS // rows))
 
 
 def draw(
@@ -149,6 +150,7 @@ def sample(launcher: Launcher, workspace: Workspace, logits: Tensor, draws: Sequ
 
 def score(launcher: Launcher, workspace: Workspace, logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> Sampled:
     """Return the log-probabilities of given `ids` and of the `tops[i]` most likely (−1: none): `Ops.score`."""
+    assert all(0 <= token < logits.shape[1] for token in ids), "an id that is not in the vocabulary"
     greedy = (Draw(temperature=0.0, top_logprobs=top) for top in tops)
     tokens = [_Token(draw, token, DRAWN | GIVEN) for draw, token in zip(greedy, ids, strict=True)]
     scored = _eagerly(launcher, workspace, logits, tokens)
@@ -219,7 +221,7 @@ def _launch(launcher: Launcher, workspace: Workspace, logits: Tensor, call: _Cal
     )
     launcher.launch(
         _SELECT,
-        (pieces(vocab), rows, 1),
+        (pieces(vocab, rows), rows, 1),
         _SELECT_THREADS,
         _SELECT_SHARED,
         *(logits, *drawn),

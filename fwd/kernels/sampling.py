@@ -149,7 +149,9 @@ def _nucleus(values: Logits, weights: Ids, top_p: float) -> NDArray[np.bool_]:
 def log_total(logits: Logits) -> float:
     """Return log Σ exp(logits): the number to subtract from a raw logit to have its log-probability."""
     top = logits.max()
-    return float(top) + math.log(float(np.exp(logits - top).sum(dtype=np.float64)))
+    with np.errstate(over="ignore"):
+        below = logits - top
+    return float(top) + math.log(float(np.exp(below).sum(dtype=np.float64)))
 
 
 def top_logprobs(logits: Logits, count: int, total: float) -> Top:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fwd.kernels.ops import Draw
 from fwd.kernels.reference import Reference
-from fwd.kernels.sampling import UNIT, adjust, keep, most_likely, sample_row
+from fwd.kernels.sampling import REACH, UNIT, adjust, keep, log_total, most_likely, sample_row, temper, weigh
 
 OPS = Reference()
 coarse = st.lists(st.integers(-12, 12).map(lambda n: n / 4), min_size=2, max_size=60)  # many ties
@@ -64,13 +64,40 @@ def brute_force(values, top_k, top_p, min_p):
     """The definition, in exact integers and one token at a time."""
     order = sorted(range(len(values)), key=lambda i: (-values[i], i))[: top_k or None]
     best = row(values)[order[0]]
-    weights = [int(np.floor(np.exp(row(values)[i] - best) * np.float32(UNIT))) for i in order]
+    weights = weigh(row(values)[order], best).tolist()
     kept, before = [], 0
     for token, weight in zip(order, weights, strict=True):
-        if top_p >= 1 or before < top_p * sum(weights) or not kept:
+        if top_p >= 1 or before < float(np.float32(top_p)) * sum(weights) or not kept:
             kept.append((token, weight))
         before += weight
-    return sorted(token for token, weight in kept if weight >= min_p * UNIT)
+    return sorted(token for token, weight in kept if weight >= float(np.float32(min_p)) * UNIT)
+
+
+def test_weights_are_those_of_the_exponential():
+    values = np.concatenate((np.linspace(-REACH, 0, 20001), [-20.79, -20.8])).astype(np.float32)
+    exact = [math.exp(value) * UNIT for value in values.astype(np.float64).tolist()]
+    weights = weigh(values, np.float32(0.0)).tolist()
+    assert all(abs(weight - math.floor(number)) <= 1 for weight, number in zip(weights, exact, strict=True))
+    assert weights[20000:] == [UNIT, 1, 0]
+    assert weights[0] == 0, "what is further away has no weight either"
+
+
+def test_ids_without_weight_are_left_out_only_where_something_limits():
+    values = row([0.0, -20.0, -21.0, -30.0])
+    assert keep(values, Draw()).tolist() == [0, 1, 2, 3]
+    assert keep(values, Draw(top_k=3)).tolist() == keep(values, Draw(min_p=1e-30)).tolist() == [0, 1]
+
+
+def test_what_is_subnormal_is_zero_and_what_is_beyond_float32_its_largest():
+    tiny = row([-0.0, 1e-39, -1e-39, 0.0])
+    assert sample_row(tiny, Draw(temperature=0.0)) == sample_row(tiny, Draw(seed=1, top_k=1)) == 0
+    assert temper(row([3e38, -3e38, -np.inf]), 0.5).tolist() == [np.finfo(np.float32).max, -np.inf, -np.inf]
+    assert log_total(row([3e38, -3e38])) == row([3e38])[0]
+
+
+@pytest.mark.parametrize("limit", [{}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_where_every_id_is_banned_the_first_is_drawn(limit):
+    assert sample_row(row([1.0, 2.0, 3.0]), Draw(banned=(0, 1, 2), **limit)) == 0
 
 
 @settings(max_examples=200)
