@@ -39,6 +39,9 @@ async def get_health(request: web.Request) -> web.Response:
             "pages_free": status.pages_free,
             "pages_cached": status.pages_cached,
             "pages_total": status.pages_total,
+            "kernel_set": status.engine.kernel_set if status.engine else "",
+            "launches": status.engine.launches if status.engine else "",
+            "host_us": round(status.host_us, 1),
         },
         "queue": {
             "running": status.running,

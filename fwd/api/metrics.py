@@ -110,6 +110,7 @@ class Metrics:
         yield Metric("fwd_engine_restarts_total", "counter", "Engine deaths by cause.", restarts)
         yield _value("fwd_stream_resumes_total", "counter", "Streams resumed after a death.", keeper.resumes)
         yield _value("fwd_engine_steps_total", "counter", "Steps of this engine process.", keeper.pong.steps)
+        yield _value("fwd_step_host_seconds", "gauge", "Host work between two steps.", keeper.pong.host_us / 1e6)
         yield _value("fwd_decode_progress_age_seconds", "gauge", "Time without progress.", keeper.progress_age)
 
     def _traffic(self) -> Iterator[Metric]:

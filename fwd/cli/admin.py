@@ -36,14 +36,15 @@ def _rows(found: Status) -> list[tuple[str, str]]:
         ("queue", f"{found.queue_tokens} of at most {found.queue_limit} tokens wait"),
         ("pages", f"{found.pages_free} of {found.pages_total} free, {found.pages_cached} hold the prefix cache"),
     ]
-    return [*rows, *_engine_rows(found.engine)] if found.engine else rows
+    return [*rows, *_engine_rows(found.engine, found.host_us)] if found.engine else rows
 
 
-def _engine_rows(engine: EngineInfo) -> list[tuple[str, str]]:
+def _engine_rows(engine: EngineInfo, host_us: float) -> list[tuple[str, str]]:
     size = f"{engine.parameters / 1e6:.1f} M parameters, {engine.weight_bytes / 1e6:.1f} MB, context {engine.context}"
     dtypes = f"{engine.dtype}, KV {engine.kv_dtype or 'the same'}"
     return [
         ("engine", f"{engine.device} ({engine.kernel_set}), {dtypes}, {engine.threads} threads, pid {engine.pid}"),
+        *([("steps", f"{engine.launches}, {host_us:.0f} µs of host work between two")] if engine.launches else []),
         ("weights", f"{engine.architecture}, {size}, {engine.weights_hash}"),
         *([("memory", _memory(engine))] if engine.memory else []),
     ]

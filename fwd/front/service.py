@@ -184,6 +184,7 @@ class Service:
             requests=len(self._streams),
             tokens_out=self.tokens_out,
             pages_cached=pong.pages_cached,
+            host_us=pong.host_us,
             queue_tokens=keeper.queue.tokens,
             queue_limit=self.config.max_queue,
         )
