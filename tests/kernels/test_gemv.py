@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 from agreement import difference, same_bits
-from conftest import Execution
 from torch.nn import functional
 
 from fwd.errors import KernelError, ModelError
@@ -471,8 +470,8 @@ def test_a_kernel_that_does_not_wait_for_the_one_before_is_found(execution):
         gemv.linear(launcher, chance(1, 64), chance.matrix(16, 64).pack(), chance(1, 16))
 
 
-def test_the_sanitizers_find_nothing(sanitized, tmp_path):
-    here = Execution("host", tmp_path)
+def test_the_sanitizers_find_nothing(sanitized, execution):
+    here = execution
     for kernel in ("LINEAR(linear_1x16", "LINEAR(linear_2x8", "GATE_UP(gate_up_8", "HEAD(head_16"):
         here = here.mutated("gemv.cu", f"FWD_{kernel},", "// ")  # a half of the kernels: they take long to compile
     for kernel in ("qkv_paired_8", "qkv_whole_16"):
