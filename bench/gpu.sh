@@ -76,9 +76,9 @@ export PYTHONPATH=$root${FWD_WHEELS:+:$work/site}${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 cd "$root" || exit 1
 
-kernels=(--device cuda) daemon=(--device cuda)
+device=(--device cuda)
 if ((${#dry[@]})); then
-    kernels=(--device host --tiny) daemon=(--device cpu --tiny)
+    device=(--device host --tiny)
 elif ! helper gpu.cards >/dev/null 2>"$work/reason"; then
     echo "bench/gpu.sh needs a GPU: $(tail -n 1 "$work/reason")" >&2
     exit 6
@@ -88,20 +88,20 @@ fi
 mapfile -t tests < <(grep -lrE --include='test_*.py' 'mark\.gpu|\bexecution\b' tests)
 part tests $((${#quick[@]} ? 75 : longest)) "$python" -m pytest -m gpu -W default -p no:cacheprovider \
     --junitxml="$work/tests.xml" "${tests[@]}"
-bench roofline $((${#quick[@]} ? 40 : longest)) roofline.py "${kernels[@]}"
+bench roofline $((${#quick[@]} ? 40 : longest)) roofline.py "${device[@]}"
 roofline=$(find "$work/roofline" -name '*.json' -print -quit 2>/dev/null)
 limits=(${roofline:+--roofline "$roofline"})
 
 if ((!${#quick[@]})); then
-    bench kernels "$longest" kernels.py "${kernels[@]}" "${limits[@]}"
+    bench kernels "$longest" kernels.py "${device[@]}" "${limits[@]}"
 fi
-bench decode-llama-1b "$longest" decode.py llama-1b "${daemon[@]}" "${limits[@]}"
+bench decode-llama-1b "$longest" decode.py llama-1b "${device[@]}" "${limits[@]}"
 if ((!${#quick[@]})); then
     if ((!${#dry[@]})); then
-        bench decode-llama-8b "$longest" decode.py llama-8b "${daemon[@]}" "${limits[@]}"
-        bench peers-llama-8b "$longest" peers.py llama-8b "${daemon[@]}" "${limits[@]}"
+        bench decode-llama-8b "$longest" decode.py llama-8b "${device[@]}" "${limits[@]}"
+        bench peers-llama-8b "$longest" peers.py llama-8b "${device[@]}" "${limits[@]}"
     fi
-    bench peers-llama-1b "$longest" peers.py llama-1b "${daemon[@]}" "${limits[@]}"
+    bench peers-llama-1b "$longest" peers.py llama-1b "${device[@]}" "${limits[@]}"
 fi
 
 compgen -G "$work/*.part" >/dev/null || usage # --only named none
