@@ -55,7 +55,7 @@ struct Softmax {
     FWD_INLINE void add(const Query<T, kDim>& query, const unsigned char* slot, int seen, float scale) {
         float scores[2][4] = {};
         const float* scales = reinterpret_cast<const float*>(slot + S::kScales);
-#pragma unroll
+#pragma unroll Query<T, kDim>::kHeld ? kDim / 32 : Query<T, kDim>::kPer / 8
         for (int pair = 0; pair < kDim / 32; ++pair) score<Query<T, kDim>::kPer / 8>(scores, query, slot, scales, pair);
         uint32_t weights[4];
         weigh(scores, weights, seen, scale);
@@ -111,8 +111,10 @@ struct Softmax {
             weights[half + 2] = pack_bf16(scores[1][half * 2], scores[1][half * 2 + 1]);
         }
 #pragma unroll
-        for (int t = 0; t < kDim / 8; ++t) {
-            sum[t][0] *= fade[0], sum[t][1] *= fade[0], sum[t][2] *= fade[1], sum[t][3] *= fade[1];
+        for (int half = 0; half < 2; ++half) {
+            if (fade[half] == 1.0f) continue;  // most tiles of a long context
+#pragma unroll
+            for (int t = 0; t < kDim / 8; ++t) sum[t][half * 2] *= fade[half], sum[t][half * 2 + 1] *= fade[half];
         }
     }
 };
@@ -264,7 +266,7 @@ FWD_INLINE void decode_attention(const Call<T>& call, unsigned char* shared) {
 extern "C" __global__ void __launch_bounds__(128, 3) decode_attention_bf16_64(PARAMETERS(fwd::bf16)) {
     DECODE(fwd::bf16, 64);
 }
-extern "C" __global__ void __launch_bounds__(128, 3) decode_attention_bf16_128(PARAMETERS(fwd::bf16)) {
+extern "C" __global__ void __launch_bounds__(128, 2) decode_attention_bf16_128(PARAMETERS(fwd::bf16)) {
     DECODE(fwd::bf16, 128);
 }
 extern "C" __global__ void __launch_bounds__(128, 1) decode_attention_bf16_256(PARAMETERS(fwd::bf16)) {

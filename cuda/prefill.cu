@@ -224,8 +224,10 @@ struct Softmax {
             }
         }
 #pragma unroll
-        for (int t = 0; t < kDim / 8; ++t) {
-            sum[m][t][0] *= fade[0], sum[m][t][1] *= fade[0], sum[m][t][2] *= fade[1], sum[m][t][3] *= fade[1];
+        for (int half = 0; half < 2; ++half) {
+            if (fade[half] == 1.0f) continue;  // most tiles of a long context
+#pragma unroll
+            for (int t = 0; t < kDim / 8; ++t) sum[m][t][half * 2] *= fade[half], sum[m][t][half * 2 + 1] *= fade[half];
         }
     }
     // Writes the warp's rows, of the chunk's `rows`, from `first_row` on.

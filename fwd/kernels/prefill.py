@@ -93,7 +93,7 @@ def prefill_kv(launcher: Launcher, fused: Tensor, layer: QKV, rope: Tensor, *, r
         _THREADS,
         0,
         *(q, kv.keys, kv.values, kv.key_scales, kv.value_scales, fused),
-        *(layer.q_norm and layer.q_norm.weight, layer.k_norm and layer.k_norm.weight),
+        *(layer.q_norm.weight if layer.q_norm else None, layer.k_norm.weight if layer.k_norm else None),
         *(rope, rows.positions, slots, heads, kv_heads, len(rope)),
         *(layer.q_norm.eps if layer.q_norm else 0.0, layer.k_norm.eps if layer.k_norm else 0.0),
     )
