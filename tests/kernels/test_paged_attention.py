@@ -134,7 +134,7 @@ def test_pieces_cover_any_context():
     ]
 
 
-@pytest.mark.parametrize("length", [1, 64, 65, 1000, 2049, 4500, 8193])
+@pytest.mark.parametrize("length", [1, 64, 65, 1000, 2049, 4500, 8193, 66000])
 def test_the_kernel_cuts_a_context_as_stated(execution, length):
     """Where all scores are 0, the total of a piece is the number of its keys."""
     shape, launcher = Shape("bf16", 64, 1, 1, 16), execution.launcher

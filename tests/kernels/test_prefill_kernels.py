@@ -147,7 +147,7 @@ def test_queries_and_cells_are_the_references(execution, shape, extras):
 
 
 @pytest.mark.parametrize("slab", [prefill.SLAB, 128 * 1024], ids="slab{}".format)
-@pytest.mark.parametrize("hidden", [96, 360], ids="hidden{}".format)
+@pytest.mark.parametrize("hidden", [96, 2880], ids="hidden{}".format)
 def test_a_block_agrees_with_the_reference(execution, hidden, slab):
     shape, inner = Shape("bf16", 64, 2, 3, 16, window=100), 296
     layer, chance = layer_of(shape, hidden, extras=True), torch.Generator().manual_seed(3)
