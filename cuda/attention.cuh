@@ -86,7 +86,7 @@ FWD_INLINE int value_place(int lane, int chunk) {
     return Tile<T, kDim>::place((lane & 7) + (lane & 8), chunk + (lane >> 4));
 }
 
-// One k16 step of P·V over 16 keys: `p` is the A fragment, `values` a tile, `key` its first key (a multiple of 16).
+// One k16 step of P·V over 16 keys: `p` is the A fragment, `values` a tile of 16 keys.
 // Fragment t of the sum holds dimensions 8t …
 template <int kDim>
 FWD_INLINE void add_values(float (&sum)[kDim / 8][4], const uint32_t (&p)[4], const unsigned char* values, int lane,

@@ -56,7 +56,6 @@ struct Tag {
 template <typename T, int kDim>
 struct Shape {
     static constexpr int kSlots = kDim == 64 ? 4 : 3;
-    static constexpr int kBlocks = kDim == 64 ? 3 : kDim == 128 ? 2 : 1;  // on a multiprocessor
     static constexpr int kValues = KEYS * Tile<T, kDim>::kRow;  // bytes of the keys, behind which the values are
     static constexpr int kScales = 2 * kValues;  // of fp8: the scales of keys and values
     static constexpr int kSlot = 64 * kDim;  // bytes of a warp: two bf16 tiles, or its sum [kDim / 8][32][4] in float
