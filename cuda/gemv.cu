@@ -16,7 +16,7 @@ struct AddTo {
     int rows, outputs;
 
     FWD_INLINE bool holds(int row, int output) const { return row < rows && output < outputs; }
-    FWD_INLINE bf16* place(int row, int output) const { return residual + static_cast<int64_t>(row) * outputs + output; }
+    FWD_INLINE bf16* place(int row, int output) const { return residual + int64_t{row} * outputs + output; }
     FWD_INLINE Early early(int tile, int row, int m) const {
         int output = tile * kTile + m;
         if (!holds(row, output)) return 0;
@@ -40,7 +40,7 @@ struct Activate {
     FWD_INLINE void put(int tile, int row, int m, float sum, Early) const {
         float gate = fwd::round_bf16(sum), up = fwd::shuffle_xor(gate, 8);
         float active = fwd::round_bf16(gate / (1.0f + expf(-gate)));
-        if (m < 8 && row < rows) out[static_cast<int64_t>(row) * width + tile * 8 + m] = fwd::to_bf16(active * up);
+        if (m < 8 && row < rows) out[int64_t{row} * width + tile * 8 + m] = fwd::to_bf16(active * up);
     }
     FWD_INLINE void end(int) const {}
 };
@@ -53,7 +53,7 @@ struct Logits {
     FWD_INLINE Early early(int, int, int) const { return {}; }
     FWD_INLINE void put(int tile, int row, int m, float sum, Early) const {
         int output = tile * kTile + m;
-        if (row < rows && output < vocab) out[static_cast<int64_t>(row) * vocab + output] = sum;
+        if (row < rows && output < vocab) out[int64_t{row} * vocab + output] = sum;
     }
     FWD_INLINE void end(int) const {}
 };
@@ -121,7 +121,7 @@ FWD_GATE_UP(gate_up_16, 2)
 FWD_HEAD(head_8, 1)
 FWD_HEAD(head_16, 2)
 
-// hidden [rows, inputs]: a block copies the row of one id; an id −1−i means the token that line i drew in the step before.
+// hidden [rows, inputs]: a block copies the row of one id; an id −1−i is the token that line i drew in the step before.
 // `packed`: the weight stands as `linear` streams it, else row by row.
 extern "C" __global__ void __launch_bounds__(kThreads)
     embed(const int64_t* ids, const int64_t* drawn, const bf16* weight, bf16* hidden, int lines, int inputs, int vocab,
@@ -129,13 +129,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     fwd::grid_dependency_trigger();
     fwd::grid_dependency_wait();
     int64_t id = ids[blockIdx.x];
-    if (id < 0) id = lines > 0 ? drawn[min(-1 - id, static_cast<int64_t>(lines - 1))] : 0;
-    id = max(static_cast<int64_t>(0), min(id, static_cast<int64_t>(vocab - 1)));
+    if (id < 0) id = lines > 0 ? drawn[min(-1 - id, int64_t{lines - 1})] : 0;
+    id = max(int64_t{0}, min(id, int64_t{vocab - 1}));
     int64_t blocks = (inputs + kInputs - 1) / kInputs;
     const bf16* row = packed ? weight + (id / 8 * blocks * 8 + id % 8) * kInputs : weight + id * inputs;
     int step = packed ? 8 * kInputs : kInputs;  // numbers from a block of this row to the next
     for (int chunk = threadIdx.x; chunk * 8 < inputs; chunk += kThreads) {
-        uint4 found = fwd::load_global(row + static_cast<int64_t>(chunk / 4) * step + chunk % 4 * 8);
-        fwd::store_global(hidden + static_cast<int64_t>(blockIdx.x) * inputs + chunk * 8, found);
+        uint4 found = fwd::load_global(row + int64_t{chunk / 4} * step + chunk % 4 * 8);
+        fwd::store_global(hidden + int64_t{blockIdx.x} * inputs + chunk * 8, found);
     }
 }

@@ -1,9 +1,9 @@
 // A packed matrix times a few rows: weights are the A operand of mma.m16n8k16 and are streamed once, rows are its B.
 //
-// Packed (fwd/kernels/packing.py): groups of 8 outputs, each of blocks of 8 × 32 numbers, 512 bytes, 16 of them a lane's.
-// Two groups are a tile of 16 outputs. A block of 8 warps takes tiles in turn: warp w sums their blocks w, w + 8, … in
-// order, then the sums of the warps are added in the order of the warps. So what comes out depends on the row and the
-// weights alone: not on the rows beside it, how many tiles a block takes at once, or how many blocks there are.
+// Packed (fwd/kernels/packing.py): groups of 8 outputs, each of blocks of 8 × 32 numbers, 512 bytes, 16 a lane. Two
+// groups are a tile of 16 outputs. A block of 8 warps takes tiles in turn: warp w sums their blocks w, w + 8, … in order,
+// then the sums of the warps are added in the order of the warps. So what comes out depends on the row and the weights
+// alone: not on the rows beside it, how many tiles a block takes at once, or how many blocks there are.
 #pragma once
 
 #include "common.cuh"
@@ -74,7 +74,7 @@ struct Direct {
     FWD_INLINE Direct(const bf16* x, int rows, int inputs) : last(inputs - 8 - lane_index() % 4 * 8) {
 #pragma unroll
         for (int c = 0; c < kColumns; ++c)
-            place[c] = x + static_cast<int64_t>(row_of(c, rows)) * inputs + lane_index() % 4 * 8;
+            place[c] = x + int64_t{row_of(c, rows)} * inputs + lane_index() % 4 * 8;
     }
     FWD_INLINE uint4 at(int column, int block) const { return load_global(place[column] + min(block * kInputs, last)); }
 };
@@ -107,7 +107,7 @@ struct Weights {
         tile = wanted;
 #pragma unroll
         for (int group = 0; group < kGroups; ++group)
-            next[group] = data + static_cast<int64_t>(tiling.first(tile) + group * tiling.stride()) * (blocks * kBlockBytes);
+            next[group] = data + int64_t{tiling.first(tile) + group * tiling.stride()} * (blocks * kBlockBytes);
         left = tile < tiles ? blocks - warp_index() : 0;
     }
     FWD_INLINE void fetch(int step) {
@@ -187,8 +187,8 @@ FWD_INLINE float total(const float* shared) {
     return sum;
 }
 
-// All tiles of this block. For each output of each row the epilogue is asked early for what it will need, then given the
-// sum; both by whole warps, whose lanes hold outputs m and m ^ 8 of a tile 8 apart. `end` comes after a tile's last.
+// All tiles of this block. For each output of each row the epilogue is asked early for what it will need, then given
+// the sum; both by whole warps, whose lanes hold outputs m and m ^ 8 of a tile 8 apart. `end` comes after a tile's last.
 // `shared` holds 2·kWarps·kWide·kColumns·kSums floats: a tile's sums are read while the next one's are written.
 template <int kWide, int kColumns, class Tiling, class Rows, class Epilogue>
 FWD_INLINE void run(Weights<kWide, Tiling>& weights, const Rows& rows, float* shared, Epilogue& epilogue) {
@@ -225,8 +225,8 @@ FWD_INLINE void run(Weights<kWide, Tiling>& weights, const Rows& rows, float* sh
 // A row in shared memory begins half a cycle of banks after the one before.
 FWD_INLINE int pitch_of(int inputs) { return (blocks_of(inputs) * kInputs * 2) | 64; }
 
-// RMSNorm of `rows` rows as bf16 in shared memory at `staged`, `pitch` bytes each, zeros behind `inputs`. Each thread has
-// the same chunks of 8 inputs of every row, and of the norm's weight, so that most of it needs no barrier.
+// RMSNorm of `rows` rows as bf16 in shared memory at `staged`, `pitch` bytes each, zeros behind `inputs`. Each thread
+// has the same chunks of 8 inputs of every row, and of the norm's weight, so that most of it needs no barrier.
 struct Normed {
     const bf16* hidden;
     const bf16* weight;
@@ -276,7 +276,7 @@ struct Normed {
     FWD_INLINE void prepare() const { copy(factors, weight); }
 
     FWD_INLINE void stage() const {
-        for (int row = 0; row < rows; ++row) copy(staged + row * pitch, hidden + static_cast<int64_t>(row) * inputs);
+        for (int row = 0; row < rows; ++row) copy(staged + row * pitch, hidden + int64_t{row} * inputs);
         cp_async_commit();
         cp_async_wait<0>();
         for (int row = 0; row < rows; ++row) {

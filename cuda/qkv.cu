@@ -1,8 +1,8 @@
-// The attention input of a layer in one launch: norm, project, bias, norm of heads, RoPE, q out, k and v into their cells.
+// The attention input of a layer in one launch: norm, project, bias, norm of heads, RoPE; q out, k and v to their cells.
 //
-// A tile is the same 8 dimensions of both halves of one head: RoPE's pairs meet in it. Where a whole head is needed (for
-// its norm, or the one scale of an fp8 cell) the block that comes last to it goes on, for all rows; who that is shapes
-// nothing.
+// A tile is the same 8 dimensions of both halves of one head: RoPE's pairs meet in it. Where a whole head is needed
+// (for its norm, or the one scale of an fp8 cell) the block that comes last to it goes on, for all rows; who that is
+// shapes nothing.
 #include "gemv.cuh"
 
 using fwd::bf16;
@@ -39,16 +39,16 @@ struct Heads {
     FWD_INLINE int dim_of(unsigned tile, int m) const { return tile % tiles() * 8 + m % 8 + m / 8 * half(); }
     FWD_INLINE bool is_q(int head) const { return head < heads; }
     FWD_INLINE bool is_v(int head) const { return head >= heads + kv_heads; }
-    FWD_INLINE const float* angles(int row) const { return rope + static_cast<int64_t>(places[row].x) * head_dim; }
+    FWD_INLINE const float* angles(int row) const { return rope + int64_t{places[row].x} * head_dim; }
 
     FWD_INLINE void copy_places() const {
         if (int row = threadIdx.x; row < rows) {
-            int64_t position = min(max(positions[row], static_cast<int64_t>(0)), static_cast<int64_t>(positions_known - 1));
+            int64_t last = positions_known - 1, position = min(max(positions[row], int64_t{0}), last);
             places[row] = make_int2(static_cast<int>(position), static_cast<int>(slots[row]));
         }
     }
     FWD_INLINE int64_t cell_of(int slot, int head) const {
-        return static_cast<int64_t>(slot) * kv_heads + (is_v(head) ? head - heads - kv_heads : head - heads);
+        return int64_t{slot} * kv_heads + (is_v(head) ? head - heads - kv_heads : head - heads);
     }
 
     // Where a head of q goes, or of k or v in bf16; null: nowhere.
@@ -205,8 +205,8 @@ FWD_INLINE void qkv(const bf16* hidden, const bf16* norm, float eps, const bf16*
 
 }  // namespace
 
-// hidden [rows, inputs]; weight [(heads + 2·kv_heads)·head_dim, inputs]; q [rows, heads, head_dim]. `bias`, the norms of
-// heads and the scales (then keys and values are fp8) may be null. A slot −1 writes no cell.
+// hidden [rows, inputs]; weight [(heads + 2·kv_heads)·head_dim, inputs]; q [rows, heads, head_dim]. `bias`, the norms
+// of heads and the scales (with them keys and values are fp8) may be null. A slot −1 writes no cell.
 #define FWD_QKV(name, columns, Epilogue)                                                                             \
     extern "C" __global__ void __launch_bounds__(kThreads, kResident)                                                \
         name(const bf16* hidden, const bf16* norm, float eps, const bf16* weight, const bf16* bias,                  \
