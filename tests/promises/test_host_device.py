@@ -20,8 +20,8 @@ TOKENS = 24
 POSITIONS = 320  # that are teacher-forced
 ROWS = 16
 PAGE = 16
-GAP = 0.15  # of the reference's two best logits, below which the kernels may choose the other: 2⁻⁸ of logits up to 32
-DIFFERENCE = 2e-4  # 1 − 2Σxy / (Σx² + Σy²) of all logits of a position: a few roundings to bfloat16 in each layer
+GAP = 0.06  # of the reference's two best logits, below which the kernels may choose the other: 2⁻⁸ of logits up to 16
+DIFFERENCE = 4e-4  # 1 − 2Σxy / (Σx² + Σy²) of all logits of a position: a few roundings to bfloat16 in each layer
 
 
 def written(device):
@@ -40,8 +40,7 @@ def written(device):
 def test_a_greedy_text_is_the_reference_s():
     host, cpu = written("host"), written("cpu")
 
-    assert sum(map(len, host)) == TOKENS
-    assert len(host) == TOKENS  # one by one
+    assert [len(ids) for ids in host] == [1] * TOKENS
     assert host == cpu
 
 
@@ -81,7 +80,6 @@ def test_teacher_forced_the_same_token_is_best(kind, tmp_path):
     differences = 1 - 2 * (ours * theirs).sum(axis=1) / ((ours**2).sum(axis=1) + (theirs**2).sum(axis=1))
 
     assert len(ids) == POSITIONS
-    print(same.mean(), (best[:, -1] - best[:, -2])[~same], differences.max())
     assert (same | (best[:, -1] - best[:, -2] < GAP)).all()
     assert same.mean() > 0.97
     assert differences.max() < DIFFERENCE
@@ -95,7 +93,7 @@ def folder(tmp_path_factory):
 
 
 def requests():
-    return submissions(seed=5, count=6, vocab=checkpoints.VOCAB, tokens=24, longest=80)
+    return submissions(seed=5, count=4, vocab=checkpoints.VOCAB, tokens=16, longest=80)
 
 
 async def one_by_one(folder):
@@ -113,7 +111,7 @@ async def together(folder, kills):
     async with serving(folder, device="host", dtype="bfloat16") as service:
         streams = [service.open(request) for request in requests()]
         for _ in range(kills):
-            await tokens_more(streams, 20)
+            await tokens_more(streams, 10)
             kill(service)
         await ended(*streams)
         assert service.supervisor.active.restarts == ({"signal SIGKILL": kills} if kills else {})
