@@ -30,11 +30,9 @@ def written(device):
     with private_daemon(*flags) as daemon, daemon.connect() as client:
         status = wait_ready(client)
         assert (status.engine.device, status.engine.dtype) == (device, "bfloat16")
-        return [
-            event.ids
-            for event in client.submit(PROMPT, max_tokens=TOKENS, temperature=0.0)
-            if isinstance(event, Tokens)
-        ]
+        prompt = tokenizer.load(Config().folder).encode(PROMPT).ids
+        stream = client.submit(prompt, max_tokens=TOKENS, temperature=0.0)
+        return [event.ids for event in stream if isinstance(event, Tokens)]
 
 
 def test_a_greedy_text_is_the_reference_s():
