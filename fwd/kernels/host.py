@@ -33,7 +33,6 @@ MAX_GRID = 65535  # in y and z
 MAX_KERNELS = 256  # of a file
 FLAGS = (
     "-std=c++17",
-    "-O2",
     "-fno-math-errno",
     "-ffp-contract=off",
     "-fno-strict-aliasing",
@@ -44,7 +43,7 @@ FLAGS = (
 )
 EXTENSIONS = ("avx2", "fma", "f16c")  # of the CPU, used where it has them
 ANNOTATED = ("-DFWD_SANITIZE",)  # the runtime tells the sanitizer of its fibers
-SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fsanitize-recover=address,undefined")
+SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fsanitize-recover=address,undefined")
 # What `__global__` is here (cuda/host/crt/host_defines.h), in preprocessed text.
 KERNEL = re.compile(
     r'extern "C"(?:\s|#[^\n]*\n)+__attribute__\(\(visibility\("default"\), used\)\)(?:\s|#[^\n]*\n)+void\s+(\w+)\s*\('
@@ -101,7 +100,7 @@ class HostLauncher:
     `seed` shuffles, `poison` (a byte) fills shared memory and outputs, `folder` stands for `cuda/`. Where launches are
     `dependent`, memory that a kernel of this launcher may write holds poison until the next kernel's threads wait for
     it, as if the one before had not begun. `sanitize` needs a process that the address sanitizer's library is preloaded
-    into (`sanitizer_environment`).
+    into (`sanitizer_environment`). Kernels that run only a few times are there sooner with `optimization` 1.
     """
 
     name = "host"
@@ -115,6 +114,7 @@ class HostLauncher:
         *,
         dependent: bool = False,
         sanitize: bool = False,
+        optimization: int = 2,
         workers: int = 2,
         multiprocessors: int = 4,
         folder: Path | None = None,
@@ -124,6 +124,7 @@ class HostLauncher:
         self.poison = poison
         self.dependent = dependent
         self.sanitize = sanitize
+        self.optimization = optimization
         self.workers = workers
         self.multiprocessors = multiprocessors
         self.folder = folder or sources.home()
@@ -188,38 +189,48 @@ class HostLauncher:
 
     def _entry(self, kernel: Kernel) -> _Entry:
         if kernel.source not in self._kernels:
-            self._kernels[kernel.source] = _load(build(self.folder / kernel.source, sanitize=self.sanitize))
+            source = self.folder / kernel.source
+            self._kernels[kernel.source] = _load(build(source, sanitize=self.sanitize, optimization=self.optimization))
         if found := self._kernels[kernel.source].get(kernel.name):
             return found
         raise KernelError(f"{kernel.source} has no kernel {kernel.name}")
 
 
 @cache
-def build(source: Path, *, sanitize: bool = False) -> Path:
+def build(source: Path, *, sanitize: bool = False, optimization: int = 2) -> Path:
     """The library of a source, from the cache or else compiled; looked at once in a process.
 
     Raises `KernelError` without a compiler or CUDA's headers, for text that does not compile, an unwritable cache.
     """
     home, toolkit = sources.home(), sources.toolkit()
     folders = [*dict.fromkeys((source.parent, home)), home / "host"]
-    flags = (
-        *FLAGS,
-        *(f"-m{each}" for each in EXTENSIONS if each in _cpu()),
-        *((SANITIZERS if source.suffix == ".cu" else ANNOTATED) if sanitize else ()),
-    )
     compiler, version = _compiler()
-    name = sources.digest(sources.closure(source, (*folders, toolkit)), *flags, version)
-    place = sources.cache("host") / f"{source.stem}-{name[:32]}"
-    if not (place / LIBRARY).is_file():
-        paths = (*(f"-I{folder}" for folder in folders), "-isystem", str(toolkit))
-        library = _compile(compiler, source, (*flags, *paths))
-        try:
-            sources.publish(place, {LIBRARY: library})
-        except OSError as error:
-            raise KernelError(
-                f"the kernel cache {place.parent} cannot be written ({error}): set CACHE_DIRECTORY"
-            ) from None
-    return place / LIBRARY
+    flags = _flags(sanitize and source.suffix == ".cu", sanitize, optimization)
+
+    def place() -> Path:
+        name = sources.digest(sources.closure(source, (*folders, toolkit)), *flags, version)
+        return sources.cache("host") / f"{source.stem}-{name[:32]}"
+
+    before = place()
+    if (before / LIBRARY).is_file():
+        return before / LIBRARY
+    library = _compile(compiler, source, (*flags, *(f"-I{folder}" for folder in folders), "-isystem", str(toolkit)))
+    if place() != before:
+        raise KernelError(f"{source.name} changed while it was built: start again")
+    try:
+        sources.publish(before, {LIBRARY: library})
+    except OSError as error:
+        raise KernelError(
+            f"the kernel cache {before.parent} cannot be written ({error}): set CACHE_DIRECTORY"
+        ) from None
+    return before / LIBRARY
+
+
+def _flags(instrument: bool, sanitize: bool, optimization: int) -> tuple[str, ...]:
+    """How a library is compiled; the runtime of sanitized kernels is not instrumented itself."""
+    extensions = (f"-m{each}" for each in EXTENSIONS if each in _cpu())
+    sanitizers = SANITIZERS if instrument else ANNOTATED if sanitize else ()
+    return (*FLAGS, f"-O{optimization}", *extensions, *sanitizers)
 
 
 def sanitizer_environment(*, halt: bool = True) -> dict[str, str]:

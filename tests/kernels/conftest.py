@@ -37,7 +37,8 @@ class Execution:
         """Fresh ones of different seeds and poisons; the launches of every third overlap."""
         if self.name == "cuda":
             return [_of_gpu()] * count
-        return [HostLauncher(i + 1, POISONS[i % 2], dependent=i % 3 == 2, folder=self.folder) for i in range(count)]
+        how = {"folder": self.folder, "optimization": 1} if self.folder else {}
+        return [HostLauncher(i + 1, POISONS[i % 2], dependent=i % 3 == 2, **how) for i in range(count)]
 
     def everywhere(self, run: Callable[[Launcher], object], count: int = LAUNCHES) -> object:
         """What `run(launcher)` returns (tensors, or tuples and lists of them), the same bits from every launcher."""
