@@ -16,6 +16,7 @@ from fwd.engine.scheduler import Chunk, Span
 from fwd.engine.step import BUCKETS, CPU, new_tables
 from fwd.errors import EngineError
 from fwd.kernels.device import DeviceOps
+from fwd.kernels.ops import Draw
 from fwd.models.model import Model
 
 
@@ -28,11 +29,11 @@ class DeviceRunner(Prefiller):
     ahead = True
 
     def __init__(self, model: Model, ops: DeviceOps, plan: Plan) -> None:
-        super().__init__(model, plan)
         self._ops = ops
         with _device_errors():
             if ops.device != CPU:
                 _leave_default_stream()
+            super().__init__(model, plan)
             tables = new_tables(plan, plan.max_seqs, ops.device)
             lines = Lines(plan.max_seqs, plan.spec.vocab, ops.device)
             self._slots = [Slot(plan, tables, lines, ops.device) for _ in range(RING)]
@@ -72,17 +73,26 @@ class DeviceRunner(Prefiller):
         logits = self._model.logits(self._model.forward(ids, rows, self._cache))
         self._ops.draw(logits, ids, rows, slot.drawing, slot.outcome, step=slot.number)
 
+    @torch.inference_mode()
+    def _try_chunk(self) -> None:
+        """Have libraries choose their products and take what these need, before a request does."""
+        ids, rows = self._prefill.first_row()
+        hidden = self._model.forward(ids, rows, self._cache)
+        self._draw(hidden[:1], [Draw()])
+
     def _prepared(self) -> Eager | Graphs:
-        """The steps, once each kernel has run on rows that are all padding."""
+        """The steps, once each kernel has run: those of a step on padding, on a GPU those of a chunk on one row."""
         if self._ops.device != CPU:
+            self._try_chunk()
             return Graphs(self._run, [(place, size) for place in range(RING) for size in BUCKETS])
         self._run(0, 1)
         return Eager(self._run)
 
 
 def _leave_default_stream() -> None:
-    """Nothing is captured on it. What was loaded is there before anything is launched."""
+    """Nothing is captured on it. What was loaded is there before anything is launched, what that took is given back."""
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
 
 

@@ -53,8 +53,12 @@ class Lines:
         rows = {name: step.block.tensors[name] for name in FIELDS}
         return Drawing(**rows, counts=self._counts.tensor, bias=self._bias.tensor)
 
-    def fill(self, step: Step, row: int, line: int, span: Span) -> None:
-        """Have the row draw what comes after the span's last id."""
+    def owns(self, line: int, request: Request) -> bool:
+        """Whether the device knows of the request what it was told last."""
+        return self._lines[line].request is request
+
+    def fill(self, step: Step, row: int, line: int, span: Span) -> bool:
+        """Have the row draw what comes after the span's last id; True if nothing but its place changes from now on."""
         if self._lines[line].request is not span.request:
             self._lines[line] = _Line(span.request)
         known = self._lines[line]
@@ -66,6 +70,7 @@ class Lines:
         if kinds & BIASED:
             self._rebias(line, known, wanted)
         fill_row(step.block.arrays, row, wanted, kinds)
+        return not wanted.banned
 
     def _rebias(self, line: int, known: _Line, wanted: Draw) -> None:
         """Tell the device the bias of a line: at first, and once more when its answer is long enough to end."""

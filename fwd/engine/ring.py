@@ -7,7 +7,7 @@ import torch
 
 from fwd.engine.lines import Lines
 from fwd.engine.plan import Plan
-from fwd.engine.request import Drawn
+from fwd.engine.request import Drawn, Request
 from fwd.engine.sampler import NO_TOP
 from fwd.engine.scheduler import MAX_ROWS, Span
 from fwd.engine.step import BUCKETS, CPU, Step, Table
@@ -28,8 +28,9 @@ class Slot:
     def __init__(self, plan: Plan, tables: Sequence[Table], lines: Lines, device: torch.device) -> None:
         self._step = Step(plan, MAX_ROWS, 1, tables, device=device, fields={"numbers": torch.int64, **FIELDS})
         self._lines, self._vocab = lines, plan.spec.vocab
-        self._step.block.arrays["tops"].fill(-1)
-        self._step.block.upload()
+        arrays = self._step.block.arrays
+        self._numbers, self._kinds, self._places = arrays["numbers"], arrays["kinds"], arrays["places"]
+        self._told: list[tuple[Request | None, int]] = [(None, -1)] * MAX_ROWS
         self._wanted: list[tuple[int, int]] = []  # rows that draw, and how many of the most likely ids each wants
         self._done = torch.cuda.Event() if device != CPU else None  # type: ignore[no-untyped-call]
         self.outcome = new_outcome(MAX_ROWS, plan.max_seqs, device, pinned=device != CPU)
@@ -43,15 +44,29 @@ class Slot:
         """Fill in a step, its `number` being new, and send it to the device; the rows of its bucket."""
         lines, step = self._lines.assign(spans), self._step
         size, drawing = step.decode(spans, lines)
-        step.block.arrays["kinds"][:size] = 0
-        step.block.arrays["numbers"][0] = number
-        self._wanted = []
+        self._numbers[0] = number
         draws = [(line, span) for line, span in zip(lines, spans, strict=True) if span.draws]
+        if len(drawing) < size:
+            self._silence(set(range(size)) - set(drawing))
         for row, (line, span) in zip(drawing, draws, strict=True):
-            self._lines.fill(step, row, line, span)
-            self._wanted.append((row, span.request.submit.sampling.logprobs))
+            self._draw(row, line, span)
+        self._wanted = [
+            (row, span.request.submit.sampling.logprobs) for row, (_, span) in zip(drawing, draws, strict=True)
+        ]
         step.block.upload()
         return size
+
+    def _silence(self, rows: set[int]) -> None:
+        for row in rows:
+            self._kinds[row], self._told[row] = 0, (None, -1)
+
+    def _draw(self, row: int, line: int, span: Span) -> None:
+        """Have the row draw for a span: all it takes is the place, if the row has drawn for the same request before."""
+        if self._told[row] == (span.request, line) and self._lines.owns(line, span.request):
+            self._places[row] = span.end
+        else:
+            steady = self._lines.fill(self._step, row, line, span)
+            self._told[row] = (span.request, line) if steady else (None, -1)
 
     def launched(self) -> None:
         """All of the step is launched."""

@@ -158,6 +158,14 @@ class Step:
         self.block.upload()
         return Launch(self.ids, self.rows(size, chunk.number), [end - 1] * len(chunk.drawing))
 
+    def first_row(self) -> tuple[torch.Tensor, Rows]:
+        """A chunk that computes one row, in the first page of each group: for a cache that holds nothing yet."""
+        self._sequences[0] = 0
+        for slots in self._slots:
+            slots[0] = 0
+        self.block.upload()
+        return self.ids, self.rows(self._chunk, 0)
+
     def rows(self, size: int, chunk: int = -1) -> Rows:
         """What the model is told of the first `size` rows."""
         of = {name: tensor[:size] for name, tensor in self.block.tensors.items()}

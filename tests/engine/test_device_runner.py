@@ -151,6 +151,14 @@ def test_a_ban_that_is_not_lifted_is_noticed(model, monkeypatch):
     assert Engine(model).run(request) != told
 
 
+def test_a_chunk_that_is_tried_leaves_nothing_behind(model):
+    request = wanted(4, 1)[0]
+    told, engine = Engine(model).run(request), Engine(model)
+    engine.runner._try_chunk()
+
+    assert engine.run(request) == told
+
+
 def test_a_sequence_keeps_its_line_and_gives_it_back():
     one, two, three = (SimpleNamespace(request=object()) for _ in range(3))
     lines = Lines(2, 8, torch.device("cpu"))
