@@ -7,7 +7,7 @@ import structlog
 
 from fwd.errors import ConfigError, FwdError, KernelError
 from fwd.kernels import device as kernels
-from fwd.kernels import host, sources
+from fwd.kernels import gxx, host, sources
 from fwd.kernels.cuda import CudaLauncher
 from fwd.kernels.device import SOURCES, DeviceOps, Shape
 from fwd.kernels.gpu import Facts, probe, usable
@@ -48,7 +48,7 @@ def select(kind: Kind) -> Ops:
             return Reference()
         case "host":
             with ThreadPoolExecutor() as pool:
-                list(pool.map(host.build, (sources.home() / source for source in SOURCES)))
+                list(pool.map(gxx.build, (sources.home() / source for source in SOURCES)))
             return DeviceOps(host.HostLauncher())
         case "cuda":
             return DeviceOps(CudaLauncher())

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fwd.kernels import sources
 from fwd.kernels.cuda import CudaLauncher, probe, usable
-from fwd.kernels.host import HostLauncher, sanitizer_environment
+from fwd.kernels.gxx import sanitizer_environment
+from fwd.kernels.host import HostLauncher
 from fwd.kernels.launch import Launcher
 
 ROOT = Path(__file__).resolve().parents[2]

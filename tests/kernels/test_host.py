@@ -11,7 +11,7 @@ from agreement import difference
 from conftest import Execution
 
 from fwd.errors import KernelError
-from fwd.kernels import host, noise
+from fwd.kernels import gxx, host, noise
 from fwd.kernels.host import HostLauncher
 from fwd.kernels.launch import Kernel, Launcher
 
@@ -448,33 +448,33 @@ def test_text_that_does_not_compile_is_one_line(here):
 @pytest.fixture
 def fresh(monkeypatch):
     """Nothing is remembered of earlier builds."""
-    for cached in (host.build, host._compiler):
-        monkeypatch.setattr(host, cached.__name__, cached.__wrapped__)
+    for cached in (gxx.build, gxx._compiler):
+        monkeypatch.setattr(gxx, cached.__name__, cached.__wrapped__)
     return monkeypatch
 
 
 def test_what_is_missing_is_named(fresh, tmp_path):
     fresh.setenv("CXX", "no-such-compiler")
     with pytest.raises(KernelError, match=r"no-such-compiler is not found: install g\+\+ or set CXX"):
-        host.build(FOLDER / "wrong.cu")
+        gxx.build(FOLDER / "wrong.cu")
     fresh.delenv("CXX")
     (tmp_path / "file").touch()
     fresh.setenv("CACHE_DIRECTORY", str(tmp_path / "file"))
     with pytest.raises(KernelError, match=r"cannot be written .*: set CACHE_DIRECTORY"):
-        host.build(FOLDER / "wrong.cu")
-    fresh.setattr(host.platform, "machine", lambda: "riscv64")
+        gxx.build(FOLDER / "wrong.cu")
+    fresh.setattr(gxx.platform, "machine", lambda: "riscv64")
     with pytest.raises(KernelError, match="on x86-64 CPUs, not on riscv64: use --device cpu"):
-        host.build(FOLDER / "wrong.cu")
+        gxx.build(FOLDER / "wrong.cu")
 
 
 def test_a_build_is_kept_until_its_text_changes(fresh, tmp_path):
     fresh.setenv("CACHE_DIRECTORY", str(tmp_path / "cache"))
     source = shutil.copy(FOLDER / "wrong.cu", tmp_path)
-    first = host.build(Path(source))
+    first = gxx.build(Path(source))
     assert first.parent.parent == tmp_path / "cache/host"
-    assert host.build(Path(source)) == first
+    assert gxx.build(Path(source)) == first
     Path(source).write_text(Path(source).read_text() + "// more\n")
-    assert host.build(Path(source)) != first
+    assert gxx.build(Path(source)) != first
     first.write_bytes(b"no library")
     with pytest.raises(KernelError, match="remove its folder, and it is built again"):
         host._load(first)
