@@ -6,17 +6,20 @@ import click
 
 from fwd.cli.common import emit
 from fwd.cli.options import json_option, uds_option
-from fwd.config import Config, DType, KVDType, load
+from fwd.config import Config, Device, DType, KVDType, load
 
 if TYPE_CHECKING:
+    from fwd.engine import device as engine
     from fwd.engine.plan import Plan
+    from fwd.models.spec import ModelSpec
 
 GPU_NAMES = ("h100", "h200", "b200")
 
 
 @click.command()
 @click.argument("model", default="demo")
-@click.option("--gpu", type=click.Choice(GPU_NAMES), help="A GPU, here or not (default: the CPU of this machine).")
+@click.option("--gpu", type=click.Choice(GPU_NAMES), help="A GPU that is not here (default: see --device).")
+@click.option("--device", type=click.Choice(get_args(Device)), help="auto is a GPU of this machine, else its CPU.")
 @click.option("--context", type=int, help="Tokens of prompt and answer (default: the model's, or what fits).")
 @click.option("--dtype", type=click.Choice(get_args(DType)), help="auto is the checkpoint's.")
 @click.option("--kv-dtype", type=click.Choice(get_args(KVDType)))
@@ -40,19 +43,33 @@ def plan(gpu: str | None, measure: bool, as_json: bool, **flags: Any) -> None:
 
 
 def _planned(config: Config, gpu: str | None) -> "Plan":
-    from fwd.engine.device import GPUS, cpu  # noqa: PLC0415  # the engine half, only where it is needed
-    from fwd.engine.memory import available  # noqa: PLC0415
+    from fwd.engine.device import GPUS  # noqa: PLC0415  # the engine half, only where it is needed
     from fwd.engine.plan import plan as make  # noqa: PLC0415
     from fwd.models.spec import read_spec, run_spec  # noqa: PLC0415
 
+    spec = run_spec(read_spec(config.folder), config.dtype)
     return make(
-        run_spec(read_spec(config.folder), config.dtype),
-        GPUS[gpu] if gpu else cpu(available()),
+        spec,
+        GPUS[gpu] if gpu else _device(config, spec),
         context=config.context,
         max_seqs=config.max_seqs,
         kv_dtype=config.kv_dtype,
         kv_bytes=config.kv_bytes,
     )
+
+
+def _device(config: Config, spec: "ModelSpec") -> "engine.Device":
+    """What `fwd serve` would take; torch is imported only where there may be a GPU, or kernels, to ask about."""
+    from fwd.engine import device as engine  # noqa: PLC0415
+    from fwd.engine.memory import available  # noqa: PLC0415
+    from fwd.kernels.gpu import present  # noqa: PLC0415
+
+    if config.device == "cpu" or (config.device == "auto" and not present()):
+        return engine.cpu(available())
+    from fwd.engine.start import device_of  # noqa: PLC0415
+    from fwd.kernels.gpu import probe  # noqa: PLC0415
+
+    return device_of(config.device, spec, probe())
 
 
 def _document(planned: "Plan", bandwidth: float) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fwd.errors import ConfigError, KernelError
 from fwd.kernels.cuda import CudaLauncher, Facts, probe
 from fwd.kernels.device import DeviceOps
 from fwd.kernels.gpu import held
-from fwd.kernels.select import Kind, resolve
+from fwd.kernels.select import resolve
 from fwd.models.load import load as load_model
 from fwd.models.load import shape
 from fwd.models.model import Model
@@ -62,7 +62,7 @@ def runner_of(model: Model, planned: Plan) -> Runner:
 def plan_load(load: Load, facts: Facts) -> Plan:
     """The plan for what this machine has available now; raises `ConfigError`, `ModelError` or `KernelError`."""
     spec = run_spec(read_spec(Path(load.model)), load.dtype)
-    device = _device(resolve(load.device, shape(spec), facts), facts)
+    device = device_of(load.device, spec, facts)
     try:
         return plan(
             spec,
@@ -78,8 +78,9 @@ def plan_load(load: Load, facts: Facts) -> Plan:
         raise
 
 
-def _device(kind: Kind, facts: Facts) -> Device:
-    match kind:
+def device_of(wanted: str, spec: ModelSpec, facts: Facts) -> Device:
+    """What `--device` means for a model here; raises as `resolve` does."""
+    match resolve(wanted, shape(spec), facts):
         case "cpu":
             return cpu(available())
         case "host":

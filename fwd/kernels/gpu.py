@@ -56,7 +56,7 @@ def probe() -> Facts:
     import torch  # noqa: PLC0415  # seconds
 
     found: dict[str, Any] = {
-        "visible": _nodes(),
+        "visible": present(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda or "",
         "missing": tuple(package for module, package in PACKAGES.items() if not _installed(module)),
@@ -113,7 +113,7 @@ def _package_trouble(facts: Facts) -> str | None:
     return None
 
 
-def _nodes() -> bool:
+def present() -> bool:
     """Whether there is a device node of a GPU that the environment does not hide."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in {"", "-1"}
     return not hidden and any(Path("/dev").glob("nvidia[0-9]*"))

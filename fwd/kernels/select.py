@@ -11,6 +11,7 @@ from fwd.kernels import gxx, host, sources
 from fwd.kernels.cuda import CudaLauncher
 from fwd.kernels.device import SOURCES, DeviceOps, Shape
 from fwd.kernels.gpu import Facts, probe, usable
+from fwd.kernels.host import HostLauncher
 from fwd.kernels.jit import Jit
 from fwd.kernels.ops import Ops
 from fwd.kernels.reference import Reference
@@ -49,7 +50,7 @@ def select(kind: Kind) -> Ops:
         case "host":
             with ThreadPoolExecutor() as pool:
                 list(pool.map(gxx.build, (sources.home() / source for source in SOURCES)))
-            return DeviceOps(host.HostLauncher())
+            return DeviceOps(HostLauncher())
         case "cuda":
             return DeviceOps(CudaLauncher())
 

@@ -1,11 +1,13 @@
 """The engine on kernels that the CPU executes: a token is the same whoever draws it, alone or ahead of what is read."""
 
 import random
+from collections import deque
 from types import SimpleNamespace
 
 import checkpoints
 import pytest
 import torch
+from msgspec.structs import replace
 
 from fwd.engine import lines as lines_module
 from fwd.engine.device import host
@@ -16,6 +18,7 @@ from fwd.engine.plan import plan
 from fwd.engine.runner import ModelRunner
 from fwd.engine.space import Space
 from fwd.errors import EngineError
+from fwd.kernels.prefill import Prefill
 from fwd.models.load import load
 from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import Failed, Finished, Limits, Sampling, Submit, Tokens
@@ -31,13 +34,38 @@ def model(request, tmp_path_factory):
     return SimpleNamespace(model=load(folder, device="host", dtype="bfloat16", context=256), kv=KINDS[request.param])
 
 
+class Late(DeviceRunner):
+    """As late as a device may be: a step runs when it is collected, or before what is not launched ahead."""
+
+    def __init__(self, *loaded):
+        super().__init__(*loaded)
+        self.waiting = deque()
+        self._steps = SimpleNamespace(launch=lambda *step: self.waiting.append(step))
+
+    def copy(self, copies):
+        self.catch_up(0)
+        super().copy(copies)
+
+    def prefill(self, chunk):
+        self.catch_up(0)
+        return super().prefill(chunk)
+
+    def collect(self):
+        self.catch_up(self._launched - self._collected - 1)
+        return super().collect()
+
+    def catch_up(self, left):
+        while len(self.waiting) > left:
+            self._run(*self.waiting.popleft())
+
+
 class Engine:
     """A loop over a model without a peer; `told` by request what its reader is told, without times."""
 
     def __init__(self, model, runner=DeviceRunner, ahead=None, seqs=4, pages=0):
         loaded = model.model
         sized = plan(loaded.spec, host(1 << 34), context=256, max_seqs=seqs, kv_dtype=model.kv)
-        self.runner = DeviceRunner(loaded, loaded.ops, sized) if runner is DeviceRunner else runner(loaded, sized)
+        self.runner = runner(loaded, sized) if runner is ModelRunner else runner(loaded, loaded.ops, sized)
         if ahead is not None:
             self.runner.ahead = ahead
         units = (pages or sized.units[0], *sized.units[1:])
@@ -118,6 +146,26 @@ def test_the_same_bits_alone_beside_others_and_displaced(model):
     crowded = Engine(model, seqs=16, pages=17 if model.kv == "auto" else 0)
 
     assert crowded.run(*requests)[:3] == alone
+
+
+def test_nothing_is_overwritten_under_a_step_that_is_late(model):
+    """Without bans, which the host lifts by a copy that is ordered only where it has a stream to be put in."""
+    requests = [replace(each, limits=Limits(max_tokens=20)) for each in wanted(5, 6)]
+
+    assert Engine(model, Late, seqs=3).run(*requests, between=3) == Engine(model, ahead=False).run(*requests)
+
+
+def test_prefill_as_on_a_gpu_gives_the_same_bits_cold_and_from_the_cache(model, monkeypatch):
+    ops = model.model.ops
+    monkeypatch.setattr(ops, "_chunks", Prefill(ops.launcher))
+    first, second = (each for each in wanted(6, 2))
+    longer = [*first.prompt.cast("i"), *second.prompt.cast("i"), *range(70)]
+    second = replace(second, prompt=pack_ids(longer), prompt_logprobs=-1)
+    cold, warm = Engine(model), Engine(model)
+    told = cold.run(second)
+    warm.run(replace(first, prompt=pack_ids(longer[:-9])))
+
+    assert warm.run(second) == told
 
 
 def test_a_history_that_is_sent_twice_is_noticed(model, monkeypatch):
