@@ -7,7 +7,7 @@ import structlog
 
 from fwd.errors import ConfigError, FwdError, KernelError
 from fwd.kernels import device as kernels
-from fwd.kernels import gxx, host, sources
+from fwd.kernels import gxx, sources
 from fwd.kernels.cuda import CudaLauncher
 from fwd.kernels.device import SOURCES, DeviceOps, Shape
 from fwd.kernels.gpu import Facts, probe, usable
