@@ -14,19 +14,18 @@ constexpr uint32_t CANARY = 128;  // bytes before the shared memory of a block; 
 constexpr size_t GUARD = 1 << 20;
 constexpr uint32_t SHARED_LIMIT = 227 * 1024;
 constexpr unsigned MAX_RESIDENT = 16384;  // threads
-constexpr char CANARY_BYTE = 0x5C;
 
 // ---- one thread ----
 
 inline void check_end(Thread& it) {
     Block& block = *it.block;
     if (!it.waited) fail("ends and has not come to grid_dependency_wait");
-    if (!it.copies.empty()) fail("ends with cp.async under way that nobody waited for: " + std::to_string(it.copies.size()));
+    if (!it.copies.empty()) fail("ends with cp.async under way that nobody waited for: ", it.copies.size());
     if (block.alive == 1 && !block.copies.empty()) fail("ends, the last of its block, with bulk copies under way");
     if (it.warp->parked) check_not_awaited(it, "ends");
     for (const Barrier* barrier : {&block.barrier, &block.worker->grid->barrier})
         if (barrier->arrived)
-            fail("ends while " + std::to_string(barrier->arrived) + " threads wait for it in " + at(barrier->what, barrier->site));
+            fail("ends while ", barrier->arrived, " threads wait for it in ", at(barrier->what, barrier->site));
 }
 
 [[noreturn]] inline void end_thread() {
@@ -61,12 +60,14 @@ inline void thread_main() {
 // Shared memory ends where pages begin that nobody may touch.
 inline char* map_shared() {
     size_t room = (CANARY + SHARED_LIMIT + PAGE) / PAGE * PAGE;
-    void* memory = mmap(nullptr, room + GUARD, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory = map(room + GUARD);
     char* end = static_cast<char*>(memory) + room;
     if (memory == MAP_FAILED || mprotect(end, GUARD, PROT_NONE) != 0) abort();
     return end;
 }
 
+// What lies around shared memory: it changes with the poison, so that who reads there has other results.
+inline unsigned char canary(const Call& call) { return static_cast<unsigned char>(call.poison ^ 0x5Cu); }
 inline uint32_t aligned_shared(const Block& block) { return (block.where.shared_bytes + 127) / 128 * 128; }
 
 inline void prepare(Worker& worker, Block& block, uint32_t index) {
@@ -74,11 +75,12 @@ inline void prepare(Worker& worker, Block& block, uint32_t index) {
     char* end = block.where.shared ? block.shared() + aligned_shared(block) : map_shared();
     block.where.shared_bytes = call.shared;
     char* shared = end - aligned_shared(block);
-    memset(shared - CANARY, CANARY_BYTE, CANARY);
+    memset(shared - CANARY, canary(call), CANARY);
     memset(shared, int(call.poison), call.shared);
-    memset(shared + call.shared, CANARY_BYTE, aligned_shared(block) - call.shared);
+    memset(shared + call.shared, canary(call), aligned_shared(block) - call.shared);
     block.where.shared = reinterpret_cast<unsigned char*>(shared);
-    block.where.block = {index % call.grid[0], index / call.grid[0] % call.grid[1], index / call.grid[0] / call.grid[1]};
+    uint32_t line = index / call.grid[0];
+    block.where.block = {index % call.grid[0], line % call.grid[1], line / call.grid[1]};
     block.where.threads = {call.threads, 1, 1};
     block.where.grid = {call.grid[0], call.grid[1], call.grid[2]};
     block.worker = &worker;
@@ -102,11 +104,23 @@ inline void prepare(Worker& worker, Block& block, uint32_t index) {
 }
 
 inline void check_canaries(Grid& grid, const Block& block) {
-    for (long offset = -long(CANARY); offset < long(aligned_shared(block)); ++offset) {
-        if (offset == 0) offset = block.where.shared_bytes;
-        if (offset < long(aligned_shared(block)) && block.shared()[offset] != CANARY_BYTE)
-            return report(grid, describe(grid, block) + ": wrote at " + std::to_string(offset) + ", outside its " + std::to_string(block.where.shared_bytes) + " bytes of shared memory");
-    }
+    long bytes = block.where.shared_bytes;
+    for (long offset = -long(CANARY); offset < long(aligned_shared(block)); ++offset)
+        if ((offset < 0 || offset >= bytes) && block.where.shared[offset] != canary(*grid.call))
+            return report(grid, say(describe(grid, block), ": wrote at ", offset, ", outside its ", bytes,
+                                    " bytes of shared memory"));
+}
+
+// What a thread waits in, and of an mbarrier what is missing.
+inline std::string place_of(const Thread& thread) {
+    if (!thread.what) return "nothing";
+    std::string place = at(thread.what, thread.site);
+    for (const Waiter& waiter : thread.block->waiters)
+        if (waiter.thread == &thread) {
+            const Phase& phase = *reinterpret_cast<const Phase*>(waiter.barrier);
+            place += say(" (", phase.pending, " arrivals and ", phase.bytes, " bytes are missing)");
+        }
+    return place;
 }
 
 // "3 threads (0, 1, 5) wait in …", one for each place that threads of the block wait at.
@@ -114,23 +128,18 @@ inline std::string waiting(const Block& block) {
     std::vector<std::pair<std::string, std::vector<unsigned>>> places;
     for (const Thread& thread : block.thread) {
         if (thread.warp->exited & thread.bit()) continue;
-        std::string place = thread.what ? at(thread.what, thread.site) : "nothing";
-        if (thread.what && !strcmp(thread.what, "mbarrier_wait"))
-            for (const Waiter& waiter : block.waiters)
-                if (waiter.thread == &thread) {
-                    const Phase& phase = *reinterpret_cast<const Phase*>(waiter.barrier);
-                    place += " (" + std::to_string(phase.pending) + " arrivals and " + std::to_string(phase.bytes) + " bytes are missing)";
-                }
+        std::string place = place_of(thread);
         size_t each = 0;
         while (each < places.size() && places[each].first != place) ++each;
         if (each == places.size()) places.push_back({place, {}});
         places[each].second.push_back(thread.index);
     }
     std::string text;
-    for (auto& [place, threads] : places) {
-        text += (text.empty() ? "" : "; ") + std::to_string(threads.size()) + (threads.size() == 1 ? " thread (" : " threads (");
-        for (size_t each = 0; each < threads.size() && each < 4; ++each) text += (each ? ", " : "") + std::to_string(threads[each]);
-        text += (threads.size() > 4 ? ", …) wait in " : threads.size() == 1 ? ") waits in " : ") wait in ") + place;
+    for (const auto& [place, threads] : places) {
+        bool one = threads.size() == 1;
+        text += say(text.empty() ? "" : "; ", threads.size(), one ? " thread (" : " threads (");
+        for (size_t each = 0; each < threads.size() && each < 4; ++each) text += say(each ? ", " : "", threads[each]);
+        text += say(threads.size() > 4 ? ", …) " : ") ", one ? "waits in " : "wait in ", place);
     }
     return text;
 }
@@ -146,7 +155,7 @@ inline void run_resident(Worker& worker) {
     reveal(worker);
     for (unsigned each = 0; each < worker.resident && !grid.failed; ++each) {
         Block& block = *worker.blocks[each];
-        if (block.alive) report(grid, describe(grid, block) + ": deadlock: " + waiting(block));
+        if (block.alive) report(grid, say(describe(grid, block), ": deadlock: ", waiting(block)));
         check_canaries(grid, block);
     }
 }
@@ -188,10 +197,10 @@ inline std::string fault_text(int signal, const char* place) {
     if (signal == SIGFPE) return "divides an integer by zero";
     long offset = place - block.shared();
     if (offset >= 0 && offset < long(aligned_shared(block) + GUARD))
-        return "reaches byte " + std::to_string(offset) + " of its " + std::to_string(block.where.shared_bytes) + " bytes of shared memory";
-    if (block.worker->stacks.overflowed(place)) return "needs a stack of more than " + std::to_string(STACK / 1024) + " KiB";
+        return say("reaches byte ", offset, " of its ", block.where.shared_bytes, " bytes of shared memory");
+    if (block.worker->stacks.overflowed(place)) return say("needs a stack of more than ", STACK / 1024, " KiB");
     if (!place) return "reads or writes a null or misaligned address";
-    return "reads or writes at " + address(place) + ", where nothing is";
+    return say("reads or writes at ", address(place), ", where nothing is");
 }
 
 static void on_fault(int signal, siginfo_t* info, void*) {
@@ -201,7 +210,7 @@ static void on_fault(int signal, siginfo_t* info, void*) {
     }
     Worker& worker = *self().block->worker;
     std::string error = fault_text(signal, static_cast<const char*>(info->si_addr));
-    report(*worker.grid, describe(*worker.grid, *self().block) + ", " + describe(self()) + ": " + error);
+    report(*worker.grid, say(describe(*worker.grid, *self().block), ", ", describe(self()), ": ", error));
     current = nullptr;
     siglongjmp(worker.escape, 1);
 }
@@ -266,7 +275,8 @@ inline void launch(Grid& grid) {
     if (!call.cooperative) {
         grid.order.resize(grid.blocks());
         for (uint32_t each = 0; each < grid.order.size(); ++each) grid.order[each] = each;
-        for (uint32_t each = grid.order.size(); each > 1; --each) std::swap(grid.order[each - 1], grid.order[random.below(each)]);
+        for (uint32_t each = grid.order.size(); each > 1; --each)
+            std::swap(grid.order[each - 1], grid.order[random.below(each)]);
     }
     Faults faults;
     if (call.workers < 2 || call.cooperative || grid.blocks() == 1) return run(grid, workers[0]);
@@ -278,11 +288,11 @@ inline void launch(Grid& grid) {
 }  // namespace fwd::host
 
 // Returns 0, or 1 and the error in `message`.
-extern "C" __attribute__((visibility("default"), used)) int fwd_host_launch(const fwd::host::Call* call, char* message, size_t room) {
+extern "C" int fwd_host_launch(const fwd::host::Call* call, char* message, size_t room) {
     fwd::host::Grid grid;
     grid.call = call;
     if (call->cooperative && uint64_t(grid.blocks()) * call->threads > fwd::host::MAX_RESIDENT)
-        grid.error = "a cooperative grid of more than " + std::to_string(fwd::host::MAX_RESIDENT) + " threads";
+        grid.error = fwd::host::say("a cooperative grid of more than ", fwd::host::MAX_RESIDENT, " threads");
     else
         fwd::host::launch(grid);
     snprintf(message, room, "%s", grid.error.c_str());

@@ -336,15 +336,16 @@ def test_poison_is_in_outputs_and_shared_memory(here):
     assert (HostLauncher(poison=0x3F).empty((2, 3), torch.int32) == 0x3F3F3F3F).all()
     assert HostLauncher().empty((), torch.float32).isnan()
 
-    def run(each, wanted):
+    def run(each, place):
         out = each.empty((32,), torch.float32)
-        launch(each, "unwritten", out, torch.ones(32), wanted, shared=128)
+        launch(each, "unwritten", out, torch.ones(32), place, shared=124)
         return out
 
-    assert (here.everywhere(lambda each: run(each, 0)) == 1).all()
-    with pytest.raises(AssertionError, match="what was in memory before"):
-        here.everywhere(lambda each: run(each, 1))
-    assert run(HostLauncher(folder=FOLDER), 1).isnan().all()
+    assert (here.everywhere(lambda each: run(each, 32)) == 1).all()
+    for place in (0, 31, -1):  # the last two lie around it
+        with pytest.raises(AssertionError, match="what was in memory before"):
+            here.everywhere(lambda each, place=place: run(each, place))
+    assert run(HostLauncher(folder=FOLDER), 0).isnan().all()
 
 
 def test_a_dropped_barrier_is_caught(here):

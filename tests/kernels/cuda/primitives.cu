@@ -63,7 +63,8 @@ extern "C" __global__ void __launch_bounds__(128) sums(float* out, const float* 
     to[3] = block_max(value, scratch);
 }
 
-extern "C" __global__ void __launch_bounds__(64) atomics(int* counters, int* taken, float* sum, unsigned long long* most) {
+extern "C" __global__ void __launch_bounds__(64) atomics(int* counters, int* taken, float* sum,
+                                                                unsigned long long* most) {
     grid_dependency_wait();
     int index = blockIdx.x * blockDim.x + threadIdx.x;
     taken[index] = atomic_add(&counters[0], 1);
@@ -156,7 +157,8 @@ extern "C" __global__ void __launch_bounds__(64) arrivals(float* out, float* par
     if (threadIdx.x == 0) *out = sum;
 }
 
-extern "C" __global__ void __launch_bounds__(64) noise(uint32_t* words, double* out, const int64_t* seeds, int position) {
+extern "C" __global__ void __launch_bounds__(64) noise(uint32_t* words, double* out, const int64_t* seeds,
+                                                              int position) {
     grid_dependency_wait();
     int index = blockIdx.x * 64 + threadIdx.x;
     uint64_t seed = seeds[blockIdx.x];
@@ -182,11 +184,11 @@ extern "C" __global__ void __launch_bounds__(64) exchange(float* out, const floa
     out[threadIdx.x] = cells[63 - threadIdx.x];
 }
 
-extern "C" __global__ void __launch_bounds__(32) unwritten(float* out, const float* in, int bytes) {
+extern "C" __global__ void __launch_bounds__(32) unwritten(float* out, const float* in, int place) {
     FWD_SHARED(shared);
     grid_dependency_wait();
     out[threadIdx.x] = in[threadIdx.x];
-    if (bytes) out[threadIdx.x] += reinterpret_cast<float*>(shared)[threadIdx.x];
+    if (place < 32) out[threadIdx.x] += reinterpret_cast<float*>(shared)[place];
 }
 
 // As the device build: float32 subnormals are zero, numbers of 16 bits keep theirs.
