@@ -54,7 +54,9 @@ FWD_INLINE uint64_t evict_first() {
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
-FWD_INLINE uint32_t shared_address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
+FWD_INLINE uint32_t shared_address(const void* shared) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
 FWD_INLINE uint64_t global_address(const void* global) { return __cvta_generic_to_global(global); }
 #endif
 
@@ -119,7 +121,7 @@ FWD_INLINE void store_shared(void* shared, uint4 value FWD_SITE) {
 #endif
 }
 
-// Asks for `bytes` (a multiple of 16) at `global` (at 16 bytes) to be in L2 soon; one thread calls it for a whole range.
+// Asks for `bytes` (a multiple of 16) at `global` (at 16 bytes) to be in L2 soon; one thread calls it for a range.
 FWD_INLINE void prefetch_l2(const void* global, uint32_t bytes FWD_SITE) {
 #ifdef FWD_HOST
     host::prefetch(global, bytes, site);
@@ -130,9 +132,9 @@ FWD_INLINE void prefetch_l2(const void* global, uint32_t bytes FWD_SITE) {
 
 // ---- tensor cores ----
 
-// d += a·b: a [16, 16] by rows, b [16, 8] by columns, d [16, 8] in fp32. With group = lane / 4, pair = lane % 4 · 2, a
-// lane holds a[group (+8: registers 1, 3)][pair, pair + 1 (+8: registers 2, 3)], b[pair, pair + 1 (+8: register 1)][group],
-// d[group (+8: 2, 3)][pair, pair + 1]. (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type".)
+// d += a·b: a [16, 16] by rows, b [16, 8] by columns, d [16, 8] in fp32. With group = lane / 4 and pair = lane % 4 · 2 a
+// lane holds a[group (+8: registers 1, 3)][pair, pair + 1 (+8: registers 2, 3)], d[group (+8: 2, 3)][pair, pair + 1] and
+// b[pair, pair + 1 (+8: register 1)][group]. (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type".)
 FWD_INLINE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] FWD_SITE) {
 #ifdef FWD_HOST
     host::mma_m16n8k16_bf16(d, a, b, site);
@@ -145,8 +147,8 @@ FWD_INLINE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const u
 #endif
 }
 
-// Four 8×8 matrices of 16-bit numbers. Lane 8m + i gives the address of row i of matrix m (16 bytes, at 16 bytes); r[m] of
-// a lane is matrix m, row lane / 4, columns lane % 4 · 2 and the next. `trans`: rows and columns of each exchanged.
+// Four 8×8 matrices of 16-bit numbers. Lane 8m + i gives the address of row i of matrix m (16 bytes, at 16 bytes); r[m]
+// of a lane is matrix m, row lane / 4, columns lane % 4 · 2 and the next. `trans`: rows and columns exchanged.
 FWD_INLINE void ldmatrix_x4(uint32_t (&r)[4], const void* shared FWD_SITE) {
 #ifdef FWD_HOST
     host::ldmatrix_x4(r, shared, false, site);
@@ -244,7 +246,8 @@ FWD_INLINE void mbarrier_expect(uint64_t* barrier, uint32_t bytes FWD_SITE) {
 #ifdef FWD_HOST
     host::mbarrier_arrive(barrier, bytes, site);
 #else
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
 #endif
 }
 

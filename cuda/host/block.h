@@ -16,6 +16,8 @@
 
 namespace fwd::host {
 
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+
 constexpr unsigned WARP = 32;
 constexpr unsigned MAX_THREADS = 1024;
 
@@ -183,14 +185,30 @@ inline void report(Grid& grid, const std::string& error) {
     if (!grid.failed.exchange(true)) grid.error = error;
 }
 
+inline std::string word(const std::string& part) { return part; }
+inline std::string word(const char* part) { return part; }
+inline std::string word(long number) { return std::to_string(number); }
+
+template <typename... Parts>
+std::string say(const Parts&... parts) {
+    std::string sentence;
+    (sentence.append(word(parts)), ...);
+    return sentence;
+}
+
 // Ends the launch from within a thread of the kernel; what lies on the stacks is left behind.
-[[noreturn]] inline void fail(const std::string& error) {
+[[noreturn, gnu::cold]] inline void break_off(const std::string& error) {
     Thread& it = self();
     Worker& worker = *it.block->worker;
-    report(*worker.grid, describe(*worker.grid, *it.block) + ", " + describe(it) + ": " + error);
+    report(*worker.grid, say(describe(*worker.grid, *it.block), ", ", describe(it), ": ", error));
     current = nullptr;
     switch_context(it.context, worker.main, true);
     __builtin_unreachable();
+}
+
+template <typename... Parts>
+[[noreturn, gnu::cold]] void fail(const Parts&... parts) {
+    break_off(say(parts...));
 }
 
 inline std::string at(const char* what, const Site& site) { return std::string(what) + " at " + text(site); }
@@ -201,7 +219,7 @@ void thread_main();  // grid.h
 bool land_any(Worker& worker);  // copies.h
 bool reveal(Worker& worker);  // overlap.h
 
-inline Thread* pick(Block& block, unsigned index) {
+ALWAYS_INLINE Thread* pick(Block& block, unsigned index) {
     Warp& warp = block.warp[index];
     unsigned lane = block.worker->random.bit(warp.runnable);
     warp.runnable &= ~(1u << lane);
@@ -209,29 +227,30 @@ inline Thread* pick(Block& block, unsigned index) {
     return &block.thread[index * WARP + lane];
 }
 
-// A runnable thread: of this warp mostly, else of the block, else of any resident block; null if there is none.
-inline Thread* choose(Worker& worker, Block& block, unsigned warp, bool elsewhere) {
-    if (block.warp[warp].runnable && !elsewhere) return pick(block, warp);
-    if (worker.resident > 1) {
-        unsigned first = worker.random.below(worker.resident);
-        for (unsigned each = 0; each < worker.resident; ++each) {
-            Block& other = *worker.blocks[(first + each) % worker.resident];
-            if (other.runnable) return pick(other, worker.random.bit(other.runnable));
-        }
-    } else if (block.runnable) {
-        return pick(block, worker.random.bit(block.runnable));
+// A runnable thread of the block or, where several are resident, of any; null if there is none.
+inline Thread* choose(Worker& worker, Block& block) {
+    if (worker.resident == 1) return block.runnable ? pick(block, worker.random.bit(block.runnable)) : nullptr;
+    unsigned first = worker.random.below(worker.resident);
+    for (unsigned each = 0; each < worker.resident; ++each) {
+        Block& other = *worker.blocks[(first + each) % worker.resident];
+        if (other.runnable) return pick(other, worker.random.bit(other.runnable));
     }
     return nullptr;
 }
 
-// The same; copies that are under way arrive, and launches end, before there is none.
-inline Thread* next_of(Worker& worker, Block& block, unsigned warp, bool elsewhere = false) {
-    Thread* next = choose(worker, block, warp, elsewhere);
-    while (!next && (land_any(worker) || reveal(worker))) next = choose(worker, block, warp, elsewhere);
+// The same; before there is none, copies that are under way arrive and the launch before ends.
+inline Thread* search(Worker& worker, Block& block) {
+    Thread* next = choose(worker, block);
+    while (!next && (land_any(worker) || reveal(worker))) next = choose(worker, block);
     return next;
 }
 
-inline void go(Worker& worker, Context& from, Thread& to, bool forever = false) {
+// Who runs next: of this warp, if any of it can.
+ALWAYS_INLINE Thread* next_of(Worker& worker, Block& block, unsigned warp, bool elsewhere = false) {
+    return block.warp[warp].runnable && !elsewhere ? pick(block, warp) : search(worker, block);
+}
+
+ALWAYS_INLINE void go(Worker& worker, Context& from, Thread& to, bool forever = false) {
     if (!to.stack) {
         to.stack = worker.stacks.take();
         to.context = {to.stack->start(thread_main), to.stack->bottom, STACK, nullptr};
@@ -266,16 +285,16 @@ inline void park(const char* what, const Site& site) {
 inline void check_not_awaited(Thread& it, const std::string& doing) {
     for (const Group& group : it.warp->groups)
         if (group.pending && group.mask & it.bit())
-            fail(doing + " while lanes of its warp wait for it in " + at(group.what, group.site));
+            fail(doing, " while lanes of its warp wait for it in ", at(group.what, group.site));
 }
 
 inline void check_arrival(Thread& it, Barrier& barrier, const char* what, const Site& site) {
     if (it.warp->parked) check_not_awaited(it, "comes to " + at(what, site));
     if (barrier.exited)
-        fail("comes to " + at(what, site) + ", and " + std::to_string(barrier.exited) + " threads have ended that would have to");
-    if (barrier.arrived && (!(barrier.site == site) || strcmp(barrier.what, what) != 0))
-        fail("comes to " + at(what, site) + " while " + std::to_string(barrier.arrived) + " threads wait in " +
-             at(barrier.what, barrier.site) + ": barriers are reached divergently");
+        fail("comes to ", at(what, site), ", and ", barrier.exited, " threads have ended that would have to");
+    if (barrier.arrived && (!(barrier.site == site) || (barrier.what != what && strcmp(barrier.what, what) != 0)))
+        fail("comes to ", at(what, site), " while ", barrier.arrived, " threads wait in ", at(barrier.what, barrier.site),
+             ": barriers are reached divergently");
     barrier.what = what, barrier.site = site;
 }
 
@@ -299,8 +318,9 @@ void grid_barrier(unsigned* state, const Site& site) {
     Thread& it = self();
     Worker& worker = *it.block->worker;
     Barrier& barrier = worker.grid->barrier;
-    if (!worker.grid->call->cooperative) fail("comes to " + at("grid_barrier", site) + " in a launch that is not cooperative");
-    if (*state & 0x7FFFFFFFu) fail("finds a state that is not 0 in " + at("grid_barrier", site));
+    std::string place = at("grid_barrier", site);
+    if (!worker.grid->call->cooperative) fail("comes to ", place, " in a launch that is not cooperative");
+    if (*state & 0x7FFFFFFFu) fail("finds a state that is not 0 in ", place);
     check_arrival(it, barrier, "grid_barrier", site);
     it.warp->blocked |= it.bit();
     if (++barrier.arrived == worker.grid->blocks() * it.block->threads) {
@@ -314,7 +334,7 @@ void grid_barrier(unsigned* state, const Site& site) {
 // A look at what another block may store: others go on before it.
 int load_acquire(const int* address, const Site& site) {
     Thread& it = self();
-    if (++it.block->worker->spins > 1u << 20) fail("waits without end for a store, in " + at("load_acquire", site));
+    if (++it.block->worker->spins > 1u << 20) fail("waits without end for a store, in ", at("load_acquire", site));
     it.block->wake(it);
     pause(true);
     return __atomic_load_n(address, __ATOMIC_SEQ_CST);

@@ -11,21 +11,22 @@ inline std::string address(const void* pointer) {
     return text;
 }
 
-void trap(const char* condition, Site site) { fail("traps, " + std::string(condition) + ", at " + text(site)); }
+void trap(const char* condition, Site site) { fail("traps, ", condition, ", at ", text(site)); }
 
 void misaligned(const void* pointer, unsigned bytes, const char* what, const Site& site) {
-    fail("misaligned address " + address(pointer) + " in " + at(what, site) + ", which takes multiples of " + std::to_string(bytes));
+    fail("misaligned address ", address(pointer), " in ", at(what, site), ", which takes multiples of ", bytes);
 }
 
 void outside_shared(const void* pointer, uint32_t bytes, const char* what, const Site& site) {
     const Block& block = *self().block;
-    fail(std::to_string(bytes) + " bytes at " + std::to_string(static_cast<const char*>(pointer) - block.shared()) + " are outside the " +
-         std::to_string(block.where.shared_bytes) + " bytes of shared memory, in " + at(what, site));
+    long offset = static_cast<const char*>(pointer) - block.shared();
+    fail(bytes, " bytes at ", offset, " are outside the ", block.where.shared_bytes, " bytes of shared memory, in ",
+         at(what, site));
 }
 
 void prefetch(const void* pointer, uint32_t bytes, const Site& site) {
     check_aligned(pointer, 16, "prefetch_l2", site);
-    if (bytes % 16 != 0) fail(std::to_string(bytes) + " bytes are no multiple of 16 in " + at("prefetch_l2", site));
+    if (bytes % 16 != 0) fail(bytes, " bytes are no multiple of 16 in ", at("prefetch_l2", site));
     if (bytes == 0) return;
     const volatile char* memory = static_cast<const volatile char*>(pointer);
     static_cast<void>(memory[0]), static_cast<void>(memory[bytes - 1]);
@@ -84,15 +85,15 @@ inline Phase& phase_of(uint64_t* barrier, const char* what, const Site& site) {
     in_shared(barrier, 8, what, site);
     for (uint64_t* known : self().block->mbarriers)
         if (known == barrier) return *reinterpret_cast<Phase*>(barrier);
-    fail("uses an mbarrier that is not initialised, in " + at(what, site));
+    fail("uses an mbarrier that is not initialised, in ", at(what, site));
 }
 
 void mbarrier_init(uint64_t* barrier, uint32_t arrivals, const Site& site) {
     check_aligned(in_shared(barrier, 8, "mbarrier_init", site), 8, "mbarrier_init", site);
-    if (arrivals == 0 || arrivals > MAX_THREADS) fail(std::to_string(arrivals) + " arrivals in " + at("mbarrier_init", site));
+    if (arrivals == 0 || arrivals > MAX_THREADS) fail(arrivals, " arrivals in ", at("mbarrier_init", site));
     Block& block = *self().block;
     for (const Waiter& waiter : block.waiters)
-        if (waiter.barrier == barrier) fail("initialises an mbarrier that threads wait for, in " + at("mbarrier_init", site));
+        if (waiter.barrier == barrier) fail("makes an mbarrier anew that threads wait for, in ", at("mbarrier_init", site));
     *reinterpret_cast<Phase*>(barrier) = {0, arrivals, arrivals, 0};
     bool known = false;
     for (uint64_t* each : block.mbarriers) known = known || each == barrier;
@@ -116,7 +117,7 @@ inline void end_phase(Block& block, uint64_t* barrier) {
 
 void mbarrier_arrive(uint64_t* barrier, uint32_t bytes, const Site& site) {
     Phase& phase = phase_of(barrier, "mbarrier_arrive", site);
-    if (phase.pending == 0) fail("one arrival too many in " + at("mbarrier_arrive", site));
+    if (phase.pending == 0) fail("one arrival too many in ", at("mbarrier_arrive", site));
     phase.bytes += static_cast<int32_t>(bytes);
     --phase.pending;
     end_phase(*self().block, barrier);
@@ -144,7 +145,7 @@ inline bool land_any(Worker& worker) {
 void mbarrier_wait(uint64_t* barrier, uint32_t parity, const Site& site) {
     Thread& it = self();
     Phase& phase = phase_of(barrier, "mbarrier_wait", site);
-    if (parity > 1) fail("a parity of " + std::to_string(parity) + " in " + at("mbarrier_wait", site));
+    if (parity > 1) fail("a parity of ", parity, " in ", at("mbarrier_wait", site));
     if (it.block->worker->random.next() % 4 == 0) land_any(*it.block->worker);
     if (phase.parity != parity) return;
     it.block->waiters.push_back({&it, barrier, parity});
@@ -156,7 +157,7 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barri
     phase_of(barrier, "bulk_copy", site);
     check_aligned(in_shared(shared, bytes, "bulk_copy", site), 16, "bulk_copy", site);
     check_aligned(global, 16, "bulk_copy", site);
-    if (bytes % 16 != 0) fail(std::to_string(bytes) + " bytes are no multiple of 16 in " + at("bulk_copy", site));
+    if (bytes % 16 != 0) fail(bytes, " bytes are no multiple of 16 in ", at("bulk_copy", site));
     block.copies.push_back({shared, global, bytes, 0, barrier});
     if (block.worker->random.next() % 4 == 0) land_any(*block.worker);
 }

@@ -1,7 +1,7 @@
 // CUDA's own words for code that g++ compiles: types from the toolkit's headers, the rest from here.
 //
-// Mathematical functions are libm's: they may differ from the device's in the last bits (expf, logf, rsqrtf, exp2f, sinf, …),
-// as may fused multiply-adds, which nvcc forms and g++ is told not to.
+// Mathematical functions are libm's: they may differ from the device's in the last bits (expf, logf, rsqrtf, exp2f, …), as
+// may sums of products, which nvcc fuses and g++ is told not to.
 #pragma once
 
 #include "runtime.h"
@@ -131,12 +131,22 @@ inline T atomicCAS(T* address, T expected, T value) {
 // ---- collectives, with masks ----
 
 inline void __syncthreads(FWD_ONLY_SITE) { fwd::host::block_barrier(false, "__syncthreads", site); }
-inline int __syncthreads_or(int predicate FWD_SITE) { return fwd::host::block_barrier(predicate != 0, "__syncthreads_or", site); }
-inline int __syncthreads_and(int predicate FWD_SITE) { return !fwd::host::block_barrier(predicate == 0, "__syncthreads_and", site); }
+inline int __syncthreads_or(int predicate FWD_SITE) {
+    return fwd::host::block_barrier(predicate != 0, "__syncthreads_or", site);
+}
+inline int __syncthreads_and(int predicate FWD_SITE) {
+    return !fwd::host::block_barrier(predicate == 0, "__syncthreads_and", site);
+}
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu FWD_SITE) { fwd::host::ballot(false, mask, "__syncwarp", site); }
-inline unsigned __ballot_sync(unsigned mask, int predicate FWD_SITE) { return fwd::host::ballot(predicate != 0, mask, "__ballot_sync", site); }
-inline int __any_sync(unsigned mask, int predicate FWD_SITE) { return fwd::host::ballot(predicate != 0, mask, "__any_sync", site) != 0; }
-inline int __all_sync(unsigned mask, int predicate FWD_SITE) { return fwd::host::ballot(predicate != 0, mask, "__all_sync", site) == mask; }
+inline unsigned __ballot_sync(unsigned mask, int predicate FWD_SITE) {
+    return fwd::host::ballot(predicate != 0, mask, "__ballot_sync", site);
+}
+inline int __any_sync(unsigned mask, int predicate FWD_SITE) {
+    return fwd::host::ballot(predicate != 0, mask, "__any_sync", site) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate FWD_SITE) {
+    return fwd::host::ballot(predicate != 0, mask, "__all_sync", site) == mask;
+}
 
 template <typename T>
 inline T __shfl_sync(unsigned mask, T value, int lane FWD_SITE) {

@@ -55,6 +55,10 @@ fwd_host_swap:
     .size fwd_host_swap, .-fwd_host_swap
 )");
 
+inline void* map(size_t bytes) {
+    return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+}
+
 struct Stack {
     char* bottom;  // a page that nobody may touch lies below
     int color;
@@ -98,7 +102,7 @@ class Stacks {
 
   private:
     void grow() {
-        void* memory = mmap(nullptr, PAGE + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* memory = map(PAGE + STACK);
         if (memory == MAP_FAILED || mprotect(memory, PAGE, PROT_NONE) != 0) abort();
         all_.push_back(new Stack{static_cast<char*>(memory) + PAGE, int(all_.size())});
         free_.push_back(all_.back());

@@ -16,7 +16,9 @@ struct Site {
     const char* file = "";
     int line = 0;
 
-    static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+    static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+        return {file, line};
+    }
 };
 
 struct Where {  // of a block
@@ -48,7 +50,8 @@ inline void check_aligned(const void* pointer, unsigned bytes, const char* what,
 template <typename T>
 inline T* in_shared(T* pointer, uint32_t bytes, const char* what, const Site& site) {
     uint64_t offset = reinterpret_cast<uintptr_t>(pointer) - reinterpret_cast<uintptr_t>(current->where->shared);
-    if (__builtin_expect(offset + bytes > current->where->shared_bytes || offset > UINT32_MAX, 0)) outside_shared(pointer, bytes, what, site);
+    bool outside = offset > UINT32_MAX || offset + bytes > current->where->shared_bytes;
+    if (__builtin_expect(outside, 0)) outside_shared(pointer, bytes, what, site);
     return pointer;
 }
 

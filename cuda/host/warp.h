@@ -7,19 +7,23 @@
 
 namespace fwd::host {
 
+// What stands in the way of a lane that comes to a collective: the error says it.
 inline void check_meeting(Thread& it, Warp& warp, const Group& group, uint32_t mask, const char* what, const Site& site) {
-    std::string doing = "comes to " + at(what, site);
-    if (!(mask & it.bit())) fail(doing + " and is not in its mask");
-    if (warp.exited & mask) fail(doing + ", and lane " + std::to_string(__builtin_ctz(warp.exited & mask)) + " of its mask has ended");
+    std::string place = at(what, site);
+    auto refuse = [&](uint32_t lanes, const std::string& doing) {
+        fail("comes to ", place, ", and lane ", __builtin_ctz(lanes), " of its mask ", doing);
+    };
+    if (!(mask & it.bit())) fail("comes to ", place, " and is not in its mask");
+    if (uint32_t lanes = warp.exited & mask) refuse(lanes, "has ended");
     if (uint32_t lanes = warp.blocked & mask) {
         const Thread& other = it.block->thread[(it.index & ~(WARP - 1)) + __builtin_ctz(lanes)];
-        fail(doing + ", and lane " + std::to_string(other.lane()) + " of its mask waits in " + at(other.what, other.site));
+        refuse(lanes, "waits in " + at(other.what, other.site));
     }
     if (group.pending && !(group.site == site && strcmp(group.what, what) == 0))
-        fail(doing + ", and lane " + std::to_string(__builtin_ctz(group.pending)) + " of its mask is in " + at(group.what, group.site));
+        refuse(group.pending, "is in " + at(group.what, group.site));
     for (const Group& other : warp.groups)  // lanes that are elsewhere and come later are fine
         if (&other != &group && other.pending & mask && other.mask & it.bit())
-            fail(doing + ", and lane " + std::to_string(__builtin_ctz(other.pending & mask)) + " of its mask waits for it in " + at(other.what, other.site));
+            refuse(other.pending & mask, "waits for it in " + at(other.what, other.site));
 }
 
 // Where lanes of this mask meet: the first place is that of whole warps.
@@ -42,7 +46,8 @@ inline void meet(uint32_t mask, const char* what, const Site& site, Finish finis
     uint32_t bit = it.bit();
     Group& group = group_of(warp, mask);
     bool same = !group.pending || (group.site == site && group.what == what);
-    if (__builtin_expect(!same || !(mask & bit) || (warp.parked & mask) != group.pending || (warp.exited | warp.blocked) & mask, 0))
+    bool free = mask & bit && (warp.parked & mask) == group.pending && !((warp.exited | warp.blocked) & mask);
+    if (__builtin_expect(!(same && free), 0))
         check_meeting(it, warp, group, mask, what, site);
     if ((group.pending | bit) == mask) {
         group.pending = 0;
@@ -67,8 +72,9 @@ uint64_t shuffle_bits(uint64_t value, uint32_t mask, int source, const char* wha
     meet(mask, what, site, [&](Warp& all) {
         for (unsigned each = 0; each < WARP; ++each) {
             if (!(mask >> each & 1)) continue;
-            if (!(mask >> all.source[each] & 1)) fail("reads lane " + std::to_string(all.source[each]) + " outside the mask of " + at(what, site));
-            all.out[each] = all.in[all.source[each]];
+            unsigned from = all.source[each];
+            if (!(mask >> from & 1)) fail("reads lane ", from, " outside the mask of ", at(what, site));
+            all.out[each] = all.in[from];
         }
     });
     return warp.out[lane];
@@ -161,7 +167,8 @@ inline void mma_of_warp(Warp& warp) {
     for (unsigned lane = 0; lane < WARP; ++lane) {
         auto part = reinterpret_cast<const Fragments*>(warp.in[lane]);
 #pragma GCC unroll 4
-        for (unsigned each = 0; each < 4; ++each) part->d[each] = d[lane / 4 + (each >> 1) * 8][lane % 4 * 2 + (each & 1)];
+        for (unsigned each = 0; each < 4; ++each)
+            part->d[each] = d[lane / 4 + (each >> 1) * 8][lane % 4 * 2 + (each & 1)];
     }
 }
 
@@ -177,14 +184,16 @@ struct Rows {  // a lane's part of ldmatrix
 };
 
 inline void ldmatrix_of_warp(Warp& warp, bool transposed) {
-    auto part = [&](unsigned lane) { return reinterpret_cast<const Rows*>(warp.in[lane]); };
-    for (unsigned matrix = 0; matrix < 4; ++matrix)
+    for (unsigned matrix = 0; matrix < 4; ++matrix) {
+        auto number = [&](unsigned row, unsigned column) -> uint32_t {
+            if (transposed) std::swap(row, column);
+            return reinterpret_cast<const Rows*>(warp.in[matrix * 8 + row])->row[column];
+        };
         for (unsigned lane = 0; lane < WARP; ++lane) {
             unsigned row = lane / 4, column = lane % 4 * 2;
-            uint32_t first = transposed ? part(matrix * 8 + column)->row[row] : part(matrix * 8 + row)->row[column];
-            uint32_t second = transposed ? part(matrix * 8 + column + 1)->row[row] : part(matrix * 8 + row)->row[column + 1];
-            part(lane)->r[matrix] = first | second << 16;
+            reinterpret_cast<const Rows*>(warp.in[lane])->r[matrix] = number(row, column) | number(row, column + 1) << 16;
         }
+    }
 }
 
 }  // namespace fwd::host

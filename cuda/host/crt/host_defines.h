@@ -1,4 +1,4 @@
-// Stands in for the file of this name that the toolkit's own headers include: on the CPU its words mean next to nothing.
+// Stands in for the file of this name that the toolkit's headers include: on the CPU its words mean next to nothing.
 #pragma once
 
 // fwd/kernels/host.py knows kernels by this attribute.

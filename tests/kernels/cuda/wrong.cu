@@ -85,10 +85,15 @@ extern "C" __global__ void __launch_bounds__(64) wrong(int* out, int which) {
             }
             break;
         case 20:
-            if (thread == 0) mbarrier_init(barrier, 1), mbarrier_expect(barrier, 16), bulk_copy(shared + 16, out, 16, barrier);
+            if (thread) break;
+            mbarrier_init(barrier, 1);
+            mbarrier_expect(barrier, 16);
+            bulk_copy(shared + 16, out, 16, barrier);
             break;
         case 21:
-            if (thread == 0) mbarrier_init(barrier, 1), mbarrier_arrive(barrier), bulk_copy(shared + 16, out, 24, barrier);  // odd
+            if (thread) break;
+            mbarrier_init(barrier, 1);
+            bulk_copy(shared + 16, out, 24, barrier);  // odd
             break;
         case 22:
             if (lane < 2) out[thread] = __shfl_sync(3u, thread, 2);  // outside
