@@ -11,6 +11,7 @@ from typing import NamedTuple
 from fwd.engine.device import Device
 from fwd.engine.prefix import NODE_BYTES
 from fwd.engine.scheduler import MAX_ROWS
+from fwd.engine.workspaces import RING, kernel_items, workspace
 from fwd.errors import ConfigError
 from fwd.models.layout import CacheLayout, Group, KVFormat, Latent, Paged, State, groups
 from fwd.models.spec import ITEMSIZE, ModelSpec
@@ -19,14 +20,7 @@ PAGE_SIZE = 16  # tokens
 STEP_ROWS = (1, 2, 4, 8)  # of which ceilings are given
 UNIT_BYTES = 144  # what a pool remembers of a page or record: list entries, an int, its place among the cached (88)
 FP8_BLOCK = 16  # kernels read fp8 vectors in blocks of 16 bytes
-PIECES = 256  # at most, in which attention splits a context (DESIGN §4)
-PIECE, PIECE_GRAIN = 4096, 64  # tokens of a piece on the CPU where there are fewer, and by which it grows
-GATHERED_BYTES = 48  # per number of a key: it and its value read from pages in any order, widened, copied; measured
-RING = 2  # decode steps whose buffers are apart where there are kernels
-DRAWING_BYTES, OUTCOME_BYTES = 52, 176  # of a row: how it draws, and what comes of it (`kernels.drawing`)
-MAX_TOPS, SCANNED, SELECTED_LEVELS = 20, 2048, 2048  # of the sampler (`kernels.sample`)
-UNPACKED_BYTES = 16 << 20  # weights that a GPU has in rows at once while it prefills (`kernels.prefill`)
-SAMPLED_BYTES = 112  # per id of the vocabulary, while one row is sampled; measured
+DRAWING_BYTES = 52  # of a row: how it draws (`kernels.drawing`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +49,11 @@ class Plan:
         return groups(self.spec.cache)
 
     @property
+    def paged(self) -> int:
+        """Groups that have pages."""
+        return sum(group.kind != "state" for group in self.groups)
+
+    @property
     def pages(self) -> int:
         """Pages of the first paged group, which is the full one where there is one."""
         return next((units for group, units in zip(self.groups, self.units, strict=True) if group.kind != "state"), 0)
@@ -78,8 +77,8 @@ class Plan:
             "rope": self.context * self.spec.head_dim * 4,  # cos and sin, float32 [context, 2, head_dim/2]
             **_pool_items(self),
             "steps": _steps(self),
-            **(_kernel_items(self) if self.device.kernels else {}),
-            "workspace": _workspace(self),
+            **(kernel_items(self) if self.device.kernels else {}),
+            "workspace": workspace(self),
             **({} if self.device.gpu else {"prefix_index": self.index_bytes}),
             "graphs": self.device.graphs,
             "drafter": 0,
@@ -277,75 +276,10 @@ def _steps(plan: Plan) -> int:
     """The buffers of a decode step, of each in the ring where there are kernels, and of a prefill chunk."""
     rows = _row_bytes(plan)
     decode = RING * MAX_ROWS * (rows + 8 + DRAWING_BYTES) if plan.device.kernels else MAX_ROWS * rows
-    return decode + plan.chunk * rows + (plan.max_seqs + 1) * _paged(plan) * 4 * _pages(plan.context)
+    return decode + plan.chunk * rows + (plan.max_seqs + 1) * plan.paged * 4 * _pages(plan.context)
 
 
 def _row_bytes(plan: Plan) -> int:
     """int64: id, position, sequence, parent, records to read and to write, a slot per paged group."""
-    paged = _paged(plan)
+    paged = plan.paged
     return 8 * (4 + paged + 2 * (len(plan.groups) - paged))
-
-
-def _kernel_items(plan: Plan) -> dict[str, int]:
-    """What only kernels take: what they keep of each line, and what their blocks leave for each other.
-
-    On a GPU what is only sent or fetched is in the memory of the host.
-    """
-    vocab = plan.spec.vocab
-    fetched = 0 if plan.device.gpu else RING * (MAX_ROWS * OUTCOME_BYTES + 8 * plan.max_seqs + 8) + 8 * vocab
-    return {"lines": plan.max_seqs * 8 * vocab + fetched, "kernels": _split(plan) + _projected(plan) + _sampled(plan)}
-
-
-def _workspace(plan: Plan) -> int:
-    """What a step takes beside its buffers, at its widest moments; only a prefill chunk is wider than a decode step."""
-    spec = plan.spec
-    width = 4 * spec.hidden + 4 * spec.qkv_width + 3 * spec.intermediate
-    activations = plan.chunk * width * 4  # of a layer, in float32 at most
-    logits = spec.vocab * (MAX_ROWS * 4 + (MAX_ROWS * 8 if plan.device.kernels else SAMPLED_BYTES))
-    if plan.device.gpu:
-        return activations + logits + UNPACKED_BYTES
-    return activations + logits + _gathered(plan) + _spans(plan) + (_unpacked(plan) if plan.device.kernels else 0)
-
-
-def _split(plan: Plan) -> int:
-    """What the pieces of a context leave (`kernels.paged_attention`): values, maximum and sum in float32, arrivals."""
-    spec = plan.spec
-    return MAX_ROWS * (spec.heads * PIECES * (spec.head_dim + 2) + spec.kv_heads) * 4
-
-
-def _projected(plan: Plan) -> int:
-    """Heads that are normed or quantised once they are whole (`kernels.gemv`), and their counters."""
-    spec = plan.spec
-    return (spec.heads + 2 * spec.kv_heads) * (MAX_ROWS * spec.head_dim * 2 + 4)
-
-
-def _sampled(plan: Plan) -> int:
-    """What the parts of a row of logits leave (`kernels.sample`), and the tokens that the next step starts from."""
-    vocab = plan.spec.vocab
-    a_row = _ceil(vocab, SCANNED) * 8 * (3 + MAX_TOPS) + vocab * 4 + 24 + MAX_TOPS * 8 + SELECTED_LEVELS * 12 + 4
-    return MAX_ROWS * a_row + 4 + 8 * MAX_ROWS
-
-
-def _unpacked(plan: Plan) -> int:
-    """The widest matrix of a layer as the reference wants it, and on its way there."""
-    spec = plan.spec
-    return 2 * spec.hidden * max(2 * spec.intermediate, spec.qkv_width) * ITEMSIZE[spec.dtype]
-
-
-def _gathered(plan: Plan) -> int:
-    """One piece of a chunk's context: its keys and values, and for each row scores and two masks."""
-    spec = plan.spec
-    cells = min(plan.context + plan.chunk, max(PIECE, _ceil(plan.context, PIECES) + PIECE_GRAIN))
-    vectors = cells * spec.kv_heads * spec.head_dim * GATHERED_BYTES
-    scores = plan.chunk * cells * (spec.heads * 4 + 12)
-    masks = 2 * len(plan.groups) * plan.chunk * cells * spec.heads // spec.kv_heads * ITEMSIZE[spec.dtype]
-    return vectors + scores + masks
-
-
-def _spans(plan: Plan) -> int:
-    """int64 [rows, pages] per paged group: where the rows of a decode step find what they attend to."""
-    return 8 * MAX_ROWS * _paged(plan) * _pages(plan.context)
-
-
-def _paged(plan: Plan) -> int:
-    return sum(group.kind != "state" for group in plan.groups)

@@ -70,7 +70,7 @@ class Table:
     was launched with the one before has been collected.
     """
 
-    def __init__(self, sequences: int, pages: int, device: torch.device) -> None:
+    def __init__(self, sequences: int, pages: int, device: torch.device = CPU) -> None:
         self._host = staging(sequences * pages, torch.int32, device).view(sequences, pages)
         self.tensor = self._host if device == CPU else self._host.to(device)
         self.lines = self._host.numpy()

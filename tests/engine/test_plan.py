@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fwd.engine import plan as planning
+from fwd.engine import workspaces
 from fwd.engine.device import GPUS, cpu, host
 from fwd.engine.plan import PAGE_SIZE, Plan, ceilings, kv_format, plan
 from fwd.engine.scheduler import MAX_ROWS
@@ -286,7 +287,7 @@ def test_ceilings_are_the_bytes_of_a_step_over_the_bandwidth():
     assert 295 < rows[1].tokens_per_s < 320
 
 
-@pytest.mark.parametrize("item", ["_weights", "_head", "_steps", "_workspace"])
+@pytest.mark.parametrize("item", ["_weights", "_head", "_steps", "workspace"])
 def test_a_kind_that_is_forgotten_is_noticed(monkeypatch, item):
     """The properties above would not see it, the sums do: each of these is in the total."""
     before = plan(SPECS["full"], cpu(8 << 30)).total
@@ -295,8 +296,8 @@ def test_a_kind_that_is_forgotten_is_noticed(monkeypatch, item):
 
 
 def test_attention_splits_a_context_as_is_planned():
-    assert (planning.PIECE, planning.PIECE_GRAIN) == (attention.PIECE, attention._GRAIN)
-    assert planning.PIECES == attention.PIECES == paged_attention.PIECES
+    assert (workspaces.PIECE, workspaces.PIECE_GRAIN) == (attention.PIECE, attention._GRAIN)
+    assert workspaces.PIECES == attention.PIECES == paged_attention.PIECES
 
 
 @pytest.mark.parametrize("config", [SMALL, EIGHT_B, SLIDING, {**SMALL, "vocab_size": 50_257}])
@@ -307,7 +308,7 @@ def test_kernels_take_what_is_planned_for_them(config):
     fetched = 2 * drawing.outcome_bytes(MAX_ROWS, 7) + spec.vocab * 8
     assert found["lines"] == drawing.drawing_bytes(0, 7, spec.vocab) + fetched
     assert drawing.drawing_bytes(1, 0, 0) == planning.DRAWING_BYTES
-    assert planning.UNPACKED_BYTES == prefill.SLAB
+    assert workspaces.UNPACKED_BYTES == prefill.SLAB
 
 
 def test_a_tied_model_has_one_copy_of_its_head_where_there_are_kernels():

@@ -1,0 +1,81 @@
+"""What a launch takes beside weights, pages and buffers, as part of a plan (`fwd.engine.plan`). No torch here."""
+
+from typing import TYPE_CHECKING
+
+from fwd.engine.scheduler import MAX_ROWS
+from fwd.models.spec import ITEMSIZE
+
+if TYPE_CHECKING:
+    from fwd.engine.plan import Plan
+
+RING = 2  # decode steps whose buffers are apart where there are kernels
+PIECES = 256  # at most, in which attention splits a context (DESIGN §4)
+PIECE, PIECE_GRAIN = 4096, 64  # tokens of a piece on the CPU where there are fewer, and by which it grows
+GATHERED_BYTES = 48  # per number of a key: it and its value read from pages in any order, widened, copied; measured
+OUTCOME_BYTES = 176  # of a row: what comes of it (`kernels.drawing`)
+MAX_TOPS, SCANNED, SELECTED_LEVELS = 20, 2048, 2048  # of the sampler (`kernels.sample`)
+UNPACKED_BYTES = 16 << 20  # weights that a GPU has in rows at once while it prefills (`kernels.prefill`)
+SAMPLED_BYTES = 112  # per id of the vocabulary, while one row is sampled; measured
+
+
+def kernel_items(plan: "Plan") -> dict[str, int]:
+    """What only kernels take: what they keep of each line, and what their blocks leave for each other.
+
+    On a GPU what is only sent or fetched is in the memory of the host, and a prefill needs weights in rows.
+    """
+    vocab, kernels = plan.spec.vocab, _split(plan) + _projected(plan) + _sampled(plan)
+    fetched = RING * (MAX_ROWS * OUTCOME_BYTES + 8 * plan.max_seqs + 8) + 8 * vocab
+    if plan.device.gpu:
+        return {"lines": plan.max_seqs * 8 * vocab, "kernels": kernels + UNPACKED_BYTES}
+    return {"lines": plan.max_seqs * 8 * vocab + fetched, "kernels": kernels}
+
+
+def workspace(plan: "Plan") -> int:
+    """What a step takes beside its buffers, at its widest moments; only a prefill chunk is wider than a decode step."""
+    spec = plan.spec
+    width = 4 * spec.hidden + 4 * spec.qkv_width + 3 * spec.intermediate
+    activations = plan.chunk * width * 4  # of a layer, in float32 at most
+    logits = spec.vocab * (MAX_ROWS * 4 + (MAX_ROWS * 8 if plan.device.kernels else SAMPLED_BYTES))
+    if plan.device.gpu:
+        return activations + logits
+    return activations + logits + _gathered(plan) + _spans(plan) + (_unpacked(plan) if plan.device.kernels else 0)
+
+
+def _split(plan: "Plan") -> int:
+    """What the pieces of a context leave (`kernels.paged_attention`): values, maximum and sum in float32, arrivals."""
+    spec = plan.spec
+    return MAX_ROWS * (spec.heads * PIECES * (spec.head_dim + 2) + spec.kv_heads) * 4
+
+
+def _projected(plan: "Plan") -> int:
+    """Heads that are normed or quantised once they are whole (`kernels.gemv`), and their counters."""
+    spec = plan.spec
+    return (spec.heads + 2 * spec.kv_heads) * (MAX_ROWS * spec.head_dim * 2 + 4)
+
+
+def _sampled(plan: "Plan") -> int:
+    """What the parts of a row of logits leave (`kernels.sample`), and the tokens that the next step starts from."""
+    vocab = plan.spec.vocab
+    a_row = -(-vocab // SCANNED) * 8 * (3 + MAX_TOPS) + vocab * 4 + 24 + MAX_TOPS * 8 + SELECTED_LEVELS * 12 + 4
+    return MAX_ROWS * a_row + 4 + 8 * MAX_ROWS
+
+
+def _unpacked(plan: "Plan") -> int:
+    """The widest matrix of a layer as the reference wants it, and on its way there."""
+    spec = plan.spec
+    return 2 * spec.hidden * max(2 * spec.intermediate, spec.qkv_width) * ITEMSIZE[spec.dtype]
+
+
+def _gathered(plan: "Plan") -> int:
+    """One piece of a chunk's context: its keys and values, and for each row scores and two masks."""
+    spec = plan.spec
+    cells = min(plan.context + plan.chunk, max(PIECE, -(-plan.context // PIECES) + PIECE_GRAIN))
+    vectors = cells * spec.kv_heads * spec.head_dim * GATHERED_BYTES
+    scores = plan.chunk * cells * (spec.heads * 4 + 12)
+    masks = 2 * len(plan.groups) * plan.chunk * cells * spec.heads // spec.kv_heads * ITEMSIZE[spec.dtype]
+    return vectors + scores + masks
+
+
+def _spans(plan: "Plan") -> int:
+    """int64 [rows, pages] per paged group: where the rows of a decode step find what they attend to."""
+    return 8 * MAX_ROWS * plan.paged * -(-plan.context // plan.page_size)
