@@ -132,8 +132,8 @@ FWD_INLINE void prefetch_l2(const void* global, uint32_t bytes FWD_SITE) {
 
 // ---- tensor cores ----
 
-// d += a·b: a [16, 16] by rows, b [16, 8] by columns, d [16, 8] in fp32. With group = lane / 4 and pair = lane % 4 · 2 a
-// lane holds a[group (+8: registers 1, 3)][pair, pair + 1 (+8: registers 2, 3)], d[group (+8: 2, 3)][pair, pair + 1] and
+// d += a·b: a [16, 16] by rows, b [16, 8] by columns, d [16, 8] in fp32. With group = lane / 4, pair = lane % 4 · 2, a
+// lane holds a[group (+8: registers 1, 3)][pair, pair + 1 (+8: registers 2, 3)], d[group (+8: 2, 3)][pair, pair + 1],
 // b[pair, pair + 1 (+8: register 1)][group]. (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type".)
 FWD_INLINE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] FWD_SITE) {
 #ifdef FWD_HOST

@@ -93,7 +93,7 @@ void mbarrier_init(uint64_t* barrier, uint32_t arrivals, const Site& site) {
     if (arrivals == 0 || arrivals > MAX_THREADS) fail(arrivals, " arrivals in ", at("mbarrier_init", site));
     Block& block = *self().block;
     for (const Waiter& waiter : block.waiters)
-        if (waiter.barrier == barrier) fail("makes an mbarrier anew that threads wait for, in ", at("mbarrier_init", site));
+        if (waiter.barrier == barrier) fail("makes an mbarrier anew that others wait for, in ", at("mbarrier_init", site));
     *reinterpret_cast<Phase*>(barrier) = {0, arrivals, arrivals, 0};
     bool known = false;
     for (uint64_t* each : block.mbarriers) known = known || each == barrier;

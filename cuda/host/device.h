@@ -1,7 +1,7 @@
 // CUDA's own words for code that g++ compiles: types from the toolkit's headers, the rest from here.
 //
-// Mathematical functions are libm's: they may differ from the device's in the last bits (expf, logf, rsqrtf, exp2f, …), as
-// may sums of products, which nvcc fuses and g++ is told not to.
+// Mathematical functions are libm's: they may differ from the device's in the last bits (expf, logf, rsqrtf, exp2f, …),
+// as may sums of products, which nvcc fuses and g++ is told not to.
 #pragma once
 
 #include "runtime.h"

@@ -26,8 +26,9 @@ inline bool reveal(Worker& worker) {
         const Region& region = call.regions[each];
         for (size_t byte = 0; byte < region.bytes; ++byte)
             if (static_cast<unsigned char>(region.memory[byte]) != call.poison)
-                report(*worker.grid, say(describe(*worker.grid, *worker.blocks[0]),
-                                         ": writes before grid_dependency_wait, at byte ", byte, " of ", address(region.memory)));
+                report(*worker.grid,
+                       say(describe(*worker.grid, *worker.blocks[0]), ": writes before grid_dependency_wait, at byte ", byte,
+                           " of ", address(region.memory)));
         memcpy(region.memory, worker.hidden[each].data(), region.bytes);
     }
     worker.hidden.clear();

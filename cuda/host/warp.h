@@ -3,12 +3,13 @@
 
 #include <immintrin.h>
 
-#include "block.h"
+#include "schedule.h"
 
 namespace fwd::host {
 
 // What stands in the way of a lane that comes to a collective: the error says it.
-inline void check_meeting(Thread& it, Warp& warp, const Group& group, uint32_t mask, const char* what, const Site& site) {
+inline void check_meeting(Thread& it, Warp& warp, const Group& group, uint32_t mask, const char* what,
+                          const Site& site) {
     std::string place = at(what, site);
     auto refuse = [&](uint32_t lanes, const std::string& doing) {
         fail("comes to ", place, ", and lane ", __builtin_ctz(lanes), " of its mask ", doing);
@@ -191,7 +192,8 @@ inline void ldmatrix_of_warp(Warp& warp, bool transposed) {
         };
         for (unsigned lane = 0; lane < WARP; ++lane) {
             unsigned row = lane / 4, column = lane % 4 * 2;
-            reinterpret_cast<const Rows*>(warp.in[lane])->r[matrix] = number(row, column) | number(row, column + 1) << 16;
+            uint32_t pair = number(row, column) | number(row, column + 1) << 16;
+            reinterpret_cast<const Rows*>(warp.in[lane])->r[matrix] = pair;
         }
     }
 }
