@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fwd.kernels.drawing import (
+    BIASED,
     DRAWN,
     FIELDS,
     GIVEN,
     MAX_TOPS,
+    PENALTIES,
     Drawing,
     Outcome,
     fill_row,
@@ -175,20 +177,24 @@ def _eagerly(launcher: Launcher, workspace: Workspace, logits: Tensor, tokens: S
 
 
 def _drawing(device: torch.device, vocab: int, tokens: Sequence[_Token]) -> Drawing:
-    """What rows draw, each a line of its own; counts and bias only as far down as some row has any."""
+    """What rows draw, each a line of its own; counts and bias only as far down as some row reads them."""
     arrays = {name: torch.zeros(len(tokens), dtype=dtype).numpy() for name, dtype in FIELDS.items()}
     for row, token in enumerate(tokens):
         fill_row(arrays, row, token.draw, token.kinds)
     fields = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-    counts = _table([line_counts(token.draw) for token in tokens], vocab, torch.int32)
-    bias = _table([line_bias(token.draw) for token in tokens], vocab, torch.float32)
+    counts = _table([line_counts(token.draw) for token in _lines(tokens, PENALTIES)], vocab, torch.int32)
+    bias = _table([line_bias(token.draw) for token in _lines(tokens, BIASED)], vocab, torch.float32)
     return Drawing(**fields, counts=counts.to(device), bias=bias.to(device))
 
 
+def _lines(tokens: Sequence[_Token], kind: int) -> Sequence[_Token]:
+    """Those of which the kernel looks at a line, and all before them."""
+    return tokens[: max((line + 1 for line, token in enumerate(tokens) if token.kinds & kind), default=0)]
+
+
 def _table(lines: Sequence[tuple[NDArray[np.int64], NDArray[np.generic]]], vocab: int, dtype: torch.dtype) -> Tensor:
-    wanted = max((line + 1 for line, (ids, _) in enumerate(lines) if len(ids)), default=0)
-    table = torch.zeros((wanted, vocab), dtype=dtype)
-    for line, (ids, values) in enumerate(lines[:wanted]):
+    table = torch.zeros((len(lines), vocab), dtype=dtype)
+    for line, (ids, values) in enumerate(lines):
         table[line, torch.from_numpy(ids)] = torch.from_numpy(values)
     return table
 

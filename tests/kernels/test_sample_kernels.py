@@ -166,6 +166,13 @@ def test_every_token_but_a_few_is_banned_or_all_of_them(execution):
     agrees(execution, logits, draws)
 
 
+def test_penalties_of_a_row_that_has_no_history(execution):
+    draws = [Draw(seed=1, counts={5: 1}, presence_penalty=0.5), Draw(seed=2, presence_penalty=1.0)]
+    draws += [Draw(seed=3, repetition_penalty=1.3), Draw(seed=4), Draw(seed=5, frequency_penalty=1.0)]
+    for first in range(len(draws)):  # the first of them alone has any counts
+        agrees(execution, normal(len(draws) - first, 300), draws[first:])
+
+
 def test_numbers_at_the_ends_of_the_format(execution):
     logits = torch.tensor([[0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38, 1e30, 2e-38], [1e-40, 0.0, -0.0, -1e-39] * 2])
     draws = [Draw(temperature=t, top_p=p, top_logprobs=8) for t in (0.0, 1.0, 1e-4, 50.0) for p in (1.0, 0.7)]
