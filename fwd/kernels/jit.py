@@ -183,11 +183,10 @@ class Jit:
         files = {CUBIN: cubin, RECORD: msgspec.json.encode(record)}
         root = self._private or self.cache
         try:
-            sources.publish(root / name, files)
+            kept = _published(root / name, files)
         except OSError as error:
-            root = self._instead(error)
-            sources.publish(root / name, files)
-        return _read(root / name)._replace(fresh=True)
+            kept = _published(self._instead(error) / name, files)
+        return kept._replace(fresh=True)
 
     def _instead(self, error: OSError) -> Path:
         """The folder of this process, if it may have one."""
@@ -206,6 +205,17 @@ class Jit:
             sources.discard(place)
         except OSError as error:
             self._instead(error)
+
+
+def _published(place: Path, files: Mapping[str, bytes]) -> Build:
+    """The build that stands at the place: this one, or another's unless that is broken or gone by now."""
+    sources.publish(place, files)
+    try:
+        return _read(place)
+    except (FileNotFoundError, ValueError):
+        sources.discard(place)
+        sources.publish(place, files)
+        return _read(place)
 
 
 def _read(place: Path) -> Build:

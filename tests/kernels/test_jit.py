@@ -189,6 +189,20 @@ def test_a_broken_build_is_built_again_and_said_once(make, broken):
     assert places(make()) == [first.path.parent]
 
 
+@pytest.mark.parametrize("broken", [*BREAKS, "discarded"])
+def test_anothers_build_that_is_broken_does_not_stay(make, monkeypatch, broken):
+    publish = sources.publish
+
+    def raced(place, files):
+        monkeypatch.undo()
+        publish(place, files)
+        {**BREAKS, "discarded": shutil.rmtree}[broken](place)
+
+    monkeypatch.setattr(sources, "publish", raced)
+    built = make().build("some.cu", "sm_90a")
+    assert make().kept() == [built._replace(fresh=False)]
+
+
 @pytest.mark.parametrize("failing", ["_write", "_sync", "_rename"])
 def test_a_build_that_was_stopped_is_not_there(make, monkeypatch, failing):
     def fail(*_):
