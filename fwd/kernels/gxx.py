@@ -14,6 +14,7 @@ from fwd.errors import KernelError
 from fwd.kernels import sources
 
 LIBRARY = "kernels.so"
+TARGET = "nv/target"  # a header that NVRTC brings itself
 FLAGS = (
     "-std=c++17",
     "-fno-math-errno",
@@ -39,7 +40,7 @@ def build(source: Path, *, sanitize: bool = False, optimization: int = 2) -> Pat
 
     Raises `KernelError` without a compiler or CUDA's headers, for text that does not compile, an unwritable cache.
     """
-    home, toolkit = sources.home(), sources.toolkit()
+    home, toolkit = sources.home(), sources.toolkit(TARGET)
     folders = [*dict.fromkeys((source.parent, home)), home / "host"]
     compiler, version = _compiler()
     flags = _flags(sanitize and source.suffix == ".cu", sanitize, optimization)

@@ -30,13 +30,18 @@ def home() -> Path:
     return next((place for place in PLACES if place.is_dir()), PLACES[-1])
 
 
-def toolkit() -> Path:
-    """The folder of CUDA's headers, of its packages or else of `CUDA_HOME`; raises `KernelError` if there is none."""
+def toolkit(*more: str) -> Path:
+    """The folder of CUDA's headers, `more` among them, of its packages or else of `CUDA_HOME`.
+
+    They come in several packages, and torch brings some only. Raises `KernelError` if there is no such folder.
+    """
+    wanted = (TOOLKIT, *more)
     for folder in _toolkits():
-        if (folder / TOOLKIT).is_file():
+        if all((folder / name).is_file() for name in wanted):
             return folder
+    headers = " and ".join(wanted)
     raise KernelError(
-        f"the headers of CUDA ({TOOLKIT}) are not found: install them with `pip install 'fwd[cuda]'` or set CUDA_HOME"
+        f"the headers of CUDA ({headers}) are not found: install them with `pip install 'fwd[cuda]'` or set CUDA_HOME"
     )
 
 

@@ -397,6 +397,19 @@ def test_where_the_headers_are(monkeypatch, tmp_path):
     assert sources.toolkit() == tmp_path / "include"
 
 
+def test_headers_that_are_incomplete_are_passed_over(monkeypatch, tmp_path):
+    for folder, headers in {"torch's": ["cuda_bf16.h"], "whole": ["cuda_bf16.h", "nv/target"]}.items():
+        for header in headers:
+            (tmp_path / folder / header).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / header).write_text("")
+    monkeypatch.setattr(sources, "_toolkits", lambda: [tmp_path / "torch's", tmp_path / "whole"])
+
+    assert sources.toolkit() == tmp_path / "torch's"
+    assert sources.toolkit("nv/target") == tmp_path / "whole"
+    with pytest.raises(KernelError, match=r"\(cuda_bf16.h and nv/other\) are not found"):
+        sources.toolkit("nv/other")
+
+
 def test_includes_are_followed(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "a.cu").write_text(
