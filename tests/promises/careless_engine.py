@@ -7,8 +7,8 @@ from fwd.engine.space import Space
 
 
 def careless(commit):
-    def run(self, request, end):
-        commit(self, request, end)
+    def run(self, request, end, ahead=0):
+        commit(self, request, end, ahead)
         self.tree.publish(request)
 
     return run
