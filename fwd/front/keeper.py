@@ -221,8 +221,10 @@ class Keeper:
         if self.info and info.weights_hash != self.info.weights_hash:
             self._roster.refuse_resume()
         self.info = info
-        # What was sized by the memory of the first start stays so: a stream that fitted must fit the next engine too.
-        self.load = msgspec.structs.replace(self.load, context=info.context, kv_bytes=info.kv_bytes)
+        # What was chosen by what the first start found stays so: a stream must fit the next engine too, and another
+        # device has other bits.
+        sizes = {"context": info.context, "kv_bytes": info.kv_bytes}
+        self.load = msgspec.structs.replace(self.load, device=_device(info), **sizes)
         self._refusals = 0
         self.pong = Pong(seq=0, pages_free=info.pages, pages_total=info.pages)
         self.pace.restart()
@@ -267,3 +269,8 @@ class Keeper:
             self.state, self.reason = state, reason
             log.info("engine_state", state=state, reason=reason)
             self._on_change()
+
+
+def _device(info: EngineInfo) -> str:
+    """What `auto` has come to."""
+    return info.device if info.device in {"cpu", "host"} else "cuda"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from census import children, is_alive, open_descriptors, resident_bytes
@@ -19,7 +20,7 @@ from fwd.front import process as process_module
 from fwd.front.keeper import FIRST_STARTS, MAX_BACKOFF, Keeper
 from fwd.front.process import EngineProcess
 from fwd.front.streams import Stream
-from fwd.protocol.messages import SPILL, Cancel, Finished, Limits, Load, Sampling, Submit
+from fwd.protocol.messages import SPILL, Cancel, EngineInfo, Finished, Limits, Load, Sampling, Submit
 
 POISON = 3999
 QUICK = {"ping_interval": 0.02, "hang_timeout": 0.4}
@@ -481,10 +482,21 @@ def test_a_second_engine_is_as_large_as_the_first(run, lives):
             await keeper.reach("ready")
             assert keeper.restarts
             assert (keeper.load.context, keeper.load.kv_bytes) == (1000, 9 << 10)
+            assert keeper.load.device == "cpu"
             assert (keeper.info.context, keeper.info.kv_bytes) == (1000, 9 << 10)
 
     run(main())
     assert_answered(script, one)
+
+
+@pytest.mark.parametrize(("named", "device"), [("NVIDIA H200", "cuda"), ("host", "host"), ("cpu", "cpu")])
+def test_a_second_engine_runs_on_the_device_of_the_first(named, device):
+    """A GPU that went or came is no reason to go on with other bits."""
+    keeper = Keeper(Load(model="fake"))
+    keeper.process = SimpleNamespace(send=lambda *_: None)
+    keeper._on_ready(EngineInfo(device=named))
+
+    assert keeper.load.device == device
 
 
 def test_stop_does_not_wait_for_the_back_off(run, monkeypatch):
