@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import msgspec
+import click
 import pytest
 from apiserver import ids, script, text
 from fakes import expected
@@ -238,8 +239,9 @@ def test_help_and_version(fwd):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_json_and_uds(verb):
-    options = {option for parameter in main.get_command(None, verb).params for option in parameter.opts}
-    assert {"--json", "--uds"} <= options
+    command = main.get_command(None, verb)
+    for leaf in command.commands.values() if isinstance(command, click.Group) else [command]:
+        assert {"--json", "--uds"} <= {option for parameter in leaf.params for option in parameter.opts}
 
 
 def test_serve_imports_little_before_it_listens():
