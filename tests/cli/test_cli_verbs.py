@@ -5,8 +5,8 @@ import re
 import subprocess
 import sys
 
-import msgspec
 import click
+import msgspec
 import pytest
 from apiserver import ids, script, text
 from fakes import expected
