@@ -11,7 +11,7 @@ from fwd.kernels.gpu import Facts
 class Device:
     """What a plan needs to know of a device. Sizes in bytes, `bandwidth` in bytes a second (0: to be measured).
 
-    `pool` bounds a KV pool of which no size is asked for, `reserve` stays free.
+    `pool` bounds a KV pool of which no size is asked for and that leaves `spare` as well; `reserve` stays free.
     """
 
     name: str
@@ -22,6 +22,7 @@ class Device:
     graphs: int
     reserve: int
     kind: Literal["cpu", "host", "cuda"] = "cuda"
+    spare: int = 0
 
     @property
     def kernels(self) -> bool:
@@ -54,9 +55,15 @@ def gpu(facts: Facts) -> Device:
 
 
 def _gpu(name: str, memory: float, bandwidth: float) -> Device:
-    """Assumed until measured: 20 MB a captured graph, and 1 GiB for the context, its modules and library workspaces."""
+    """Assumed until measured: 20 MB a captured graph, and 1 GiB for the context, its modules and library workspaces.
+
+    The spare is what others may take before an engine that died is followed by one of the same sizes.
+    """
     graphs = 2 * 5 * 20_000_000  # buckets 1, 2, 4, 8, 16, for both places of the ring
-    return Device(name, int(memory), bandwidth, chunk=512, pool=sys.maxsize, graphs=graphs, reserve=1 << 30)
+    spare = 256 << 20
+    return Device(
+        name, int(memory), bandwidth, chunk=512, pool=sys.maxsize, graphs=graphs, reserve=1 << 30, spare=spare
+    )
 
 
 # Memory is about what the driver reports of an idle device, bandwidth what the data sheet says.

@@ -120,15 +120,15 @@ def plan(
     draft = Plan(spec, device, kv_format(spec, kv_dtype), max_seqs, 0, ())
     pool = kv_bytes or max(device.pool, _sized(draft, context).kv_bytes)
 
-    def fits(sized: Plan) -> bool:
-        return sized.kv_bytes <= pool and sized.needed <= device.memory
+    def fits(sized: Plan, spare: int = 0) -> bool:
+        return sized.kv_bytes <= pool and sized.needed + spare <= device.memory
 
     largest = _most(1, spec.max_context, lambda tokens: fits(_sized(draft, tokens)))
     if not 0 < (context or largest) <= largest:
         raise _refusal(draft, context, pool, largest)
-    whole = _pages(context or largest)
-    most = _most(whole, max_seqs * whole, lambda pages: fits(_sized(draft, context or largest, pages)))
-    return _sized(draft, context or largest, most)
+    whole, spare = _pages(context or largest), 0 if kv_bytes else device.spare
+    most = _most(whole, max_seqs * whole, lambda pages: fits(_sized(draft, context or largest, pages), spare))
+    return _sized(draft, context or largest, max(most, whole))
 
 
 def kv_format(spec: ModelSpec, kv_dtype: str) -> KVFormat:

@@ -142,6 +142,17 @@ def assert_served(found, spec, memory, wish, what, change):
     assert isinstance(planned(spec, memory, less), Plan)
 
 
+def test_an_engine_fits_again_where_others_took_some_memory():
+    device = GPUS["h100"]
+    first = plan(parse_spec(EIGHT_B), device)
+    less = replace(device, memory=device.memory - (250 << 20))
+    again = plan(parse_spec(EIGHT_B), less, context=first.context, kv_bytes=first.kv_bytes)
+
+    assert again.units == first.units
+    assert first.pages < first.max_seqs * first.context // PAGE_SIZE
+    assert device.memory - first.needed - device.spare < first.token_bytes * PAGE_SIZE
+
+
 @given(specs, st.integers(1, 4095), st.integers(1, 15), st.integers(0, 4096), st.integers(0, 15))
 def test_bytes_grow_with_context_and_sequences(spec, context, max_seqs, tokens, more):
     def sized(context, max_seqs):
