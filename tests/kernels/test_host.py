@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from agreement import difference
 from conftest import Execution
 
 from fwd.errors import KernelError
-from fwd.kernels import gxx, host, noise
+from fwd.kernels import gxx, host, noise, sources
 from fwd.kernels.host import HostLauncher
 from fwd.kernels.launch import Kernel, Launcher
 
@@ -179,15 +180,22 @@ def test_atomics_of_two_workers_lose_nothing(launcher):
 
 
 def test_the_last_block_sees_all_and_leaves_the_counter_at_zero(here):
-    def run(each):
+    def run(each, **how):
         out, parts = each.empty((1,), torch.float32), each.empty((50,), torch.float32)
         counter, wins = ints(1), ints(1)
-        launch(each, "arrivals", out, parts, counter, wins, grid=50, threads=64)
+        launch(each, "arrivals", out, parts, counter, wins, grid=50, threads=64, **how)
         return out, counter, wins
 
     out, counter, wins = here.everywhere(run)
     assert (counter.item(), wins.item()) == (0, 64)
     assert out.item() == np.cumsum(1 / np.arange(1, 51, dtype=np.float32), dtype=np.float32)[-1]
+    assert here.everywhere(partial(run, cooperative=True))[0].item() == out.item()
+    before, text = "    block_barrier(FWD_ONLY_PASS);\n    bool last", (sources.home() / "common.cuh").read_text()
+    assert before in text
+    hasty = here.mutated("primitives.cu", "arrivals", "arrivals")
+    (hasty.folder / "common.cuh").write_text(text.replace(before, "    bool last"))
+    with pytest.raises(AssertionError, match="depends on thread order"):
+        hasty.everywhere(partial(run, cooperative=True))  # their blocks take turns at every barrier
 
 
 # ---- copies ----
