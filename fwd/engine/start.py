@@ -1,8 +1,9 @@
 """From a `Load` to a running loop: plan, weights, cache."""
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -36,13 +37,14 @@ def start(
 ) -> tuple[Loop, EngineInfo]:
     """Load the model and build the loop, allocating what is planned; `started` is a monotonic time.
 
-    Raises `ConfigError` before a weight is read if the model does not fit, `ModelError` for what is wrong with it.
+    Raises `ConfigError` before a weight is read if the model does not fit, `ModelError` for what is wrong with it,
+    `KernelError` if a GPU cannot be used.
     """
     facts = probe() if load.device in {"auto", "cuda"} else Facts()
     planned, key = plan_load(load, facts), prefix_key(load.state_dir)
     threads = load.threads or _threads(planned.spec)
     torch.set_num_threads(threads)
-    with blocks_apart():
+    with blocks_apart(), _memory_of(facts):
         model = load_model(
             Path(load.model), device=planned.device.kind, dtype=load.dtype, context=planned.context, progress=progress
         )
@@ -50,6 +52,16 @@ def start(
     space = Space(planned.groups, planned.units, planned.page_size, chunk=planned.chunk, key=key, nodes=planned.nodes)
     loop = Loop(channel, runner, space, max_seqs=planned.max_seqs, chunk=planned.chunk)
     return loop, _info(planned, model, threads, (time.monotonic() - started) * 1e3)
+
+
+@contextlib.contextmanager
+def _memory_of(facts: Facts) -> Iterator[None]:
+    """What seemed free may be taken meanwhile, or by whom NVML does not see."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise KernelError("; ".join(filter(None, (f"{facts.name}: {reason}", held(facts))))) from error
 
 
 def runner_of(model: Model, planned: Plan) -> Runner:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from structlog.testing import capture_logs
 from test_gpu import H100
 
@@ -105,3 +106,15 @@ def test_a_model_that_would_fit_without_others_names_them(load, monkeypatch):
 
 def test_a_model_that_fits_is_planned_for_what_is_free(load):
     assert start.plan_load(load, H100).device.memory == H100.free
+
+
+def test_memory_that_is_gone_when_it_is_wanted_is_one_line(load, monkeypatch):
+    def taken(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has …\nSee more")
+
+    monkeypatch.setattr(start, "probe", lambda: H100)
+    monkeypatch.setattr(start, "load_model", taken)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+
+    with pytest.raises(KernelError, match=r"^NVIDIA H100 80GB HBM3: CUDA out of memory; taken by pid 7$"):
+        start.start(load, None, lambda *_: None, 0.0)
