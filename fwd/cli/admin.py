@@ -44,10 +44,14 @@ def _engine_rows(engine: EngineInfo, host_us: float) -> list[tuple[str, str]]:
     dtypes = f"{engine.dtype}, KV {engine.kv_dtype or 'the same'}"
     return [
         ("engine", f"{engine.device} ({engine.kernel_set}), {dtypes}, {engine.threads} threads, pid {engine.pid}"),
-        *([("steps", f"{engine.launches}, {host_us:.0f} µs of host work between two")] if engine.launches else []),
+        *([("steps", _steps(engine.launches, host_us))] if engine.launches else []),
         ("weights", f"{engine.architecture}, {size}, {engine.weights_hash}"),
         *([("memory", _memory(engine))] if engine.memory else []),
     ]
+
+
+def _steps(launches: str, host_us: float) -> str:
+    return f"{launches}, {host_us:.0f} µs of host work between two" if host_us else launches
 
 
 def _memory(engine: EngineInfo) -> str:

@@ -31,6 +31,7 @@ class DeviceRunner(Prefiller):
 
     def __init__(self, model: Model, ops: DeviceOps, plan: Plan) -> None:
         self._ops = ops
+        self.deferred = ops.device != CPU
         with _device_errors():
             if ops.device != CPU:
                 _leave_default_stream()

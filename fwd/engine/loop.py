@@ -34,6 +34,7 @@ class Runner(Protocol):
     """Executes work on the device, in the order in which it is given."""
 
     ahead: bool  # a step can be launched before the one before it is collected: it reads its ids where they are drawn
+    deferred: bool  # `launch` returns before the step is computed
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copy pages, in order, before what is launched next."""
@@ -140,7 +141,7 @@ class Loop:
             pages_total=pool.total,
             pages_cached=pool.cached,
             computed=self.computed,
-            host_us=self._work.mean_us,
+            host_us=self._work.mean_us if self._runner.deferred else 0.0,
             prefilling=[
                 Prefilling(id=each.id, done=(each.leader or each).computed, total=each.prompt)
                 for each in scheduler.prefilling

@@ -61,7 +61,7 @@ class Prefiller:
 class ModelRunner(Prefiller):
     """Computes each step before `launch` returns: there is nothing to gain from running ahead."""
 
-    ahead = False
+    ahead = deferred = False
 
     def __init__(self, model: Model, plan: Plan) -> None:
         super().__init__(model, plan)

@@ -272,7 +272,7 @@ class Pong(Message, tag=22, frozen=True):
 
     `pages_free` are those that nobody holds, `pages_cached` those that only the prefix cache holds. `computed` counts
     the tokens prefilled and decoded since its start; `prefilling` are the requests whose prompt is being read.
-    `host_us` is the mean time from reading a step to having launched the next, 0 before there were two.
+    `host_us` is the mean time from reading a step to having launched the next; 0 where launches compute at once.
     """
 
     seq: Count

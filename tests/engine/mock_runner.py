@@ -53,7 +53,7 @@ class MockRunner:
         self.fail, self.before = fail, before
         self.launches = []
         self.copied = 0
-        self.ahead = ahead
+        self.ahead = self.deferred = ahead
         self.steps, self.done = deque(), deque()
         self.drawn = {}  # by the latest step, and by request: the ids it drew
         self.most = 0  # steps that were launched and not collected

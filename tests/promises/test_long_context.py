@@ -54,7 +54,7 @@ def request(ids, seed=SEED):
 class Books:
     """A runner that fills the buffers of each launch and has no model; `written` counts entries of block tables."""
 
-    ahead = False
+    ahead = deferred = False
 
     def __init__(self, sizes):
         self.written = 0
