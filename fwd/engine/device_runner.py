@@ -24,7 +24,8 @@ from fwd.models.model import Model
 class DeviceRunner(Prefiller):
     """Launches a step before the one before it is read: its ids are read where that one leaves them.
 
-    Raises `EngineError` from any call once something has gone wrong on the device, which is heard of late.
+    Raises `EngineError` from any call once something has gone wrong on the device, which is heard of late; while it is
+    made, what torch raises.
     """
 
     ahead = True
@@ -32,15 +33,14 @@ class DeviceRunner(Prefiller):
     def __init__(self, model: Model, ops: DeviceOps, plan: Plan) -> None:
         self._ops = ops
         self.deferred = ops.device != CPU
-        with _device_errors():
-            if ops.device != CPU:
-                _leave_default_stream()
-            super().__init__(model, plan)
-            tables = new_tables(plan, plan.max_seqs, ops.device)
-            lines = Lines(plan.max_seqs, plan.spec.vocab, ops.device)
-            self._slots = [Slot(plan, tables, lines, ops.device) for _ in range(RING)]
-            self._launched = self._collected = 0
-            self._steps = self._prepared()
+        if ops.device != CPU:
+            _leave_default_stream()
+        super().__init__(model, plan)
+        tables = new_tables(plan, plan.max_seqs, ops.device)
+        lines = Lines(plan.max_seqs, plan.spec.vocab, ops.device)
+        self._slots = [Slot(plan, tables, lines, ops.device) for _ in range(RING)]
+        self._launched = self._collected = 0
+        self._steps = self._prepared()
 
     def copy(self, copies: Sequence[Copy]) -> None:  # noqa: D102
         with _device_errors():

@@ -44,7 +44,7 @@ def start(
     planned, key = plan_load(load, facts), prefix_key(load.state_dir)
     threads = load.threads or _threads(planned.spec)
     torch.set_num_threads(threads)
-    with blocks_apart(), _memory_of(facts):
+    with blocks_apart(), _failures_of(planned.device, facts):
         model = load_model(
             Path(load.model), device=planned.device.kind, dtype=load.dtype, context=planned.context, progress=progress
         )
@@ -55,13 +55,16 @@ def start(
 
 
 @contextlib.contextmanager
-def _memory_of(facts: Facts) -> Iterator[None]:
-    """What seemed free may be taken meanwhile, or by whom NVML does not see."""
+def _failures_of(device: Device, facts: Facts) -> Iterator[None]:
+    """What torch says of a GPU, in one line: what seemed free may be taken meanwhile, or by whom NVML does not see."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise KernelError("; ".join(filter(None, (f"{facts.name}: {reason}", held(facts))))) from error
+    except RuntimeError as error:
+        if not device.gpu:
+            raise
+        reason = str(error).strip().splitlines()[0].split(". ")[0]
+        way_out = held(facts) if isinstance(error, torch.OutOfMemoryError) else "see what nvidia-smi says"
+        raise KernelError("; ".join(filter(None, (f"{device.name} failed: {reason}", way_out)))) from error
 
 
 def runner_of(model: Model, planned: Plan) -> Runner:

@@ -108,13 +108,27 @@ def test_a_model_that_fits_is_planned_for_what_is_free(load):
     assert start.plan_load(load, H100).device.memory == H100.free
 
 
-def test_memory_that_is_gone_when_it_is_wanted_is_one_line(load, monkeypatch):
-    def taken(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has …\nSee more")
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 …\nmore"),
+            "CUDA out of memory; taken",
+        ),
+        (
+            RuntimeError("CUDA error: uncorrectable ECC error encountered\nmore"),
+            "CUDA error: uncorrectable ECC error .*; see",
+        ),
+    ],
+)
+def test_a_gpu_that_fails_while_a_model_is_loaded_is_one_line(load, monkeypatch, error, line):
+    def failing(*_, **__):
+        raise error
 
     monkeypatch.setattr(start, "probe", lambda: H100)
-    monkeypatch.setattr(start, "load_model", taken)
+    monkeypatch.setattr(start, "load_model", failing)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
 
-    with pytest.raises(KernelError, match=r"^NVIDIA H100 80GB HBM3: CUDA out of memory; taken by pid 7$"):
+    with pytest.raises(KernelError, match=f"^NVIDIA H100 80GB HBM3 failed: {line}") as caught:
         start.start(load, None, lambda *_: None, 0.0)
+    assert "\n" not in caught.value.message
