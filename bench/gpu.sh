@@ -15,7 +15,7 @@
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=$(command -v "${PYTHON:-python3}") || exit 6
+python=$(command -v "${PYTHON:-python3}") || { echo "bench/gpu.sh: no interpreter ${PYTHON:-python3}: set PYTHON" >&2; exit 2; }
 python=$(realpath -s "$python")
 out=$root/bench/results
 quick=() dry=() only=""
@@ -80,7 +80,9 @@ device=(--device cuda)
 if ((${#dry[@]})); then
     device=(--device host --tiny)
 elif ! helper gpu.cards >/dev/null 2>"$work/reason"; then
-    echo "bench/gpu.sh needs a GPU: $(tail -n 1 "$work/reason")" >&2
+    reason=$(tail -n 1 "$work/reason")
+    [[ $reason != ModuleNotFoundError* ]] || reason+=": give its wheel in FWD_WHEELS"
+    echo "bench/gpu.sh needs a GPU: $reason" >&2
     exit 6
 fi
 

@@ -23,10 +23,16 @@ def newest(what: str) -> dict[str, Any] | None:
 
 
 def newest_gpu() -> dict[str, Any] | None:
-    """The last run on a GPU, with the parts that it left out taken from earlier ones on the same GPU."""
+    """The last run on a GPU, with the parts that it left out taken from earlier ones on the same GPU.
+
+    All commits that were measured are named.
+    """
     runs = results("gpu")
     same = [run for run in runs if run["gpu"]["name"] == runs[-1]["gpu"]["name"]]
-    return {**runs[-1], "parts": {name: part for run in same for name, part in run["parts"].items()}} if runs else None
+    latest = {name: run for run in same for name in run["parts"]}
+    commits = dict.fromkeys(run["commit"] for run in latest.values())
+    parts = {name: run["parts"][name] for name, run in latest.items()}
+    return {**runs[-1], "commit": ", ".join(commits), "parts": parts} if runs else None
 
 
 def rows(sources: dict[str, dict[str, Any] | None]) -> list[Row]:

@@ -268,8 +268,10 @@ def test_the_readme_takes_no_figure_from_a_dry_run(tmp_path, monkeypatch):
     common = {"versions": {}, "cpu": "a CPU", "cores": 2, "commit": "abc", "when": "2026-11-24T00:00:00"}
     real = {**common, "dry": False, "gpu": {"name": "NVIDIA H200", "driver": "580"}}
     (folder / "1-abc-gpu.json").write_text(json.dumps({**real, "parts": {"roofline": {"numbers": [number]}}}))
-    (folder / "2-abc-gpu.json").write_text(json.dumps({**real, "parts": {"tests": {"counts": {}}}}))
+    later = {**real, "commit": "def", "parts": {"tests": {"counts": {}}}}
+    (folder / "2-def-gpu.json").write_text(json.dumps(later))
     (folder / "3-abc-gpu.json").write_text(json.dumps({**common, "dry": True, "gpu": None, "parts": {}}))
     table = readme.table()
     assert "| GPU: read bandwidth, cold | 4,400 GB/s | 92% of data sheet, 4,800 |" in table
     assert "- gpu: NVIDIA H200, driver 580; a CPU" in table
+    assert "commit abc, def;" in table
