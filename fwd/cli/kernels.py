@@ -125,8 +125,9 @@ def _told(build: "Build") -> str:
 
 
 def _rows(build: "Build", jit: "Jit") -> list[dict[str, Any]]:
-    """Each kernel of a build: registers a thread, bytes of spills, of stack and of static shared memory."""
+    """Each kernel of a build: registers a thread, bytes of spills and of stack, of shared memory a block at most."""
     record = build.record
+    bounds = jit.table.get(record.source, {})
     about = {"source": record.source, "arch": record.arch, "compiler": record.compiler}
     age, stale = time.time() - record.built, jit.stale(build)
     return [
@@ -136,7 +137,7 @@ def _rows(build: "Build", jit: "Jit") -> list[dict[str, Any]]:
             "registers": usage.registers,
             "spills": usage.spills,
             "stack": usage.stack,
-            "shared": usage.shared,
+            "shared": usage.shared + (bounds[name].shared if name in bounds else 0),
             "age": age,
             "stale": stale,
         }

@@ -1,49 +1,69 @@
-"""The one table of builds: every kernel of `cuda/`, and how many registers a thread of it may take.
+"""The one table of builds: every kernel of `cuda/`, and what it may take at most, on every architecture.
 
 A kernel is an `extern "C" __global__` function; `tests/kernels/test_builds.py` holds that table and sources name the
-same ones, that no build spills or takes static shared memory, and that none takes more registers than stand here.
+same ones, that no build spills or takes static shared memory, and that none takes more registers than stand here. The
+launchers refuse a launch with more dynamic shared memory.
 """
+
+from typing import NamedTuple
 
 ARCHES = ("sm_90a", "sm_100a")  # H100 and H200; B200
 MAX_BUILDS = 150  # kernels × arches: what a first start without a cache has to compile
+SHARED_LIMIT = 232448  # bytes of dynamic shared memory that a block can have
 
-BUILDS: dict[str, dict[str, int]] = {  # file in `cuda/` → kernel → registers a thread, at most, on every arch
+
+class Bound(NamedTuple):
+    """What a kernel takes at most."""
+
+    registers: int  # a thread
+    shared: int = 0  # bytes of dynamic shared memory a block
+
+
+_STAGED = Bound(128, SHARED_LIMIT)  # as many normed rows as fit
+
+BUILDS: dict[str, dict[str, Bound]] = {  # file in `cuda/` → kernel
     "gemv.cu": {
-        "embed": 32,
-        "linear_1x8": 128,
-        "linear_1x16": 128,
-        "linear_2x8": 128,
-        "linear_2x16": 255,
-        "gate_up_8": 128,
-        "gate_up_16": 128,
-        "head_8": 128,
-        "head_16": 128,
+        "embed": Bound(32),
+        "linear_1x8": Bound(128, 10240),
+        "linear_1x16": Bound(128, 20480),
+        "linear_2x8": Bound(128, 20480),
+        "linear_2x16": Bound(255, 40960),
+        "gate_up_8": _STAGED,
+        "gate_up_16": _STAGED,
+        "head_8": _STAGED,
+        "head_16": _STAGED,
     },
-    "qkv.cu": {"qkv_paired_8": 128, "qkv_paired_16": 128, "qkv_whole_8": 128, "qkv_whole_16": 128},
+    "qkv.cu": {"qkv_paired_8": _STAGED, "qkv_paired_16": _STAGED, "qkv_whole_8": _STAGED, "qkv_whole_16": _STAGED},
     "paged_attention.cu": {
-        "decode_attention_bf16_64": 168,
-        "decode_attention_bf16_128": 248,
-        "decode_attention_bf16_256": 255,
-        "decode_attention_fp8_64": 168,
-        "decode_attention_fp8_128": 248,
-        "decode_attention_fp8_256": 255,
+        "decode_attention_bf16_64": Bound(168, 66560),
+        "decode_attention_bf16_128": Bound(248, 99200),
+        "decode_attention_bf16_256": Bound(255, 197504),
+        "decode_attention_fp8_64": Bound(168, 66560),
+        "decode_attention_fp8_128": Bound(248, 99200),
+        "decode_attention_fp8_256": Bound(255, 197504),
     },
     "prefill.cu": {
-        "prefill_attention_bf16_64": 208,
-        "prefill_attention_bf16_128": 248,
-        "prefill_attention_bf16_256": 255,
-        "prefill_attention_fp8_64": 208,
-        "prefill_attention_fp8_128": 248,
-        "prefill_attention_fp8_256": 255,
+        "prefill_attention_bf16_64": Bound(208, 49152),
+        "prefill_attention_bf16_128": Bound(248, 98304),
+        "prefill_attention_bf16_256": Bound(255, 98304),
+        "prefill_attention_fp8_64": Bound(208, 50176),
+        "prefill_attention_fp8_128": Bound(248, 99328),
+        "prefill_attention_fp8_256": Bound(255, 98816),
     },
     "prefill_kv.cu": {
-        "prefill_kv_bf16_64": 48,
-        "prefill_kv_bf16_128": 48,
-        "prefill_kv_bf16_256": 48,
-        "prefill_kv_fp8_64": 48,
-        "prefill_kv_fp8_128": 48,
-        "prefill_kv_fp8_256": 48,
+        "prefill_kv_bf16_64": Bound(48),
+        "prefill_kv_bf16_128": Bound(48),
+        "prefill_kv_bf16_256": Bound(48),
+        "prefill_kv_fp8_64": Bound(48),
+        "prefill_kv_fp8_128": Bound(48),
+        "prefill_kv_fp8_256": Bound(48),
     },
-    "sample.cu": {"sample_scan": 72, "sample_select": 96},
-    "roofline.cu": {"read_stream": 64, "empty_step": 16, "meet": 24},
+    "sample.cu": {"sample_scan": Bound(72, 800), "sample_select": Bound(96, 49024)},
+    "roofline.cu": {"read_stream": Bound(64), "empty_step": Bound(16), "meet": Bound(24)},
 }
+
+
+def shared_bound(source: str, kernel: str) -> int:
+    """Bytes of dynamic shared memory that a block may take; all there is for a kernel of no table."""
+    bound = BUILDS.get(source, {}).get(kernel)
+    return SHARED_LIMIT if bound is None else bound.shared

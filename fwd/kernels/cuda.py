@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fwd.errors import KernelError
+from fwd.kernels.builds import shared_bound
 from fwd.kernels.gpu import Facts, held, probe, usable
 from fwd.kernels.jit import Jit
 from fwd.kernels.launch import Argument, Kernel
@@ -76,7 +77,8 @@ class CudaLauncher:
     ) -> None:
         """Launch on torch's current stream; raises `KernelError` if the driver refuses."""
         function = self._functions[kernel]
-        assert shared <= self.shared_limit, f"{kernel}: {shared} bytes of shared memory of {self.shared_limit}"
+        most = min(self.shared_limit, shared_bound(kernel.source, kernel.name))
+        assert shared <= most, f"{kernel}: {shared} bytes of shared memory, it may take {most}"
         values = [_value(argument, kernel) for argument in arguments]
         sizes = tuple(ctypes.sizeof(value) for value in values)
         assert sizes == function.sizes, f"{kernel} takes parameters of {function.sizes} bytes, not {sizes}"

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fwd.errors import KernelError
 from fwd.kernels import sources
+from fwd.kernels.builds import SHARED_LIMIT, shared_bound
 from fwd.kernels.gxx import build
 from fwd.kernels.launch import Argument, Kernel
 
 POISON = 0xFF  # every byte of it: NaN in all formats, −1
-SHARED_LIMIT = 227 * 1024
 MAX_THREADS = 1024
 MAX_GRID = 65535  # in y and z
 MAX_KERNELS = 256  # of a file
@@ -202,8 +202,8 @@ def _check_shape(kernel: Kernel, grid: tuple[int, int, int], threads: int, share
         raise KernelError(f"kernel {kernel.name}: a grid of {grid}")
     if threads % 32 or not 32 <= threads <= MAX_THREADS:
         raise KernelError(f"kernel {kernel.name}: {threads} threads a block are no multiple of 32 up to {MAX_THREADS}")
-    if not 0 <= shared <= SHARED_LIMIT:
-        raise KernelError(f"kernel {kernel.name}: {shared} bytes of shared memory, {SHARED_LIMIT} are there")
+    if not 0 <= shared <= (most := shared_bound(kernel.source, kernel.name)):
+        raise KernelError(f"kernel {kernel.name}: {shared} bytes of shared memory, it may take {most}")
 
 
 def _packed(kernel: Kernel, entry: _Entry, arguments: tuple[Argument, ...]) -> bytes:

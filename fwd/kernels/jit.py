@@ -20,7 +20,7 @@ import structlog
 
 from fwd.errors import KernelError
 from fwd.kernels import nvrtc, sources
-from fwd.kernels.builds import BUILDS
+from fwd.kernels.builds import BUILDS, Bound
 
 log = structlog.get_logger("fwd.kernels")
 CUBIN, RECORD = "kernels.cubin", "record.json"
@@ -60,7 +60,7 @@ class Jit:
         cache: Path | None = None,
         *,
         folder: Path | None = None,
-        table: Mapping[str, Mapping[str, int]] | None = None,
+        table: Mapping[str, Mapping[str, Bound]] | None = None,
         debug: bool = False,
         fallback: bool = False,
     ) -> None:

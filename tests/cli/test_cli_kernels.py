@@ -8,6 +8,7 @@ import structlog
 
 from fwd.errors import KernelError
 from fwd.kernels import jit, nvrtc, sources
+from fwd.kernels.builds import Bound
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -36,7 +37,7 @@ def folder(tmp_path, monkeypatch):
     for name, text in KERNELS.items():
         (made / name).write_text(text.format(name.removesuffix(".cu")))
     monkeypatch.setattr(sources, "home", lambda: made)
-    monkeypatch.setattr(jit, "BUILDS", {name: {name.removesuffix(".cu"): 32} for name in KERNELS})
+    monkeypatch.setattr(jit, "BUILDS", {name: {name.removesuffix(".cu"): Bound(32, 48)} for name in KERNELS})
     monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path / "cache"))
     yield made
     structlog.reset_defaults()
@@ -96,7 +97,7 @@ def test_what_is_listed(fwd, folder):
     found = document(fwd("kernels", "list", "--json"))
     assert [row["kernel"] for row in found["kernels"]] == ["gemv", "sample"]
     row = found["kernels"][0]
-    assert (row["source"], row["arch"], row["spills"], row["stack"], row["shared"]) == ("gemv.cu", "sm_90a", 0, 0, 0)
+    assert (row["source"], row["arch"], row["spills"], row["stack"], row["shared"]) == ("gemv.cu", "sm_90a", 0, 0, 48)
     assert 0 < row["registers"] <= 32
     assert 0 <= row["age"] < 60
     assert not row["stale"]

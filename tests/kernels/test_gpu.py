@@ -150,6 +150,7 @@ from pathlib import Path
 import torch
 from fwd.errors import KernelError
 from fwd.kernels import cuda
+from fwd.kernels.builds import Bound
 from fwd.kernels.jit import Jit
 from fwd.kernels.launch import Kernel
 
@@ -166,7 +167,7 @@ cuda._stream = lambda device: 0x77
 torch.Tensor.is_pinned = lambda tensor: True
 folder, cache, record = map(Path, sys.argv[1:])
 facts = replace(cuda.probe(), torch_cuda="13.0", missing=())
-jit = Jit(cache, folder=folder, table={"some.cu": {"one": 32, "two": 32}})
+jit = Jit(cache, folder=folder, table={"some.cu": {"one": Bound(32), "two": Bound(32)}})
 one, two, x = Kernel("some.cu", "one"), Kernel("some.cu", "two"), torch.empty(4)
 nothing = (None, None, 0, 0.0)
 
@@ -273,7 +274,7 @@ def test_arguments_that_are_not_the_kernels(told):
     for case in sizes:
         assert "takes parameters of (8, 8, 4, 4) bytes, not" in case["error"]
     assert "2147483648 is no int32" in number["error"]
-    assert "232449 bytes of shared memory of 232448" in shared["error"]
+    assert "232449 bytes of shared memory, it may take 232448" in shared["error"]
     assert not any(case["seen"] for case in told["wrong"])
 
 

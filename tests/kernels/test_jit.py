@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 
 from fwd.errors import KernelError
 from fwd.kernels import nvrtc, sources
+from fwd.kernels.builds import Bound
 from fwd.kernels.jit import CUBIN, RECORD, Jit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +65,8 @@ def make(folder, tmp_path):
     """A `Jit` of those sources and one cache."""
 
     def made(**settings):
-        return Jit(**{"cache": tmp_path / "cache", "folder": folder, "table": {"some.cu": {"some": 32}}, **settings})
+        table = {"some.cu": {"some": Bound(32)}}
+        return Jit(**{"cache": tmp_path / "cache", "folder": folder, "table": table, **settings})
 
     return made
 

@@ -2,7 +2,7 @@
 
 import torch
 from agreement import same_bits
-from conftest import Execution
+from execution import Execution
 from layers import POSITIONS, Chance, angles
 
 from fwd.kernels.device import DeviceOps

@@ -10,6 +10,7 @@ from test_gpu import H100
 from fwd.engine import start
 from fwd.errors import ConfigError, FwdError, KernelError
 from fwd.kernels import jit, nvrtc
+from fwd.kernels.builds import Bound
 from fwd.kernels.device import Shape
 from fwd.kernels.gpu import Facts
 from fwd.kernels.select import resolve
@@ -29,7 +30,7 @@ def no_kernels(monkeypatch, tmp_path):
         raise KernelError("NVRTC is not installed")
 
     monkeypatch.setattr(nvrtc, "_nvrtc", absent)
-    monkeypatch.setattr(jit, "BUILDS", {"gemv.cu": {"some": 32}})
+    monkeypatch.setattr(jit, "BUILDS", {"gemv.cu": {"some": Bound(32)}})
     monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))
 
 
