@@ -3,13 +3,13 @@
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from fwd.cli.common import emit
 from fwd.cli.options import json_option, uds_option
-from fwd.config import Config, load
+from fwd.config import Config, DType, load
 
 if TYPE_CHECKING:
     from fwd.kernels.jit import Build, Jit
@@ -30,15 +30,16 @@ def kernels() -> None:
 @kernels.command()
 @click.argument("model", default="")
 @click.option("--arch", default="", metavar="ARCH,…", help="sm_90a: H100 and H200; sm_100a: B200 (default: both).")
+@click.option("--dtype", type=click.Choice(get_args(DType)), help="What MODEL will run in; auto is the checkpoint's.")
 @cache_option
 @uds_option
 @json_option
-def build(model: str, arch: str, cache: Path | None, uds: str | None, as_json: bool) -> None:
+def build(model: str, arch: str, dtype: str | None, cache: Path | None, uds: str | None, as_json: bool) -> None:
     """Build all kernels that the cache lacks, here and for any machine with the same kernels; no GPU is needed.
 
     With MODEL, a folder of which only `config.json` is read, refuse one that the kernels cannot take.
     """
-    config = load({"model": model or None, "uds": uds})
+    config = load({"model": model or None, "dtype": dtype, "uds": uds})
     if model:
         _require(config)
     arches, jit = _arches(arch), _jit(cache, config)

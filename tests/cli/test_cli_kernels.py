@@ -125,6 +125,13 @@ def test_a_model_that_the_kernels_take(fwd, tmp_path):
         assert len(document(fwd("kernels", "build", model, "--arch", "sm_90a", "--json"))["builds"]) == 2
 
 
+def test_a_model_that_the_kernels_take_in_the_dtype_it_will_run_in(fwd, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "torch_dtype": "float32"}))
+    assert refusal(fwd("kernels", "build", tmp_path), 2)
+    built = document(fwd("kernels", "build", tmp_path, "--dtype", "bfloat16", "--arch", "sm_90a", "--json"))["builds"]
+    assert len(built) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
