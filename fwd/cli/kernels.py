@@ -34,12 +34,12 @@ def kernels() -> None:
 @cache_option
 @uds_option
 @json_option
-def build(model: str, arch: str, dtype: str | None, cache: Path | None, uds: str | None, as_json: bool) -> None:
+def build(model: str, arch: str, cache: Path | None, as_json: bool, **flags: Any) -> None:
     """Build all kernels that the cache lacks, here and for any machine with the same kernels; no GPU is needed.
 
     With MODEL, a folder of which only `config.json` is read, refuse one that the kernels cannot take.
     """
-    config = load({"model": model or None, "dtype": dtype, "uds": uds})
+    config = load({"model": model or None, **flags})
     if model:
         _require(config)
     arches, jit = _arches(arch), _jit(cache, config)
