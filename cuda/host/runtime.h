@@ -7,6 +7,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "crt/host_defines.h"  // before any header of the toolkit
+
 #include <vector_types.h>
 
 namespace fwd::host {

@@ -476,6 +476,17 @@ def test_what_is_missing_is_named(fresh, tmp_path):
         gxx.build(FOLDER / "wrong.cu")
 
 
+def test_headers_of_a_whole_toolkit_do_as_well(fresh, tmp_path):
+    """It brings a `crt/host_defines.h` beside them, whose words mean something else to g++."""
+    whole = shutil.copytree(sources.toolkit("nv/target"), tmp_path / "include")
+    real = "#ifndef __HOST_DEFINES_H__\n#define __HOST_DEFINES_H__\n#define __global__ nothing of the kind\n#endif\n"
+    (whole / "crt").mkdir(exist_ok=True)
+    (whole / "crt/host_defines.h").write_text(real)
+    fresh.setattr(sources, "_toolkits", lambda: [whole])
+    fresh.setenv("CACHE_DIRECTORY", str(tmp_path / "cache"))
+    gxx.build(FOLDER / "wrong.cu")
+
+
 def test_a_build_is_kept_until_its_text_changes(fresh, tmp_path):
     fresh.setenv("CACHE_DIRECTORY", str(tmp_path / "cache"))
     source = shutil.copy(FOLDER / "wrong.cu", tmp_path)

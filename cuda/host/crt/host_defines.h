@@ -1,5 +1,6 @@
 // Stands in for the file of this name that the toolkit's headers include: on the CPU its words mean next to nothing.
 #pragma once
+#define __HOST_DEFINES_H__  // a toolkit that is installed whole brings the real one, which then adds nothing
 
 // fwd/kernels/host.py knows kernels by this attribute.
 #define __global__ __attribute__((visibility("default"), used))
