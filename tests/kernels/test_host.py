@@ -484,7 +484,8 @@ def test_headers_of_a_whole_toolkit_do_as_well(fresh, tmp_path):
     (whole / "crt/host_defines.h").write_text(real)
     fresh.setattr(sources, "_toolkits", lambda: [whole])
     fresh.setenv("CACHE_DIRECTORY", str(tmp_path / "cache"))
-    gxx.build(FOLDER / "wrong.cu")
+
+    assert gxx.build(FOLDER / "wrong.cu").is_file()
 
 
 def test_a_build_is_kept_until_its_text_changes(fresh, tmp_path):
