@@ -18,7 +18,11 @@ from fwd.config import Config, Device, DType, KVDType, load
 @click.option("--http", multiple=True, metavar="ADDRESS", help="HOST:PORT, unix:PATH or none; may repeat.")
 @uds_option
 @click.option("--keys", metavar="FILE", help="SHA-256 of each key, one a line; needed beyond loopback.")
-@click.option("--device", type=click.Choice(get_args(Device)))
+@click.option(
+    "--device",
+    type=click.Choice(get_args(Device)),
+    help="auto: a GPU, else the CPU; host: the GPU's kernels on the CPU.",
+)
 @click.option("--dtype", type=click.Choice(get_args(DType)), help="auto is the checkpoint's.")
 @click.option("--context", type=int, help="Tokens of prompt and answer (default: the model's, or what the pool holds).")
 @click.option("--kv-dtype", type=click.Choice(get_args(KVDType)))
