@@ -21,7 +21,7 @@ from fwd.config import Config, Device, DType, KVDType, load
 @click.option(
     "--device",
     type=click.Choice(get_args(Device)),
-    help="auto: a GPU, else the CPU; host: the GPU's kernels on the CPU.",
+    help="auto: a GPU, else the CPU; host: GPU kernels on the CPU.",
 )
 @click.option("--dtype", type=click.Choice(get_args(DType)), help="auto is the checkpoint's.")
 @click.option("--context", type=int, help="Tokens of prompt and answer (default: the model's, or what the pool holds).")
