@@ -43,19 +43,28 @@ def plan(gpu: str | None, measure: bool, as_json: bool, **flags: Any) -> None:
 
 
 def _planned(config: Config, gpu: str | None) -> "Plan":
-    from fwd.engine.device import GPUS  # noqa: PLC0415  # the engine half, only where it is needed
-    from fwd.engine.plan import plan as make  # noqa: PLC0415
+    from fwd.engine.plan import plan as make  # noqa: PLC0415  # the engine half, only where it is needed
     from fwd.models.spec import read_spec, run_spec  # noqa: PLC0415
 
     spec = run_spec(read_spec(config.folder), config.dtype)
     return make(
         spec,
-        GPUS[gpu] if gpu else _device(config, spec),
+        _absent(gpu, spec) if gpu else _device(config, spec),
         context=config.context,
         max_seqs=config.max_seqs,
         kv_dtype=config.kv_dtype,
         kv_bytes=config.kv_bytes,
     )
+
+
+def _absent(gpu: str, spec: "ModelSpec") -> "engine.Device":
+    """A GPU that is not here; raises as `fwd serve` would there if its kernels do not take the model."""
+    from fwd.engine.device import GPUS  # noqa: PLC0415
+    from fwd.kernels.device import check  # noqa: PLC0415
+    from fwd.models.load import shape  # noqa: PLC0415
+
+    check("cuda", shape(spec))
+    return GPUS[gpu]
 
 
 def _device(config: Config, spec: "ModelSpec") -> "engine.Device":

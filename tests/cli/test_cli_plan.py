@@ -139,9 +139,21 @@ def test_what_cannot_be_is_one_line(fwd, model, arguments, named):
 
 def test_fp8_that_the_heads_cannot_take(fwd, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "head_dim": 72}))
-    line = refusal(fwd("plan", tmp_path, "--gpu", "b200", "--kv-dtype", "fp8"))
+    line = refusal(fwd("plan", tmp_path, "--kv-dtype", "fp8"))
     assert "fp8 needs vectors of a multiple of 16, the model has 72: use bfloat16" in line
 
 
 def test_a_folder_without_a_config(fwd, tmp_path):
     assert "has no config.json" in refusal(fwd("plan", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"head_dim": 72}, "head_dim is 72: the kernels take one of 64, 128, 256"),
+        ({"torch_dtype": "float32"}, "runs bfloat16 models, this one is float32: use --dtype bfloat16"),
+    ],
+)
+def test_what_the_kernels_of_a_gpu_do_not_take(fwd, tmp_path, changed, words):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **changed}))
+    assert words in refusal(fwd("plan", tmp_path, "--gpu", "b200"))
