@@ -15,7 +15,8 @@ def serve(config: Config) -> int:
     """Run until told to stop; the exit code. Raises `FwdError` when it cannot start."""
     if not config.folder.is_dir():
         raise ModelError(f"{config.folder} is no folder: give a Hugging Face model folder, or `demo`")
-    signal.signal(signal.SIGTERM, _leave)  # until the loop has its own; before there is a socket file to remove
+    early = Early()
+    signal.signal(signal.SIGTERM, early)  # until the loop has its own; before there is a socket file to remove
     listeners = listen(config)
     try:
         from fwd.front.process import EngineProcess  # noqa: PLC0415  # asyncio, after the sockets
@@ -23,10 +24,17 @@ def serve(config: Config) -> int:
         process = EngineProcess()
         from fwd.daemon.run import run  # noqa: PLC0415  # aiohttp, beside the engine's own start
 
-        return run(config, listeners, process)
+        return run(config, listeners, process, early)
     finally:
         listeners.remove_files()
 
 
-def _leave(*_: object) -> None:
-    sys.exit(0)
+class Early:
+    """Leaves at a signal. What it raises is lost where Python was in a callback, which imports have: `heard` tells."""
+
+    heard = False
+
+    def __call__(self, *_: object) -> None:
+        """Handle the signal."""
+        self.heard = True
+        sys.exit(0)

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 from collections.abc import Coroutine
+from typing import Protocol
 
 from aiohttp import web
 
@@ -21,17 +22,24 @@ from fwd.log import configure
 from fwd.protocol.messages import Load
 
 
-def run(config: Config, listeners: Listeners, process: EngineProcess) -> int:
+class Stops(Protocol):
+    """Whether a signal to stop came before there was a loop."""
+
+    heard: bool
+
+
+def run(config: Config, listeners: Listeners, process: EngineProcess, early: Stops) -> int:
     """Serve on an event loop of its own; the exit code."""
     configure(config.log_level)
-    return asyncio.run(Daemon(config, listeners, process).run())
+    return asyncio.run(Daemon(config, listeners, process, early).run())
 
 
 class Daemon:
     """Ordered start and stop of the front process."""
 
-    def __init__(self, config: Config, listeners: Listeners, process: EngineProcess) -> None:
+    def __init__(self, config: Config, listeners: Listeners, process: EngineProcess, early: Stops) -> None:
         self._config = config
+        self._early = early
         self._listeners = listeners
         self._process = process
         self._stops = asyncio.Event()
@@ -42,6 +50,8 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        if self._early.heard:
+            self._stops.set()
         service = self._wire()
         runner = await self._listen(service)
         local = LocalServer(service, self._listeners.local)

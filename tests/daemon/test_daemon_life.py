@@ -213,6 +213,33 @@ def test_an_engine_that_cannot_start(folder, tmp_path):
     assert "did not start" in line
 
 
+SIGNAL_IN_A_CALLBACK = """
+import os, signal, sys, weakref
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "fwd.daemon.run" and (victim := self.__dict__.pop("victim", None)):
+            seen = weakref.ref(victim, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+            del victim
+
+finder = Finder()
+finder.victim = Finder()
+sys.meta_path.insert(0, finder)
+from fwd.cli import main
+main()
+"""
+
+
+def test_a_signal_whose_exception_is_lost_while_modules_are_imported(folder, tmp_path):
+    """Python ignores what is raised in a callback of a weak reference, and imports have such callbacks."""
+    command = [sys.executable, "-c", SIGNAL_IN_A_CALLBACK, "serve", str(folder), "--http", "none"]
+    command += ["--uds", str(tmp_path / "s")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "Exception ignored" in done.stderr
+    assert not (tmp_path / "s").exists()
+
+
 def test_stop_returns_when_the_daemon_is_gone(folder, steady):
     """Its engine is frozen, so that stopping takes a while; the path is free at once, and the process ends before."""
     with daemon(script("abc"), folder, *steady) as running:
