@@ -15,11 +15,10 @@ from fwd.kernels import gemv, packing, paged_attention, prefill
 from fwd.kernels import sample as sampler
 from fwd.kernels.drawing import Drawing, Outcome
 from fwd.kernels.launch import Launcher
-from fwd.kernels.ops import KV, QKV, Draw, Norm, Rows, Sampled
+from fwd.kernels.ops import KV, MAX_ROWS, QKV, Draw, Norm, Rows, Sampled
 from fwd.kernels.qtensor import QTensor
 from fwd.kernels.reference import Reference
 
-MAX_ROWS = 16  # of a decode step; more are a prefill chunk
 SOURCES = ("gemv.cu", "paged_attention.cu", "qkv.cu", "sample.cu")  # what a decode step is made of
 
 

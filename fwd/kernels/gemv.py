@@ -8,13 +8,10 @@ from torch import Tensor
 
 from fwd.errors import ModelError
 from fwd.kernels.launch import Kernel, Launcher
-from fwd.kernels.ops import KV, QKV, Norm, Rows
+from fwd.kernels.ops import KV, MAX_ROWS, QKV, Norm, Rows
 from fwd.kernels.packing import BLOCK, TILE
+from fwd.kernels.paged_attention import HEAD_DIMS, KV_DTYPES
 from fwd.kernels.qtensor import QTensor
-
-MAX_ROWS = 16
-HEAD_DIMS = (64, 128, 256)  # those of the attention kernels; `qkv` takes all multiples of 16 up to 256
-KV_DTYPES = (torch.bfloat16, torch.float8_e4m3fn)
 
 _THREADS = 256
 _WARPS = 8

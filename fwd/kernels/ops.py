@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fwd.kernels.qtensor import QTensor
 
+MAX_ROWS = 16  # of a decode step; more are a prefill chunk, whose shapes are fixed
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cells:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from fwd.kernels.launch import Kernel, Launcher
-from fwd.kernels.ops import KV, Rows
+from fwd.kernels.ops import KV, MAX_ROWS, Rows
 
-ROWS = 16
 GROUP = 16  # query heads of a kv head, at most
 HEAD_DIMS = (64, 128, 256)
 KV_DTYPES = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8"}
@@ -40,14 +39,14 @@ class Workspace:
     arrivals: Tensor  # int32 [rows, kv_heads], zeros
 
     @classmethod
-    def new(cls, launcher: Launcher, heads: int, kv_heads: int, head_dim: int, *, rows: int = ROWS) -> "Workspace":
+    def new(cls, launcher: Launcher, heads: int, kv_heads: int, head_dim: int, *, rows: int = MAX_ROWS) -> "Workspace":
         """Return the workspace of a model's layers, which take turns."""
         sums = launcher.empty((rows, heads, PIECES, head_dim), torch.float32)
         marks = launcher.empty((rows, heads, PIECES, 2), torch.float32)
         return cls(sums, marks, torch.zeros((rows, kv_heads), dtype=torch.int32, device=launcher.device))
 
 
-def workspace_bytes(heads: int, kv_heads: int, head_dim: int, rows: int = ROWS) -> int:
+def workspace_bytes(heads: int, kv_heads: int, head_dim: int, rows: int = MAX_ROWS) -> int:
     """Bytes of a `Workspace`."""
     return rows * (heads * PIECES * (head_dim + 2) + kv_heads) * 4
 
@@ -98,7 +97,7 @@ def decode_attention(
     assert rows.chunk < 0, "prefill rows"
     check(q, kv, sinks)
     count, heads, head_dim = q.shape
-    assert 1 <= count <= ROWS, f"{count} rows"
+    assert 1 <= count <= MAX_ROWS, f"{count} rows"
     assert workspace.sums.shape[1:] == (heads, PIECES, head_dim), (tuple(q.shape), tuple(workspace.sums.shape))
     assert workspace.arrivals.shape[1] == kv.keys.shape[1], (tuple(kv.keys.shape), tuple(workspace.arrivals.shape))
     cells = rows.cells[kv.group]

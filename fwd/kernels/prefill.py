@@ -15,6 +15,7 @@ from fwd.kernels.launch import Kernel, Launcher
 from fwd.kernels.ops import KV, QKV, Norm, Rows
 from fwd.kernels.paged_attention import KV_DTYPES, check
 from fwd.kernels.qtensor import QTensor
+from fwd.kernels.reference import normed
 
 SLAB = 16 << 20  # bytes of unpacked weights: written and read again before they leave L2 (50 MB on an H200)
 _OUTPUTS = 128  # outputs of a slab are a multiple of this, the width of the library's tiles, where there are as many
@@ -30,7 +31,7 @@ class Prefill:
 
     def qkv(self, hidden: Tensor, layer: QKV, rope: Tensor, rows: Rows, kv: KV) -> Tensor:
         """See `fwd.kernels.ops.Ops.qkv`."""
-        fused = self._product(_normed(hidden, layer.norm), layer.weight, layer.bias)
+        fused = self._product(normed(hidden, layer.norm), layer.weight, layer.bias)
         return prefill_kv(self._launcher, fused, layer, rope, rows=rows, kv=kv)
 
     def attention(self, q: Tensor, rows: Rows, kv: KV, sinks: Tensor | None = None) -> Tensor:
@@ -47,7 +48,7 @@ class Prefill:
 
     def gate_up(self, hidden: Tensor, norm: Norm, weight: QTensor) -> Tensor:
         """See `fwd.kernels.ops.Ops.gate_up`."""
-        gate, up = self._product(_normed(hidden, norm), weight, None).chunk(2, dim=1)
+        gate, up = self._product(normed(hidden, norm), weight, None).chunk(2, dim=1)
         return F.silu(gate).mul_(up)
 
     def _product(self, x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
@@ -131,7 +132,3 @@ def shared_bytes(head_dim: int, itemsize: int) -> int:
     keys, fp8 = 32 if head_dim == 256 else 64, itemsize == 1
     stage = 2 * keys * (head_dim * itemsize + 4 * fp8)
     return 2 * stage + query_rows(head_dim) * head_dim * 2 + 4 * keys * head_dim * fp8
-
-
-def _normed(x: Tensor, norm: Norm) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), None, norm.eps).mul_(norm.weight)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fwd.kernels import sampling
 from fwd.kernels.attention import Piece, attend, decode_pieces, prefill_pieces
-from fwd.kernels.ops import KV, QKV, Draw, Norm, Rows, Sampled, Top
+from fwd.kernels.ops import KV, MAX_ROWS, QKV, Draw, Norm, Rows, Sampled, Top
 from fwd.kernels.paged import aligned, write
 from fwd.kernels.qtensor import Format, QTensor
 
@@ -26,7 +26,6 @@ _BLOCKS: dict[Format, Callable[[], bool]] = {
     "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported,  # noqa: SLF001
 }
 _SPLIT = 32768  # torch divides an elementwise call of this many elements among threads, in the middle of a row
-_DECODE_ROWS = 16  # above, rows come from a prefill chunk, whose shapes are fixed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,7 +74,7 @@ class Reference:
 
     def qkv(self, hidden: Tensor, layer: QKV, rope: Tensor, rows: Rows, kv: KV) -> Tensor:  # noqa: D102
         step = self._enter(rows, rope)
-        fused = _project(_normed(hidden, layer.norm), layer.weight.data, layer.bias)
+        fused = _project(normed(hidden, layer.norm), layer.weight.data, layer.bias)
         heads = fused.view(len(fused), -1, layer.head_dim)  # [rows, heads + 2·kv_heads, head_dim]
         turned = _rotate(_head_norms(heads[:, : -layer.kv_heads], layer), step)
         keys, values = turned[step.live, -layer.kv_heads :], heads[step.live, -layer.kv_heads :]
@@ -109,11 +108,11 @@ class Reference:
         return residual.addmm_(x, weight.data.t())
 
     def gate_up(self, hidden: Tensor, norm: Norm, weight: QTensor) -> Tensor:  # noqa: D102
-        gate, up = _project(_normed(hidden, norm), weight.data, None).chunk(2, dim=1)
+        gate, up = _project(normed(hidden, norm), weight.data, None).chunk(2, dim=1)
         return _by_whole_rows(gate).mul_(up)
 
     def head(self, hidden: Tensor, norm: Norm, weight: QTensor) -> Tensor:  # noqa: D102
-        return _project(_normed(hidden, norm).float(), weight.data, None)
+        return _project(normed(hidden, norm).float(), weight.data, None)
 
     def sample(self, logits: Tensor, draws: Sequence[Draw]) -> Sampled:  # noqa: D102
         array = logits.numpy()
@@ -162,7 +161,8 @@ def _check_rows(x: Tensor) -> None:
     assert len(x) % Reference.row_block == 0, f"{len(x)} rows are no multiple of {Reference.row_block}: use Rows.padded"
 
 
-def _normed(x: Tensor, norm: Norm) -> Tensor:
+def normed(x: Tensor, norm: Norm) -> Tensor:
+    """Return the rows of x in its dtype, rounded where `fwd.kernels.ops.Norm` says."""
     return F.rms_norm(x, (x.shape[-1],), None, norm.eps).mul_(norm.weight)
 
 
@@ -170,7 +170,7 @@ def _head_norms(heads: Tensor, layer: QKV) -> Tensor:
     if layer.q_norm is None or layer.k_norm is None:
         return heads
     q, k = heads[:, : -layer.kv_heads], heads[:, -layer.kv_heads :]
-    return torch.cat((_normed(q, layer.q_norm), _normed(k, layer.k_norm)), dim=1)
+    return torch.cat((normed(q, layer.q_norm), normed(k, layer.k_norm)), dim=1)
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -186,7 +186,7 @@ def _rotate(x: Tensor, step: _Step) -> Tensor:
 
 
 def _by_whole_rows(gate: Tensor) -> Tensor:
-    if gate.numel() < _SPLIT or len(gate) > _DECODE_ROWS:
+    if gate.numel() < _SPLIT or len(gate) > MAX_ROWS:
         return F.silu(gate)
     return torch.stack([F.silu(row) for row in gate])
 
