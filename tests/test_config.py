@@ -131,5 +131,9 @@ def test_where_the_state_is(monkeypatch):
     assert _load_message(Config(state_dir="here", kv_bytes=5)).state_dir == "/tmp/here"
 
 
+def test_the_engine_logs_what_the_front_is_told_to():
+    assert _load_message(Config(log_level="error")).log_level == "error"
+
+
 def test_the_queue_takes_any_one_prompt():
     assert Config().max_queue == 1 << 20

@@ -151,4 +151,5 @@ def _load_message(config: Config) -> Load:
         kv_bytes=config.kv_bytes,
         threads=config.threads,
         state_dir=str(config.state_path.resolve()) if config.state_path else "",
+        log_level=config.log_level,
     )

@@ -47,7 +47,7 @@ def _serve(channel: Channel[ToEngine]) -> None:
     if not isinstance(hello, Hello) or hello.version != VERSION or not isinstance(load, Load):
         raise BadFrameError(f"the engine expects Hello of version {VERSION} and then Load")
     started = time.monotonic()
-    configure("info")
+    configure(load.log_level)
     from fwd.engine.start import start  # noqa: PLC0415  # torch: seconds, and the link is up before
 
     loop, info = start(load, channel, _Progress(channel), started)

@@ -109,6 +109,7 @@ class Load(Message, tag=2, frozen=True):
     kv_bytes: Count = 0
     threads: Count = 0
     state_dir: str = ""
+    log_level: str = "info"
 
 
 class Submit(Bulk, tag=3, frozen=True):
