@@ -55,7 +55,7 @@ struct Head {
     static FWD_INLINE void put(bf16* to, float value, float) { *to = to_bf16(value); }
     static FWD_INLINE void put(fp8* to, float value, float scale) { *to = to_fp8(value / scale); }
 
-    // Writes a vector to its cell; fp8 with its scale, by the rule of `fwd.kernels.ops.KV`.
+    // Writes a vector to its cell; fp8 with its scale, by the rule of `fwd.kernels.kv.KV`.
     FWD_INLINE void write(bf16* cache, float*, int64_t vector) const { store(cache + vector * kDim, 1.0f); }
     FWD_INLINE void write(fp8* cache, float* scales, int64_t vector) const {
         float top = 0.0f;

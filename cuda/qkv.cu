@@ -169,7 +169,7 @@ struct Whole : Heads {
             for (int j = 0; j < 2; ++j) x[i][j] = fwd::round_bf16(fwd::round_bf16(x[i][j] * factor) * w[i][j]);
     }
 
-    // The rule of fwd.kernels.ops.KV: x / scale in e4m3, scale = max|x| / 448, 1 where that is 0.
+    // The rule of fwd.kernels.kv.KV: x / scale in e4m3, scale = max|x| / 448, 1 where that is 0.
     FWD_INLINE void quantize(const float (&x)[kPairs][2], Cache cache, int slot, int head) const {
         float peak = 0.0f;
 #pragma unroll

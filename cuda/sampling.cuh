@@ -31,7 +31,7 @@ FWD_INLINE double add_rn(double a, double b) {
 #endif
 }
 
-// ---- what each row draws: the buffers of fwd.kernels.drawing.Drawing and of fwd.kernels.ops.Rows ----
+// ---- what each row draws: the buffers of fwd.kernels.drawing.Drawing and of fwd.kernels.rows.Rows ----
 
 struct Drawing {
     const int64_t* seeds;

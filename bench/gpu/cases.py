@@ -14,10 +14,12 @@ from torch.nn.attention.bias import causal_lower_right
 
 from fwd.kernels import drawing, sample
 from fwd.kernels.device import DeviceOps
+from fwd.kernels.kv import KV
 from fwd.kernels.launch import Launcher
-from fwd.kernels.ops import KV, QKV, Cells, Draw, Norm, Rows
+from fwd.kernels.ops import QKV, Draw, Norm
 from fwd.kernels.prefill import Prefill
 from fwd.kernels.qtensor import QTensor
+from fwd.kernels.rows import Cells, Rows
 from fwd.models.rope import rope_table
 from fwd.models.spec import ModelSpec
 from gpu.shapes import step_work

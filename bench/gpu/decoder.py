@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 
-from fwd.models.formats import Shard
+from fwd.models.checkpoint import Shard
 from fwd.models.rope import rope_table
 from fwd.models.spec import ModelSpec, read_spec
 

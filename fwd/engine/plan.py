@@ -231,7 +231,7 @@ def _width(layout: CacheLayout) -> int:
         case Paged():
             return layout.head_dim
         case Latent():
-            return layout.width
+            return layout.latent
         case State():
             return 0
 

@@ -11,7 +11,7 @@ from fwd.engine.pages import BlockTable
 from fwd.engine.plan import Plan
 from fwd.engine.request import Request
 from fwd.engine.scheduler import MAX_ROWS, Chunk, Span
-from fwd.kernels.ops import Cells, Records, Rows
+from fwd.kernels.rows import Cells, Records, Rows
 
 BUCKETS = (1, 2, 4, 8, MAX_ROWS)
 CPU = torch.device("cpu")

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
 
-from fwd.kernels.ops import KV, Rows
+from fwd.kernels.kv import KV
 from fwd.kernels.paged import Span, locate_branch, locate_within, read
+from fwd.kernels.rows import Rows
 
 PIECE = 4096  # keys in a piece, more where there would be over PIECES of them
 PIECES = 256

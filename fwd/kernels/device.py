@@ -14,10 +14,12 @@ from fwd.errors import ConfigError, ModelError
 from fwd.kernels import gemv, packing, paged_attention, prefill
 from fwd.kernels import sample as sampler
 from fwd.kernels.drawing import Drawing, Outcome
+from fwd.kernels.kv import KV
 from fwd.kernels.launch import Launcher
-from fwd.kernels.ops import KV, MAX_ROWS, QKV, Draw, Norm, Rows, Sampled
+from fwd.kernels.ops import QKV, Draw, Norm, Sampled
 from fwd.kernels.qtensor import QTensor
 from fwd.kernels.reference import Reference
+from fwd.kernels.rows import MAX_ROWS, Rows
 
 SOURCES = ("gemv.cu", "paged_attention.cu", "qkv.cu", "sample.cu")  # what a decode step is made of
 

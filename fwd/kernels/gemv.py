@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from fwd.errors import ModelError
+from fwd.kernels.kv import KV
 from fwd.kernels.launch import Kernel, Launcher
-from fwd.kernels.ops import KV, MAX_ROWS, QKV, Norm, Rows
+from fwd.kernels.ops import QKV, Norm
 from fwd.kernels.packing import BLOCK, TILE
 from fwd.kernels.paged_attention import HEAD_DIMS, KV_DTYPES
 from fwd.kernels.qtensor import QTensor
+from fwd.kernels.rows import MAX_ROWS, Rows
 
 _THREADS = 256
 _WARPS = 8

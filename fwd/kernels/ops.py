@@ -4,115 +4,16 @@ Activations travel between ops in the model's dtype; norms, softmax and sums run
 Row-invariance: a row's bits depend neither on the number of rows beside it, nor on its index, nor on its neighbours.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
 
+from fwd.kernels.kv import KV, LatentKV
 from fwd.kernels.qtensor import QTensor
-
-MAX_ROWS = 16  # of a decode step; more are a prefill chunk, whose shapes are fixed
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Cells:
-    """Where the rows of a step find and put the KV of one group of layers, which has page numbers of its own."""
-
-    slots: Tensor  # int64 [rows], KV cell to write = page · page_size + offset; −1: a padding row, writes nothing
-    tables: Tensor  # int32 [sequences, max_pages], page of each page_size positions; unused or behind a window: any
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Records:
-    """Which recurrent state each row continues and where it leaves its own; a record once written never changes."""
-
-    reads: Tensor  # int64 [rows], record of the state before the row; −1: the empty state, or not read
-    writes: Tensor  # int64 [rows], record of the state after the row; −1: not kept
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """The rows of one step: which token of which sequence each row computes, and where what it leaves goes.
-
-    A decode row at position p attends to cells 0…p of its sequence (the last `window` of them in a sliding group), also
-    those that rows of this step write. Drafts may form a tree: a row whose parent is q ≥ 0 stands below row q, one
-    position after it, in the same sequence, and sees what q sees and itself. Its cell is its own slot, whatever the
-    block table holds there; up to and with its first ancestor whose parent is −1 all is found through the block table.
-    Keys are taken in order of position wherever they stand: an accepted branch has the bits of the plain chain.
-
-    A prefill step is exactly C rows of one sequence at positions iC … iC+C−1 (`chunk` = i); rows that are not needed,
-    at its beginning or its end, are padding. Of a prefill step only the first row that is no padding reads a record and
-    only the last one writes one.
-    """
-
-    positions: Tensor  # int64 [rows], absolute; of padding rows: any
-    sequences: Tensor  # int64 [rows], line of the tables; −1: a padding row
-    parents: Tensor  # int64 [rows], row this draft follows; −1: what the block table holds before it (also a chain)
-    cells: tuple[Cells, ...]  # per paged group
-    records: Records | None = None  # where the model keeps states
-    chunk: int = -1  # −1: decode rows; else the index i of the prefill chunk
-
-    def padded(self, block: int) -> "Rows":
-        """Append padding rows up to a multiple of `block`."""
-        if (extra := -len(self.positions) % block) == 0:
-            return self
-        assert self.chunk < 0, "a prefill chunk comes whole"
-
-        def padding(rows: Tensor, value: int = -1) -> Tensor:
-            return F.pad(rows, (0, extra), value=value)
-
-        records = self.records
-        return replace(
-            self,
-            positions=padding(self.positions, 0),
-            sequences=padding(self.sequences),
-            parents=padding(self.parents),
-            cells=tuple(Cells(padding(each.slots), each.tables) for each in self.cells),
-            records=records and Records(padding(records.reads), padding(records.writes)),
-        )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class KV:
-    """Keys and values of one layer; a cell is one token: cell = page · page_size + offset. Contents start undefined.
-
-    The KV dtype is float32, bfloat16 or fp8, whatever the model's. Vectors are rounded to it (to nearest, ties to even)
-    from the model's dtype as they are written, once, and to the model's dtype as attention reads them. In fp8 (e4m3) a
-    cell holds x / scale, clamped to ±448 and rounded; scale = max|x| / 448 of that token and head, 1 where that is 0.
-    What is read is number · scale in float32, rounded to the model's dtype.
-    """
-
-    keys: Tensor  # [cells, kv_heads, head_dim], the KV dtype
-    values: Tensor  # the same
-    page_size: int  # tokens, a multiple of 4: every page then starts at 16 bytes
-    group: int = 0  # index in `Rows.cells`
-    window: int = 0  # tokens that a row sees, itself included; 0: all
-    key_scales: Tensor | None = None  # fp8: float32 [cells, kv_heads]
-    value_scales: Tensor | None = None  # the same
-
-    def copy(self, source: int, target: int) -> None:
-        """Copy the cells of page `source` to page `target`."""
-        size = self.page_size
-        for tensor in (self.keys, self.values, self.key_scales, self.value_scales):
-            if tensor is not None:
-                tensor[target * size : (target + 1) * size] = tensor[source * size : (source + 1) * size]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class KVCache:
-    """The paged cache of a model: the pages of a group hold the same cells in each of its layers."""
-
-    layers: tuple[KV, ...]
-
-    def copy(self, copies: Iterable[tuple[int, int, int]]) -> None:
-        """Copy pages, in order: each (group, source, target) in all layers of the group."""
-        for group, source, target in copies:
-            for kv in self.layers:
-                if kv.group == group:
-                    kv.copy(source, target)
+from fwd.kernels.rows import Rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,6 +35,78 @@ class QKV:
     k_norm: Norm | None
     kv_heads: int
     head_dim: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Latents:
+    """The attention input of a layer that keeps latents (MLA, DeepSeek-V2 2024), for heads of nope + rope numbers.
+
+    The rows of `down` and `query` that make rotated parts are in the order of half pairing, whatever the checkpoint's.
+    """
+
+    norm: Norm
+    down: QTensor  # [q_rank + latent + rope, hidden]: query latent, latent, rotated key shared by all heads
+    q_norm: Norm | None  # over q_rank; None: there is no query latent, `query` takes the normed hidden
+    query: QTensor  # [heads·(nope + rope), q_rank or hidden], a head's nope part first
+    kv_norm: Norm  # over latent
+    up_key: Tensor  # [heads, nope, latent], the model's dtype: keys are up_key·latent
+    up_value: Tensor  # [heads, value, latent]: values are up_value·latent
+    rope: int
+    scale: float  # of q·k before the softmax
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Router:
+    """Which experts a row goes to and with what weights; logits are x·Wᵀ + bias of the normed row, all in float32.
+
+    softmax: of all logits, then the `top_k` largest. topk_softmax: the `top_k` largest logits, softmax of those.
+    sigmoid (DeepSeek-V3): the `top_k` largest of σ(logit) + correction among the `top_groups` of `groups` equal ranges
+    whose two best of these sum highest; their weights are σ(logit). With `normalize` weights are divided by their sum
+    + 1e-20; all are multiplied by `scale`. A row's experts stand in the order of what they were chosen by, the largest
+    first, of equals the lowest index first.
+    """
+
+    norm: Norm
+    weight: QTensor  # [experts, hidden]
+    bias: Tensor | None  # float32 [experts]
+    correction: Tensor | None  # float32 [experts]
+    scoring: Literal["softmax", "topk_softmax", "sigmoid"]
+    top_k: int
+    groups: int = 1
+    top_groups: int = 1
+    normalize: bool = False
+    scale: float = 1.0
+
+
+class Routed(NamedTuple):
+    """The rows of a step on their way to experts."""
+
+    x: Tensor  # [rows, hidden], normed, the model's dtype
+    experts: Tensor  # int32 [rows, top_k]; −1: a padding row goes nowhere
+    weights: Tensor  # float32 [rows, top_k]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Experts:
+    """The experts of one layer, and the one that every row visits with weight 1.
+
+    silu: silu(gate)·up. clamped (gpt-oss): gate ≤ 7, −7 ≤ up ≤ 7, gate·σ(1.702·gate)·(up + 1).
+    """
+
+    gate_up: QTensor  # [experts, 2·intermediate, hidden]: gate, then up
+    gate_up_bias: Tensor | None  # float32 [experts, 2·intermediate]
+    down: QTensor  # [experts, hidden, intermediate]
+    down_bias: Tensor | None  # float32 [experts, hidden]
+    activation: Literal["silu", "clamped"] = "silu"
+    shared_gate_up: QTensor | None = None  # [2·shared, hidden]
+    shared_down: QTensor | None = None  # [hidden, shared]
+
+
+class Active(NamedTuple):
+    """What experts made of the rows, before their down projections."""
+
+    experts: Tensor  # [rows, top_k, intermediate], the model's dtype; of padding rows: undefined
+    shared: Tensor | None  # [rows, shared]
 
 
 @dataclass(slots=True)
@@ -234,4 +207,50 @@ class Ops(Protocol):
 
     def score(self, logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> Sampled:
         """Return the log-probabilities of given `ids` (one per row) and of the `tops[i]` most likely (−1: none)."""
+        ...
+
+
+@runtime_checkable
+class ExpertOps(Ops, Protocol):
+    """Executions that take mixtures of experts as well. Sums stand in float32 until they are rounded, once."""
+
+    def route(self, hidden: Tensor, router: Router, rows: Rows) -> Routed:
+        """Norm the rows of hidden [rows, hidden] and choose their experts."""
+        ...
+
+    def expert_gate_up(self, routed: Routed, experts: Experts) -> Active:
+        """Return act(gate + bias, up + bias) of each row for each of its experts, and for the shared one."""
+        ...
+
+    def expert_down(self, active: Active, routed: Routed, experts: Experts, residual: Tensor) -> Tensor:
+        """Return residual + Σ weightₖ·(downₖ·activeₖ + biasₖ) + shared: [rows, hidden].
+
+        The sum is in a row's own order of experts, then the shared one, then the residual (which may be overwritten).
+        """
+        ...
+
+
+@runtime_checkable
+class LatentOps(ExpertOps, Protocol):
+    """Executions that take latent attention as well (MLA, DeepSeek-V2 2024)."""
+
+    def latent_qkv(self, hidden: Tensor, layer: Latents, rope: Tensor, rows: Rows, kv: LatentKV) -> Tensor:
+        """Norm, project down, norm the latents, write latent and rotated key of rows with a slot, project queries.
+
+        Returns q [rows, heads, nope + rope], its last part rotated; `rope` is float32 [positions, 2, rope/2].
+        """
+        ...
+
+    def decode_latent_attention(self, q: Tensor, layer: Latents, rows: Rows, kv: LatentKV) -> Tensor:
+        """Return softmax(q·k·scale)·v over the cells each row sees: [rows, heads·value]; padding rows give 0.
+
+        In the absorbed form: q' = q_nope·up_key is scored on latents, Σ p·latent goes through up_value.
+        """
+        ...
+
+    def prefill_latent_attention(self, q: Tensor, layer: Latents, rows: Rows, kv: LatentKV) -> Tensor:
+        """Return the same for the C rows of a chunk, which read what `prefill_attention` says.
+
+        In the expanded form: keys and values of all heads are made from the latents.
+        """
         ...

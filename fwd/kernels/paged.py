@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fwd.kernels.ops import KV
+from fwd.kernels.kv import KV
 
 FP8_MAX = 448.0  # e4m3
 _ALIGNED = 64  # bytes; products of float32 have other bits where their operands begin elsewhere
@@ -71,7 +71,7 @@ def read(kv: KV, span: Span, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return fp8 numbers [.., dim] and float32 scales [..] of vectors, by the rule of `fwd.kernels.ops.KV`."""
+    """Return fp8 numbers [.., dim] and float32 scales [..] of vectors, by the rule of `fwd.kernels.kv.KV`."""
     wide = vectors.float()
     scale = wide.abs().amax(dim=-1) / FP8_MAX
     scale = scale.masked_fill_(scale == 0, 1.0)

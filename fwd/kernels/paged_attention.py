@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fwd.kernels.kv import KV
 from fwd.kernels.launch import Kernel, Launcher
-from fwd.kernels.ops import KV, MAX_ROWS, Rows
+from fwd.kernels.rows import MAX_ROWS, Rows
 
 GROUP = 16  # query heads of a kv head, at most
 HEAD_DIMS = (64, 128, 256)

@@ -11,11 +11,13 @@ import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
 
 from fwd.kernels import packing
+from fwd.kernels.kv import KV
 from fwd.kernels.launch import Kernel, Launcher
-from fwd.kernels.ops import KV, QKV, Norm, Rows
+from fwd.kernels.ops import QKV, Norm
 from fwd.kernels.paged_attention import KV_DTYPES, check
 from fwd.kernels.qtensor import QTensor
 from fwd.kernels.reference import normed
+from fwd.kernels.rows import Rows
 
 SLAB = 16 << 20  # bytes of unpacked weights: written and read again before they leave L2 (50 MB on an H200)
 _OUTPUTS = 128  # outputs of a slab are a multiple of this, the width of the library's tiles, where there are as many
@@ -62,7 +64,7 @@ class Prefill:
 
     def _slabs(self, weight: QTensor) -> Iterator[tuple[slice, Tensor]]:
         """The matrix part by part; the one before is overwritten."""
-        for outputs in slabs(*weight.shape, self._scratch.numel()):
+        for outputs in slabs(weight.shape[0], weight.shape[1], self._scratch.numel()):
             yield outputs, packing.unpack(weight, outputs, self._scratch)
 
 

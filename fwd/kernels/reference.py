@@ -14,9 +14,11 @@ from torch import Tensor
 
 from fwd.kernels import sampling
 from fwd.kernels.attention import Piece, attend, decode_pieces, prefill_pieces
-from fwd.kernels.ops import KV, MAX_ROWS, QKV, Draw, Norm, Rows, Sampled, Top
+from fwd.kernels.kv import KV
+from fwd.kernels.ops import QKV, Draw, Norm, Sampled, Top
 from fwd.kernels.paged import aligned, write
 from fwd.kernels.qtensor import Format, QTensor
+from fwd.kernels.rows import MAX_ROWS, Rows
 
 _block = torch.ops.mkldnn._reorder_linear_weight  # noqa: SLF001 -- torch.compile's own products, in no public module
 _blocked = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001

@@ -28,7 +28,8 @@ from fwd.kernels.drawing import (
     new_outcome,
 )
 from fwd.kernels.launch import Kernel, Launcher
-from fwd.kernels.ops import MAX_ROWS, Draw, Rows, Sampled, Top
+from fwd.kernels.ops import Draw, Sampled, Top
+from fwd.kernels.rows import MAX_ROWS, Rows
 
 MAX_VOCAB = 1 << 19  # a thread of the last block of a row for each chunk
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fwd.kernels.ops import KV, KVCache
+from fwd.kernels.kv import KV, KVCache
 from fwd.models.layout import CacheLayout, KVFormat, Paged, groups
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}

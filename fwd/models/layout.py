@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 KVFormat = Literal["float32", "bfloat16", "fp8"]
 KV_ITEMSIZE: dict[str, int] = {"float32": 4, "bfloat16": 2, "fp8": 1}
 SCALE_BYTES = 4  # fp8: one float32 scale a token and head
+LATENT_BLOCK = 128  # as in `fwd.kernels.kv`, which a test holds
 STATE_ITEMSIZE = 4  # states are float32
 
 
@@ -32,15 +33,21 @@ class Paged:
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """One vector of `width` numbers per token and layer, shared by all heads (MLA, DeepSeek-V2 2024), in pages."""
+    """One latent and one rotated key per token and layer, shared by all heads (MLA, DeepSeek-V2 2024), in pages.
+
+    In fp8 the latent has a scale for each LATENT_BLOCK numbers, and the rotated key stays bfloat16.
+    """
 
     layers: tuple[int, ...]
-    width: int
+    latent: int
+    rope: int
 
     def token_bytes(self, kv: KVFormat) -> int:
         """Bytes one token takes in all layers."""
-        scale = SCALE_BYTES if kv == "fp8" else 0
-        return len(self.layers) * (self.width * KV_ITEMSIZE[kv] + scale)
+        if kv == "fp8":
+            scales = -(-self.latent // LATENT_BLOCK) * SCALE_BYTES
+            return len(self.layers) * (self.latent + scales + self.rope * KV_ITEMSIZE["bfloat16"])
+        return len(self.layers) * (self.latent + self.rope) * KV_ITEMSIZE[kv]
 
 
 @dataclass(frozen=True, slots=True)

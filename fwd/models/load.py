@@ -6,11 +6,12 @@ import torch
 
 from fwd.kernels.device import Shape
 from fwd.kernels.select import resolve, select
+from fwd.models.checkpoint import Checkpoint, Progress
 from fwd.models.dense import Dense
-from fwd.models.formats import Checkpoint, Progress
 from fwd.models.model import Model
-from fwd.models.spec import ModelSpec, read_spec, run_spec
+from fwd.models.spec import Family, ModelSpec, read_spec, run_spec
 
+FAMILIES: dict[Family, type[Dense]] = {"dense": Dense}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -29,7 +30,9 @@ def load(
     spec = run_spec(read_spec(folder), dtype)
     ops = select(resolve(device, shape(spec)))
     checkpoint = Checkpoint(folder, progress)
-    return Dense(spec, ops, _DTYPES[spec.dtype], checkpoint, min(context or spec.max_context, spec.max_context))
+    return FAMILIES[spec.family](
+        spec, ops, _DTYPES[spec.dtype], checkpoint, min(context or spec.max_context, spec.max_context)
+    )
 
 
 def shape(spec: ModelSpec) -> Shape:

@@ -6,7 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fwd.kernels.ops import KVCache, Ops, Rows
+from fwd.kernels.kv import KVCache
+from fwd.kernels.ops import Ops
+from fwd.kernels.rows import Rows
 from fwd.models.layout import KVFormat
 from fwd.models.spec import ModelSpec
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fwd.errors import ModelError
-from fwd.models.layout import CacheLayout, KVFormat, Paged, State
+from fwd.models.layout import CacheLayout, KVFormat, Latent, Paged, State
+from fwd.models.quantization import PLAIN, Quantization
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+Family = Literal["dense", "moe", "gpt_oss", "deepseek"]
 ITEMSIZE: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 _MAX_CONFIG_BYTES = 1 << 20
@@ -45,10 +47,41 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertSpec:
+    """`experts` of width `intermediate`, of which a token visits `top_k` (see `fwd.kernels.ops.Router`)."""
+
+    experts: int
+    top_k: int
+    intermediate: int
+    scoring: Literal["softmax", "topk_softmax", "sigmoid"]
+    normalize: bool
+    layers: tuple[int, ...]  # that have experts; the others have a plain MLP
+    shared: int = 0  # width of the expert that every token visits
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    bias: bool = False  # of router and experts
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """Latent attention (see `kernels.ops.Latents`): widths of the latents and of the parts of a head."""
+
+    q_rank: int  # 0: queries come straight from the hidden state
+    latent: int
+    nope: int
+    rope: int
+    value: int
+    scale: float  # of the softmax
+    interleaved: bool = True  # the checkpoint pairs 2i with 2i + 1
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A decoder's dimensions. `dtype` is the checkpoint's, or what the model was loaded as."""
 
     architecture: str
+    family: Family
     layers: int
     hidden: int
     heads: int
@@ -65,6 +98,13 @@ class ModelSpec:
     max_context: int
     dtype: Dtype
     windows: tuple[int, ...]  # per layer: tokens a row sees, itself included; 0: all
+    sinks: bool = False  # a learned logit without a value in each head's softmax
+    moe: ExpertSpec | None = None
+    mla: LatentSpec | None = None
+    quantization: Quantization = PLAIN
+    prefix: str = ""  # of the names of all tensors
+    others: tuple[str, ...] = ()  # prefixes of tensors that are not the text model's (vision)
+    mtp: int = 0  # layers that predict further tokens; they follow the others in the checkpoint
 
     @property
     def qkv_width(self) -> int:
@@ -72,8 +112,15 @@ class ModelSpec:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
     @property
+    def rotated(self) -> int:
+        """Numbers of a head that are rotated."""
+        return self.mla.rope if self.mla else self.head_dim
+
+    @property
     def cache(self) -> tuple[CacheLayout, ...]:
         """The cache layouts of this model: one per window."""
+        if self.mla:
+            return (Latent(tuple(range(self.layers)), self.mla.latent, self.mla.rope),)
         layers: dict[int, list[int]] = {}
         for layer, window in enumerate(self.windows):
             layers.setdefault(window, []).append(layer)
@@ -167,6 +214,7 @@ def parse_spec(config: dict[str, Any]) -> ModelSpec:
     layers = _integer(config, "num_hidden_layers", 1, 4096)
     return ModelSpec(
         architecture=architecture,
+        family="dense",
         layers=layers,
         hidden=hidden,
         heads=heads,

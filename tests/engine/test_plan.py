@@ -78,7 +78,7 @@ SPECS = {
     "windows only": replace(parse_spec(SLIDING), windows=(128, 64, 128, 64)),
     "state": keeping(State((0, 1), 640), Paged((2,), 2, 64), Paged((3,), 2, 64, 96)),
     "states only": keeping(State((0, 1, 2, 3), 640)),
-    "latent": keeping(Latent((0, 1), 96), Paged((2, 3), 2, 64)),
+    "latent": keeping(Latent((0, 1), 64, 32), Paged((2, 3), 2, 64)),
 }
 specs = st.sampled_from(sorted(SPECS)).map(SPECS.get)
 memories = st.integers(RESERVE, RESERVE + (64 << 20))
@@ -276,7 +276,7 @@ def test_kv_dtypes(spec, wanted, kept):
     [
         (SPECS["full"], "int4", "unknown 'int4': use auto, bfloat16 or fp8"),
         (parse_spec({**SMALL, "head_dim": 24}), "fp8", "a multiple of 16, the model has 24: use bfloat16"),
-        (keeping(Latent((0,), 100)), "fp8", "the model has 100"),
+        (keeping(Latent((0,), 100, 16)), "fp8", "the model has 100"),
         (SPECS["states only"], "bfloat16", "states only, which are float32"),
     ],
     ids=["unknown", "heads", "latent", "states"],

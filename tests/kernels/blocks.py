@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional
 
-from fwd.kernels.ops import KV, QKV, Cells, Norm, Rows
+from fwd.kernels.kv import KV
+from fwd.kernels.ops import QKV, Norm
 from fwd.kernels.qtensor import QTensor
 from fwd.kernels.reference import Reference
+from fwd.kernels.rows import Cells, Rows
 
 DTYPES = (torch.float32, torch.bfloat16)
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from fwd.kernels import sources
-from fwd.kernels.ops import KV, Cells, Rows
+from fwd.kernels.kv import KV
 from fwd.kernels.reference import Reference
+from fwd.kernels.rows import Cells, Rows
 
 KV_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 

@@ -6,9 +6,11 @@ import torch
 from torch.nn import functional
 
 from fwd.kernels import gemv
-from fwd.kernels.ops import KV, QKV, Cells, Norm, Rows
+from fwd.kernels.kv import KV
+from fwd.kernels.ops import QKV, Norm
 from fwd.kernels.qtensor import QTensor
 from fwd.kernels.reference import Reference
+from fwd.kernels.rows import Cells, Rows
 
 POSITIONS = 64
 CELLS = 40

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fwd.kernels import attention, paged
-from fwd.kernels.ops import KV, Cells, Rows
+from fwd.kernels.kv import KV
+from fwd.kernels.rows import Cells, Rows
 
 WINDOWS = (0, 1, 5, 33)
 FEW = (SHAPES[1], SHAPES[3])  # odd, wide

@@ -8,7 +8,9 @@ from layers import POSITIONS, Chance, angles
 from fwd.kernels.device import DeviceOps
 from fwd.kernels.drawing import FIELDS, fill_row, kinds_of, new_drawing, new_outcome
 from fwd.kernels.host import HostLauncher
-from fwd.kernels.ops import KV, QKV, Cells, Draw, Rows
+from fwd.kernels.kv import KV
+from fwd.kernels.ops import QKV, Draw
+from fwd.kernels.rows import Cells, Rows
 
 HIDDEN, HEADS, KV_HEADS, DIM, INNER, VOCAB = 72, 4, 2, 64, 96, 307
 LINES, PAGE, PAGES, STEPS = 5, 4, 2, 5

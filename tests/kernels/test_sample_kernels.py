@@ -27,8 +27,9 @@ from fwd.kernels.drawing import (
     new_outcome,
     outcome_bytes,
 )
-from fwd.kernels.ops import Draw, Rows
+from fwd.kernels.ops import Draw
 from fwd.kernels.reference import Reference
+from fwd.kernels.rows import Rows
 from fwd.kernels.sampling import sample_row
 
 REFERENCE = Reference()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fwd.kernels import attention
-from fwd.kernels.ops import Cells, Draw, Rows
+from fwd.kernels.ops import Draw
+from fwd.kernels.rows import Cells, Rows
 from fwd.models.layout import KV_ITEMSIZE, groups
 from fwd.models.load import load
 

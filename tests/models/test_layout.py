@@ -5,7 +5,7 @@ import pytest
 from fwd.models.layout import Latent, Paged, State, groups
 
 FULL, NARROW, WIDE = Paged((0, 3), 2, 16), Paged((1,), 2, 16, 128), Paged((2, 4), 2, 16, 1024)
-LATENT, STATE = Latent((5, 6, 7), 576), State((8,), 100)
+LATENT, STATE = Latent((5, 6, 7), 512, 64), State((8,), 100)
 
 
 @pytest.mark.parametrize(("kv", "size"), [("float32", 4 * 16), ("bfloat16", 2 * 16), ("fp8", 16 + 4)])
@@ -13,8 +13,8 @@ def test_a_token_takes_a_key_and_a_value_per_head_and_layer_and_in_fp8_their_sca
     assert FULL.token_bytes(kv) == 2 * 2 * 2 * size
 
 
-@pytest.mark.parametrize(("kv", "size"), [("float32", 4 * 576), ("bfloat16", 2 * 576), ("fp8", 576 + 4)])
-def test_a_latent_token_takes_one_vector_a_layer(kv, size):
+@pytest.mark.parametrize(("kv", "size"), [("float32", 4 * 576), ("bfloat16", 2 * 576), ("fp8", 512 + 4 * 4 + 2 * 64)])
+def test_a_latent_token_takes_a_latent_and_a_key_a_layer(kv, size):
     assert LATENT.token_bytes(kv) == 3 * size
 
 

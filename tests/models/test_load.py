@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fwd.errors import ConfigError, ModelError
-from fwd.models.formats import MAX_HEADER, Shard
+from fwd.models.checkpoint import MAX_HEADER, Shard
 from fwd.models.load import load
 
 Q = "model.layers.0.self_attn.q_proj.weight"

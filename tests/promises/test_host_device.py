@@ -11,7 +11,7 @@ from fwd.cli.common import wait_ready
 from fwd.cli.private import private_daemon
 from fwd.config import Config
 from fwd.demo import corpus, tokenizer
-from fwd.kernels.ops import Cells, Rows
+from fwd.kernels.rows import Cells, Rows
 from fwd.models.load import load
 from fwd.protocol.messages import Tokens
 

@@ -1,0 +1,81 @@
+"""What all families share: embedding, blocks, last norm, head, and the cache between them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Generic, TypeVar, cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
+from torch import Tensor
+
+from fwd.kernels.kv import KV, KVCache, LatentKV
+from fwd.kernels.ops import Ops
+from fwd.kernels.rows import Rows
+from fwd.models import cache as caches
+from fwd.models.checkpoint import Checkpoint
+from fwd.models.layout import KVFormat
+from fwd.models.rope import rope_table
+from fwd.models.spec import ModelSpec
+from fwd.models.weights import Weights
+
+EMBEDDING, LAYER, LAST_NORM, HEAD = "model.embed_tokens", "model.layers.{}.", "model.norm.weight", "lm_head"
+
+Layer = TypeVar("Layer")
+Cells = TypeVar("Cells", KV, LatentKV)
+Execution = TypeVar("Execution", bound=Ops)
+
+
+class Decoder(ABC, Generic[Layer, Cells, Execution]):
+    """A decoder of one family; see `fwd.models.model.Model` for the methods' contract."""
+
+    def __init__(
+        self, spec: ModelSpec, ops: Execution, dtype: torch.dtype, checkpoint: Checkpoint, context: int
+    ) -> None:
+        self.spec, self.ops, self.dtype = spec, ops, dtype
+        weights = Weights(spec, ops, checkpoint, dtype)
+        embedding = weights.matrix((EMBEDDING,), (spec.vocab,), spec.hidden)
+        self.layers = [self.layer(weights, LAYER.format(index), index) for index in range(spec.layers)]
+        self.last_norm = weights.norm(LAST_NORM, spec.hidden)
+        self.head = ops.pack_head(embedding if spec.tied else weights.matrix((HEAD,), (spec.vocab,), spec.hidden))
+        self.embedding = self.head if spec.tied and self.head.packed else embedding
+        self.rope = rope_table(spec.rope, spec.rotated, context).to(ops.device)
+        checkpoint.finish(self._needless)
+        self.weights_hash = checkpoint.digest()
+
+    @abstractmethod
+    def layer(self, weights: Weights, prefix: str, index: int) -> Layer:
+        """Take the weights of one block."""
+
+    @abstractmethod
+    def block(self, hidden: Tensor, layer: Layer, rows: Rows, kv: Cells) -> Tensor:
+        """Run one block on hidden [rows, hidden], which it may overwrite."""
+
+    def new_cache(self, units: Sequence[int], page_size: int, kv: KVFormat) -> KVCache:
+        """Return an empty cache of `units[g]` pages for each group g."""
+        return caches.new_cache(self.spec.cache, units, page_size, kv, self.ops.device)
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor, rows: Rows, cache: KVCache) -> Tensor:
+        """Return hidden [rows, hidden]."""
+        count, rows = len(ids), rows.padded(self.ops.row_block)
+        hidden = self.ops.embed(_padded(ids, len(rows.positions)), self.embedding)  # [rows, hidden]
+        for layer, kv in zip(self.layers, cast("tuple[Cells, ...]", cache.layers), strict=True):
+            hidden = self.block(hidden, layer, rows, kv)
+        return hidden[:count]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits float32 [rows, vocab]."""
+        padded = _padded(hidden, len(hidden) + -len(hidden) % self.ops.row_block)
+        return self.ops.head(padded, self.last_norm, self.head)[: len(hidden)]
+
+    def _needless(self, name: str) -> bool:
+        """A tensor of which another takes the place, or that is not the text model's."""
+        tied = self.spec.tied and name == f"{self.spec.prefix}{HEAD}.weight"
+        return tied or name.endswith("rotary_emb.inv_freq") or name.startswith(self.spec.others)
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """`rows` and zeros after them; themselves where there are enough, for a step that is captured launches no more."""
+    extra = count - len(rows)
+    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, extra)) if extra else rows

@@ -1,0 +1,68 @@
+"""Takes the tensors of a checkpoint for a family, fused and placed as its ops want them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fwd.kernels.ops import QKV, Norm, Ops
+from fwd.kernels.qtensor import QTensor
+from fwd.models.checkpoint import Checkpoint
+from fwd.models.spec import ModelSpec
+
+INPUT_NORM = "input_layernorm.weight"
+QKV_PROJ = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+Q_NORM, K_NORM = "self_attn.q_norm.weight", "self_attn.k_norm.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Names are modules (`…mlp.up_proj`) for matrices and tensors (`….weight`) for vectors, behind `spec.prefix`."""
+
+    spec: ModelSpec
+    ops: Ops
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+
+    def under(self, prefix: str, names: Sequence[str]) -> tuple[str, ...]:
+        """The full names."""
+        return tuple(prefix + name for name in names)
+
+    def qkv(self, prefix: str) -> QKV:
+        """The attention input of the layer at `prefix`, by the names that most families share."""
+        spec = self.spec
+        widths = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.kv_heads * spec.head_dim)
+        modules = self.under(prefix, QKV_PROJ)
+        return QKV(
+            norm=self.norm(prefix + INPUT_NORM, spec.hidden),
+            weight=self.packed(modules, widths, spec.hidden),
+            bias=self.bias(modules, widths) if spec.qkv_bias else None,
+            q_norm=self.norm(prefix + Q_NORM, spec.head_dim) if spec.qk_norm else None,
+            k_norm=self.norm(prefix + K_NORM, spec.head_dim) if spec.qk_norm else None,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+        )
+
+    def norm(self, name: str, width: int) -> Norm:
+        """An RMSNorm with the model's epsilon."""
+        return Norm(self.vector((name,), (width,)), self.spec.eps)
+
+    def bias(self, modules: Sequence[str], widths: Sequence[int]) -> Tensor:
+        """The biases of modules, one after the other."""
+        return self.vector([f"{module}.bias" for module in modules], widths)
+
+    def vector(self, names: Sequence[str], widths: Sequence[int]) -> Tensor:
+        """Vectors one after the other, in the model's dtype."""
+        full = self.under(self.spec.prefix, names)
+        return self.checkpoint.take(full, [(width,) for width in widths], self.dtype).to(self.ops.device)
+
+    def packed(self, modules: Sequence[str], outputs: Sequence[int], inputs: int) -> QTensor:
+        """The matrices of modules one above the other, in the order that the ops stream them."""
+        return self.ops.pack(self.matrix(modules, outputs, inputs))
+
+    def matrix(self, modules: Sequence[str], outputs: Sequence[int], inputs: int) -> QTensor:
+        """The matrices of modules one above the other."""
+        names = [f"{self.spec.prefix}{module}.weight" for module in modules]
+        taken = self.checkpoint.take(names, [(width, inputs) for width in outputs], self.dtype)
+        return QTensor.plain(taken.to(self.ops.device))
