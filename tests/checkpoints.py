@@ -46,7 +46,7 @@ _LONG = {  # one full-attention head and sliding layers, for contexts of a milli
 }
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
-KINDS = {
+DENSE = {
     "llama": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False),
     "llama-tied": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
     "llama-bias": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False, attention_bias=True),
@@ -82,6 +82,7 @@ KINDS = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
 }
+KINDS = {**DENSE}
 
 
 def make(kind: str, folder: Path, seed: int = 0) -> None:
