@@ -25,6 +25,7 @@ VERBS = {
     "cancel": "admin",
     "stop": "admin",
     "plan": "plan",
+    "eval": "eval",
     "kernels": "kernels",
     "bench": "bench.verb",
 }

@@ -4,11 +4,10 @@ from typing import Any
 
 import click
 
-from fwd.cli.common import emit, wait_ready
+from fwd.cli.common import emit
 from fwd.cli.options import json_option, uds_option
 from fwd.cli.private import Private, private_daemon
 from fwd.cli.request import Answer, given, sampling_options
-from fwd.errors import EngineError
 from fwd.protocol.messages import Status, Timing
 
 PROMPT = '''def read_config(path, encoding="utf-8"):
@@ -24,7 +23,7 @@ DEFAULTS = {"max_tokens": 160, "temperature": 0.6, "seed": 0}
 def demo(prompt: str, uds: str | None, as_json: bool, **sampling: Any) -> None:
     """Stream a completion from the embedded model, then say how fast it was. Needs no daemon and leaves none."""
     with private_daemon("demo", "--http", "none", "--log-level", "warning", uds=uds) as private:
-        found = _load(private)
+        found = private.ready()
         if not as_json:
             click.secho(prompt, dim=True, nl=False)
         answer = _stream(private, prompt, {**DEFAULTS, **given(sampling)}, silent=as_json)
@@ -32,16 +31,6 @@ def demo(prompt: str, uds: str | None, as_json: bool, **sampling: Any) -> None:
         emit({"prompt": prompt, **answer.document(), "engine": found.engine})
     else:
         click.echo(f"\n\n{_summary(answer, found)}")
-
-
-def _load(private: Private) -> Status:
-    try:
-        with private.connect() as daemon:
-            return wait_ready(daemon)
-    except (EngineError, BrokenPipeError):
-        private.child.wait()
-        private.require_life()
-        raise
 
 
 def _stream(private: Private, prompt: str, options: dict[str, Any], *, silent: bool) -> Answer:

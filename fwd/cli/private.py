@@ -1,4 +1,4 @@
-"""A daemon of our own on a temporary socket, for `fwd demo` and `fwd bench`; it ends when we do."""
+"""A daemon of our own on a temporary socket, for `fwd demo`, `fwd eval` and `fwd bench`; it ends when we do."""
 
 import contextlib
 import os
@@ -9,9 +9,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fwd.cli.common import POLL
+from fwd.cli.common import POLL, wait_ready
 from fwd.errors import ConfigError, EngineError, NotRunningError
 from fwd.protocol.client import Client
+from fwd.protocol.messages import Status
 
 # prctl(PR_SET_PDEATHSIG, SIGTERM): it stops in order when the one who started it is killed
 START = "import ctypes; ctypes.CDLL(None).prctl(1, 15); from fwd.cli import main; main()"
@@ -44,6 +45,16 @@ class Private:
             except NotRunningError:
                 self.require_life()
                 time.sleep(POLL)
+
+    def ready(self) -> Status:
+        """Wait until the model is loaded; raises what ended the daemon if it ended, or why it cannot be loaded."""
+        try:
+            with self.connect() as daemon:
+                return wait_ready(daemon)
+        except (EngineError, BrokenPipeError):
+            self.child.wait()
+            self.require_life()
+            raise
 
     def require_life(self) -> None:
         """Raise the daemon's last words if it is dead."""

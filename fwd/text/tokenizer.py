@@ -126,6 +126,17 @@ class Tokenizer:
         """Return the text of a token by itself, U+FFFD for bytes that are no complete character."""
         return self.token_bytes(token_id).decode(errors="replace")
 
+    def token_name(self, token_id: int) -> str:
+        r"""Return the text of a token; one that is no complete character is spelled `bytes:\x…`, as OpenAI does.
+
+        So no two tokens look the same.
+        """
+        data = self.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Return the text of a whole sequence."""
         table = self.text_table if skip_special else self.table

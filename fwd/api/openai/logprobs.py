@@ -63,10 +63,7 @@ def _item(tokenizer: Tokenizer, token: int, logprob: float | None) -> dict[str, 
 
 
 class Columns:
-    r"""The columnar shape of completions, made piece by piece; offsets count the characters of the text so far.
-
-    A token that is no complete character is spelled `bytes:\x…`, as OpenAI does, so no two tokens look the same.
-    """
+    """The columnar shape of completions, made piece by piece; offsets count the characters of the text so far."""
 
     def __init__(self, tokenizer: Tokenizer, *, continues: bool) -> None:
         self._tokenizer = tokenizer
@@ -77,7 +74,7 @@ class Columns:
         """The columns of the next tokens."""
         columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for score in scores:
-            columns["tokens"].append(self._name(score.token))
+            columns["tokens"].append(self._tokenizer.token_name(score.token))
             columns["token_logprobs"].append(score.logprob)
             columns["top_logprobs"].append(self._top(score))
             columns["text_offset"].append(self._offset)
@@ -87,11 +84,6 @@ class Columns:
     def _top(self, score: Score) -> dict[str, float] | None:
         if score.logprob is None:
             return None
-        return {self._name(token): logprob for token, logprob in [*score.top, (score.token, score.logprob)]}
-
-    def _name(self, token: int) -> str:
-        data = self._tokenizer.token_bytes(token)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        return {
+            self._tokenizer.token_name(token): logprob for token, logprob in [*score.top, (score.token, score.logprob)]
+        }
