@@ -3,14 +3,14 @@
 Which pieces there are is a pure function of a row's own length, or of a chunk's number; short contexts are one piece.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
 
-from fwd.kernels.kv import KV
+from fwd.kernels.kv import KV, LatentKV
 from fwd.kernels.paged import Span, locate_branch, locate_within, read
 from fwd.kernels.rows import Rows
 
@@ -27,6 +27,14 @@ class Piece(NamedTuple):
     mask: Tensor | None
 
 
+class Part(NamedTuple):
+    """Keys and values as they are scored and summed, float32, and what of them is hidden."""
+
+    keys: Tensor  # [1, kv_heads, keys, head_dim]
+    values: Tensor  # [1, kv_heads, keys, value]
+    mask: Tensor | None  # [queries, keys], 0 or −inf
+
+
 def split(start: int, stop: int) -> Iterator[range]:
     """Cut positions start…stop−1 into pieces of equal length, the last one shorter."""
     length = PIECE
@@ -35,7 +43,7 @@ def split(start: int, stop: int) -> Iterator[range]:
     return (range(first, min(first + length, stop)) for first in range(start, stop, length))
 
 
-def decode_pieces(rows: Rows, kv: KV) -> list[list[Piece]]:
+def decode_pieces(rows: Rows, kv: KV | LatentKV) -> list[list[Piece]]:
     """Return the pieces that each row attends to; of a padding row none."""
     cells = rows.cells[kv.group]
     tables, slots = cells.tables.numpy(), cells.slots.numpy()
@@ -49,7 +57,7 @@ def decode_pieces(rows: Rows, kv: KV) -> list[list[Piece]]:
     return [list(pieces(row)) if sequences[row] >= 0 else [] for row in range(len(sequences))]
 
 
-def prefill_pieces(rows: Rows, kv: KV, group: int, dtype: torch.dtype) -> list[Piece]:
+def prefill_pieces(rows: Rows, kv: KV | LatentKV, group: int, dtype: torch.dtype) -> list[Piece]:
     """Return the pieces of a chunk, for C rows of `group` query heads each: masks [group·C, keys] in `dtype`.
 
     They reach from the first key that the chunk's first row would see to the chunk's end, whichever rows are padding.
@@ -80,24 +88,36 @@ def attend(q: Tensor, kv: KV, pieces: Sequence[Piece], sinks: Tensor | None = No
     return F.scaled_dot_product_attention(q, _by_head(keys), _by_head(values), mask)
 
 
-def _attend_split(q: Tensor, kv: KV, pieces: Sequence[Piece], sinks: Tensor | None = None) -> Tensor:
-    """Online softmax (Milakov & Gimelshein 2018) in float32: each piece rescales what was summed before it."""
-    wide = q.float() * q.shape[-1] ** -0.5
-    out = torch.zeros_like(wide)
+def online_softmax(q: Tensor, parts: Iterable[Part], width: int, sinks: Tensor | None = None) -> Tensor:
+    """Return softmax(q·kᵀ)·v over all parts, float32 [1, kv_heads, queries, width]; q float32, scaled already.
+
+    Online softmax (Milakov & Gimelshein 2018): each part rescales what was summed before it.
+    """
+    out = q.new_zeros((*q.shape[:-1], width))
     peak, total = out.new_full((*q.shape[:-1], 1), _LOWEST), out.new_zeros((*q.shape[:-1], 1))
     if sinks is not None:  # a first key whose value is 0
         by_head = sinks.view(1, q.shape[1], -1, 1)
         peak, total = by_head.repeat_interleave(q.shape[2] // by_head.shape[2], dim=2), total.add_(1)
-    for span, mask in pieces:
-        keys, values = (_by_head(x.float()) for x in read(kv, span, q.dtype))
-        scores = wide @ keys.transpose(2, 3)  # [1, kv_heads, queries, keys]
+    for keys, values, mask in parts:
+        scores = q @ keys.transpose(2, 3)  # [1, kv_heads, queries, keys]
         if mask is not None:
             scores += mask
         before, peak = peak, torch.maximum(peak, scores.amax(dim=-1, keepdim=True))
         weights, fade = scores.sub_(peak).exp_(), before.sub_(peak).exp_()
         total = total.mul_(fade).add_(weights.sum(dim=-1, keepdim=True))
         out = out.mul_(fade).add_(weights @ values)
-    return out.div_(total).to(q.dtype)
+    return out.div_(total)
+
+
+def _attend_split(q: Tensor, kv: KV, pieces: Sequence[Piece], sinks: Tensor | None = None) -> Tensor:
+    wide = q.float() * q.shape[-1] ** -0.5
+    return online_softmax(wide, _widened(kv, pieces, q.dtype), q.shape[-1], sinks).to(q.dtype)
+
+
+def _widened(kv: KV, pieces: Sequence[Piece], dtype: torch.dtype) -> Iterator[Part]:
+    for span, mask in pieces:
+        keys, values = (_by_head(x.float()) for x in read(kv, span, dtype))
+        yield Part(keys, values, mask)
 
 
 def _branch(parents: Sequence[int], row: int) -> list[int]:

@@ -237,20 +237,23 @@ class LatentOps(ExpertOps, Protocol):
     def latent_qkv(self, hidden: Tensor, layer: Latents, rope: Tensor, rows: Rows, kv: LatentKV) -> Tensor:
         """Norm, project down, norm the latents, write latent and rotated key of rows with a slot, project queries.
 
-        Returns q [rows, heads, nope + rope], its last part rotated; `rope` is float32 [positions, 2, rope/2].
+        Returns q [rows, heads, nope + rope], its last part rotated; `rope` is float32 [positions, 2, rope/2]. What is
+        projected, normed or rotated is rounded to the model's dtype each time.
         """
         ...
 
     def decode_latent_attention(self, q: Tensor, layer: Latents, rows: Rows, kv: LatentKV) -> Tensor:
         """Return softmax(q·k·scale)·v over the cells each row sees: [rows, heads·value]; padding rows give 0.
 
-        In the absorbed form: q' = q_nope·up_key is scored on latents, Σ p·latent goes through up_value.
+        In the absorbed form: q' = q_nope·up_key is scored on latents, Σ p·latent goes through up_value; all of that in
+        float32, rounded once.
         """
         ...
 
     def prefill_latent_attention(self, q: Tensor, layer: Latents, rows: Rows, kv: LatentKV) -> Tensor:
         """Return the same for the C rows of a chunk, which read what `prefill_attention` says.
 
-        In the expanded form: keys and values of all heads are made from the latents.
+        In the expanded form: keys and values of all heads are made from the latents and rounded to the model's dtype;
+        what follows is in float32, rounded once.
         """
         ...

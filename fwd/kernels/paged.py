@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fwd.kernels.kv import KV
+from fwd.kernels.kv import KV, LATENT_BLOCK, LatentKV
 
 FP8_MAX = 448.0  # e4m3
 _ALIGNED = 64  # bytes; products of float32 have other bits where their operands begin elsewhere
@@ -70,6 +70,21 @@ def read(kv: KV, span: Span, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return keys, _read(kv.values, kv.value_scales, kv.page_size, span, dtype)
 
 
+def write_latents(kv: LatentKV, slots: Tensor, latents: Tensor, keys: Tensor) -> None:
+    """Write latents [tokens, latent] and rotated keys [tokens, rope] to the cells `slots` (int64 [tokens])."""
+    if kv.scales is not None:
+        latents, scales = quantize_latents(latents)
+        _put(kv.scales, slots, scales)
+    _put(kv.latents, slots, latents)
+    _put(kv.keys, slots, keys)
+
+
+def read_latents(kv: LatentKV, span: Span, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return latents and rotated keys of a span, each [before + length + after, …] in `dtype`."""
+    latents = _read(kv.latents, kv.scales, kv.page_size, span, dtype)
+    return latents, _read(kv.keys, None, kv.page_size, span, dtype)
+
+
 def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Return fp8 numbers [.., dim] and float32 scales [..] of vectors, by the rule of `fwd.kernels.kv.KV`."""
     wide = vectors.float()
@@ -79,6 +94,14 @@ def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return numbers.to(torch.float8_e4m3fn), scale
 
 
+def quantize_latents(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Return fp8 numbers [tokens, latent] and scales [tokens, blocks] of latents: `quantize` of each block."""
+    width = latents.shape[-1]
+    blocks = F.pad(latents, (0, -width % LATENT_BLOCK)).view(len(latents), -1, LATENT_BLOCK)
+    numbers, scales = quantize(blocks)
+    return numbers.flatten(1)[:, :width], scales
+
+
 def aligned(x: Tensor) -> Tensor:
     """Return x, or a copy of it that begins where products have the same bits."""
     return x if x.data_ptr() % _ALIGNED == 0 else x.clone()
@@ -86,24 +109,35 @@ def aligned(x: Tensor) -> Tensor:
 
 def _write(cache: Tensor, scales: Tensor | None, slots: Tensor, vectors: Tensor) -> None:
     if scales is not None:
-        numbers, scale = quantize(vectors)
-        cache.view(torch.uint8).index_copy_(0, slots, numbers.view(torch.uint8))
-        scales.index_copy_(0, slots, scale)
-    elif cache.dtype == vectors.dtype:
-        cache.index_copy_(0, slots, vectors)
-    else:
-        cache.index_copy_(0, slots, vectors.to(cache.dtype))
+        vectors, scale = quantize(vectors)
+        _put(scales, slots, scale)
+    _put(cache, slots, vectors)
+
+
+def _put(cache: Tensor, slots: Tensor, vectors: Tensor) -> None:
+    if cache.dtype != vectors.dtype:
+        vectors = vectors.to(cache.dtype)
+    if cache.dtype == torch.float8_e4m3fn:
+        cache, vectors = cache.view(torch.uint8), vectors.view(torch.uint8)
+    cache.index_copy_(0, slots, vectors)
 
 
 def _read(cache: Tensor, scales: Tensor | None, page_size: int, span: Span, dtype: torch.dtype) -> Tensor:
     found = _gather(cache, page_size, span)
     if scales is not None:
-        found = found.float().mul_(_gather(scales, page_size, span).unsqueeze(-1))
+        found = found.float().mul_(_spread(_gather(scales, page_size, span), found))
     if found.dtype != dtype:
         found = found.to(dtype)
     if span.before or span.after:
-        return F.pad(found, (0, 0, 0, 0, span.before, span.after))
+        return F.pad(found, (0, 0) * (found.dim() - 1) + (span.before, span.after))
     return aligned(found)
+
+
+def _spread(scales: Tensor, numbers: Tensor) -> Tensor:
+    """The scale of each number: of a vector one, or of a latent one a block."""
+    if scales.dim() < numbers.dim():
+        return scales.unsqueeze(-1)
+    return scales.repeat_interleave(LATENT_BLOCK, dim=-1)[..., : numbers.shape[-1]]
 
 
 def _gather(cache: Tensor, page_size: int, span: Span) -> Tensor:

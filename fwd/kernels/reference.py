@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
 
-from fwd.kernels import sampling
+from fwd.kernels import latent, sampling
 from fwd.kernels.attention import Piece, attend, decode_pieces, prefill_pieces
-from fwd.kernels.kv import KV
-from fwd.kernels.ops import QKV, Draw, Norm, Sampled, Top
-from fwd.kernels.paged import aligned, write
+from fwd.kernels.kv import KV, LatentKV
+from fwd.kernels.ops import QKV, Draw, Latents, Norm, Sampled, Top
+from fwd.kernels.paged import aligned, write, write_latents
 from fwd.kernels.qtensor import Format, QTensor
 from fwd.kernels.rows import MAX_ROWS, Rows
 
@@ -41,14 +41,13 @@ class _Step:
     slots: tuple[Tensor, ...]  # per paged group: int64, the cells they write
     pieces: dict[tuple[int, int], list[list[Piece]]]  # by group and window: per row, of a prefill chunk one entry
 
-    def pieces_of(self, kv: KV, q: Tensor) -> list[list[Piece]]:
-        """What q [rows, heads, head_dim] attends to in a layer."""
+    def pieces_of(self, kv: KV | LatentKV, group: int, dtype: torch.dtype) -> list[list[Piece]]:
+        """What rows attend to in a layer whose keys serve `group` heads each; masks are in `dtype`."""
         key = (kv.group, kv.window)
         if key not in self.pieces:
             chunked = self.rows.chunk >= 0
-            group = q.shape[1] // kv.keys.shape[1]
             self.pieces[key] = (
-                [prefill_pieces(self.rows, kv, group, q.dtype)] if chunked else decode_pieces(self.rows, kv)
+                [prefill_pieces(self.rows, kv, group, dtype)] if chunked else decode_pieces(self.rows, kv)
             )
         return self.pieces[key]
 
@@ -85,7 +84,8 @@ class Reference:
 
     def decode_attention(self, q: Tensor, rows: Rows, kv: KV, sinks: Tensor | None = None) -> Tensor:  # noqa: D102
         assert rows.chunk < 0, "prefill rows"
-        pieces, kv_heads = self._current(rows).pieces_of(kv, q), kv.keys.shape[1]
+        kv_heads = kv.keys.shape[1]
+        pieces = self._current(rows).pieces_of(kv, q.shape[1] // kv_heads, q.dtype)
         out = [q.new_zeros(q.shape[1] * q.shape[2])] * len(q)
         for row, own in enumerate(pieces):
             if own:
@@ -95,10 +95,31 @@ class Reference:
     def prefill_attention(self, q: Tensor, rows: Rows, kv: KV, sinks: Tensor | None = None) -> Tensor:  # noqa: D102
         assert rows.chunk >= 0, "decode rows"
         count, kv_heads, dim = len(q), kv.keys.shape[1], q.shape[2]
-        (pieces,) = self._current(rows).pieces_of(kv, q)
+        (pieces,) = self._current(rows).pieces_of(kv, q.shape[1] // kv_heads, q.dtype)
         grouped = q.reshape(count, kv_heads, -1, dim).permute(1, 2, 0, 3)  # [kv_heads, group, C, head_dim]
         out = attend(grouped.reshape(1, kv_heads, -1, dim), kv, pieces, sinks)
         return out.view(kv_heads, -1, count, dim).permute(2, 0, 1, 3).reshape(count, -1)
+
+    def latent_qkv(self, hidden: Tensor, layer: Latents, rope: Tensor, rows: Rows, kv: LatentKV) -> Tensor:  # noqa: D102
+        step, width = self._enter(rows, rope), layer.up_key.shape[2]
+        x = normed(hidden, layer.norm)
+        narrow, latents, keys = _project(x, layer.down.data, None).tensor_split(
+            (-width - layer.rope, -layer.rope), dim=1
+        )
+        query = x if layer.q_norm is None else normed(narrow, layer.q_norm)
+        q = _project(query, layer.query.data, None).view(len(x), len(layer.up_key), -1)  # [rows, heads, nope + rope]
+        latents, keys = normed(latents, layer.kv_norm), _rotate(keys.unsqueeze(1), step).squeeze(1)
+        write_latents(kv, step.slots[kv.group], latents[step.live], keys[step.live])
+        return torch.cat((q[..., : -layer.rope], _rotate(q[..., -layer.rope :], step)), dim=-1)
+
+    def decode_latent_attention(self, q: Tensor, layer: Latents, rows: Rows, kv: LatentKV) -> Tensor:  # noqa: D102
+        assert rows.chunk < 0, "prefill rows"
+        return latent.decode(q, layer, kv, self._current(rows).pieces_of(kv, 1, torch.float32))
+
+    def prefill_latent_attention(self, q: Tensor, layer: Latents, rows: Rows, kv: LatentKV) -> Tensor:  # noqa: D102
+        assert rows.chunk >= 0, "decode rows"
+        (pieces,) = self._current(rows).pieces_of(kv, 1, torch.float32)
+        return latent.prefill(q, layer, kv, pieces)
 
     def linear(self, x: Tensor, weight: QTensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: D102
         _check_rows(x)

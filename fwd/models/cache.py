@@ -1,12 +1,13 @@
 """The cache of a model, as its layouts say: one arena, allocated once, of which every layer's tensors are views."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from fwd.kernels.kv import KV, KVCache
-from fwd.models.layout import CacheLayout, KVFormat, Paged, groups
+from fwd.kernels.kv import KV, LATENT_BLOCK, KVCache, LatentKV
+from fwd.models.layout import CacheLayout, KVFormat, Latent, Paged, groups
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
@@ -26,13 +27,12 @@ def new_cache(
     assert page_size % 4 == 0, page_size
     plan = list(zip(groups(layouts), units, strict=True))
     arena = _Arena(sum(pages * group.unit_bytes(page_size, kv) for group, pages in plan), page_size, kv, device)
-    layers: dict[int, KV] = {}
+    layers: dict[int, KV | LatentKV] = {}
     for number, (group, pages) in enumerate(plan):
         for layout in group.layouts:
-            assert isinstance(layout, Paged), f"{type(layout).__name__} keeps no keys and values"
-            layers |= {layer: arena.layer(layout, number, pages) for layer in layout.layers}
+            layers |= {index: arena.layer(layout, number, pages) for index in layout.layers}
     assert arena.free == 0, f"{arena.free} bytes are nobody's"
-    return KVCache(tuple(layers[index] for index in range(len(layers))))
+    return KVCache(cast("tuple[KV, ...] | tuple[LatentKV, ...]", tuple(layers[index] for index in range(len(layers)))))
 
 
 class _Arena:
@@ -47,11 +47,26 @@ class _Arena:
     def free(self) -> int:
         return len(self._bytes) - self._used
 
-    def layer(self, layout: Paged, group: int, pages: int) -> KV:
+    def layer(self, layout: CacheLayout, group: int, pages: int) -> KV | LatentKV:
+        match layout:
+            case Paged():
+                return self._heads(layout, group, pages)
+            case Latent():
+                return self._latents(layout, group, pages)
+        raise AssertionError(f"{type(layout).__name__} keeps nothing of a token")
+
+    def _heads(self, layout: Paged, group: int, pages: int) -> KV:
         heads = (pages * self._page_size, layout.kv_heads)
         keys, values = (self._take((*heads, layout.head_dim), _DTYPES[self._kv]) for _ in range(2))
         key_scales, value_scales = (self._take(heads, torch.float32) if self._kv == "fp8" else None for _ in range(2))
         return KV(keys, values, self._page_size, group, layout.window, key_scales, value_scales)
+
+    def _latents(self, layout: Latent, group: int, pages: int) -> LatentKV:
+        cells, fp8 = pages * self._page_size, self._kv == "fp8"
+        latents = self._take((cells, layout.latent), _DTYPES[self._kv])
+        scales = self._take((cells, -(-layout.latent // LATENT_BLOCK)), torch.float32) if fp8 else None
+        keys = self._take((cells, layout.rope), torch.bfloat16 if fp8 else _DTYPES[self._kv])
+        return LatentKV(latents, keys, self._page_size, group, scales)
 
     def _take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         taken = self._bytes[self._used : self._used + torch.Size(shape).numel() * dtype.itemsize]
