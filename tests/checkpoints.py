@@ -6,10 +6,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    GptOssConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
@@ -82,7 +84,97 @@ DENSE = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
 }
-KINDS = {**DENSE}
+_SINKS = {
+    **_SIZES,
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "sliding_window": 24,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 4,
+}
+_SINKS_ODD = {  # nothing is a multiple of 16
+    **_SINKS,
+    "hidden_size": 72,
+    "intermediate_size": 40,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "sliding_window": 17,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 1,
+    "tie_word_embeddings": True,
+}
+_SINKS_MANY = {
+    **_SINKS,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "head_dim": 24,
+    "sliding_window": 1,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 8,
+    "layer_types": ["full_attention", "sliding_attention"],
+}
+_STRETCHED = {  # as gpt-oss has it
+    "rope_type": "yarn",
+    "rope_theta": 1.5e5,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 32,
+}
+GPT_OSS = {
+    "gpt-oss": lambda: GptOssConfig(**_SINKS, rope_parameters=_STRETCHED),
+    "gpt-oss-odd": lambda: GptOssConfig(**_SINKS_ODD, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    "gpt-oss-many": lambda: GptOssConfig(
+        **_SINKS_MANY, rope_parameters={**_STRETCHED, "truncate": True, "factor": 4.0}
+    ),
+}
+_EXPERTS = {
+    **_SIZES,
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "moe_intermediate_size": 48,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
+_EXPERTS_ODD = {
+    **_EXPERTS,
+    "hidden_size": 72,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "head_dim": 10,
+    "moe_intermediate_size": 20,
+    "num_experts": 3,
+    "norm_topk_prob": False,
+    "tie_word_embeddings": True,
+}
+_EXPERTS_MIXED = {  # in layers 1 and 5
+    **_EXPERTS,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "num_experts": 32,
+    "num_experts_per_tok": 8,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [0, 3],
+    "attention_bias": True,
+}
+_EXPERTS_ALL = {  # are visited by every row
+    **_EXPERTS,
+    "num_hidden_layers": 2,
+    "num_experts": 5,
+    "num_experts_per_tok": 5,
+    "norm_topk_prob": False,
+}
+MOE = {
+    "qwen3-moe": lambda: Qwen3MoeConfig(**_EXPERTS),
+    "qwen3-moe-odd": lambda: Qwen3MoeConfig(**_EXPERTS_ODD),
+    "qwen3-moe-mixed": lambda: Qwen3MoeConfig(**_EXPERTS_MIXED, rope_parameters=_YARN),
+    "qwen3-moe-all": lambda: Qwen3MoeConfig(**_EXPERTS_ALL),
+}
+KINDS = {**DENSE, **GPT_OSS, **MOE}
 
 
 def make(kind: str, folder: Path, seed: int = 0) -> None:
@@ -100,6 +192,8 @@ def build(kind: str, seed: int = 0):
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.3)
+            elif name.endswith("sinks"):
+                parameter.normal_(0, 3)
             elif "norm" in name:
                 parameter.normal_(1, 0.2)
     return model.eval()

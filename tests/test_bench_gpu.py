@@ -108,9 +108,9 @@ def test_the_true_shapes_are_those_of_the_research():
 def test_a_checkpoint_is_whole_and_its_weights_keep_sizes(tiny):
     model = load(tiny, device="cpu", dtype="float32")
     assert model.spec == load(tiny, device="cpu", dtype="float32").spec
-    weight = model.layers[0].down.dequantize()
+    weight = model.layers[0].mlp.down.dequantize()
     assert weight.std().item() == pytest.approx(weight.shape[1] ** -0.5, rel=0.05)
-    assert model.layers[0].norm.weight.float().mean().item() == pytest.approx(1, abs=0.02)
+    assert model.layers[0].mlp.norm.weight.float().mean().item() == pytest.approx(1, abs=0.02)
 
 
 def test_every_token_of_a_checkpoint_is_a_text_of_its_own(tiny):

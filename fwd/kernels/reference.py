@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
 
+from fwd.kernels import experts as mixtures
 from fwd.kernels import latent, sampling
 from fwd.kernels.attention import Piece, attend, decode_pieces, prefill_pieces
 from fwd.kernels.kv import KV, LatentKV
-from fwd.kernels.ops import QKV, Draw, Latents, Norm, Sampled, Top
+from fwd.kernels.ops import QKV, Active, Draw, Experts, Latents, Norm, Routed, Router, Sampled, Top
 from fwd.kernels.paged import aligned, write, write_latents
 from fwd.kernels.qtensor import Format, QTensor
 from fwd.kernels.rows import MAX_ROWS, Rows
@@ -133,6 +134,16 @@ class Reference:
     def gate_up(self, hidden: Tensor, norm: Norm, weight: QTensor) -> Tensor:  # noqa: D102
         gate, up = _project(normed(hidden, norm), weight.data, None).chunk(2, dim=1)
         return _by_whole_rows(gate).mul_(up)
+
+    def route(self, hidden: Tensor, router: Router, rows: Rows) -> Routed:  # noqa: D102
+        _check_rows(hidden)
+        return mixtures.route(normed(hidden, router.norm), router, rows)
+
+    def expert_gate_up(self, routed: Routed, experts: Experts) -> Active:  # noqa: D102
+        return mixtures.gate_up(routed, experts)
+
+    def expert_down(self, active: Active, routed: Routed, experts: Experts, residual: Tensor) -> Tensor:  # noqa: D102
+        return mixtures.down(active, routed, experts, residual)
 
     def head(self, hidden: Tensor, norm: Norm, weight: QTensor) -> Tensor:  # noqa: D102
         return _project(normed(hidden, norm).float(), weight.data, None)

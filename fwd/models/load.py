@@ -1,17 +1,26 @@
 """A model folder becomes a Model: config → spec → checkpoint → weights on the device."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fwd.kernels.device import Shape
 from fwd.kernels.select import resolve, select
 from fwd.models.checkpoint import Checkpoint, Progress
+from fwd.models.config import read_spec, run_spec
 from fwd.models.dense import Dense
+from fwd.models.gpt_oss import GptOss
 from fwd.models.model import Model
-from fwd.models.spec import Family, ModelSpec, read_spec, run_spec
+from fwd.models.moe import Moe
+from fwd.models.spec import Family, ModelSpec
 
-FAMILIES: dict[Family, type[Dense]] = {"dense": Dense}
+FAMILIES: dict[Family, Callable[[ModelSpec, Any, torch.dtype, Checkpoint, int], Model]] = {
+    "dense": Dense,
+    "gpt_oss": GptOss,
+    "moe": Moe,
+}  # `kernels.device.check` has refused what an execution of the ops does not take
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -57,6 +57,11 @@ class Weights:
         full = self.under(self.spec.prefix, names)
         return self.checkpoint.take(full, [(width,) for width in widths], self.dtype).to(self.ops.device)
 
+    def wide(self, name: str, *shape: int) -> Tensor:
+        """A tensor in float32, whatever the model's dtype."""
+        (full,) = self.under(self.spec.prefix, (name,))
+        return self.checkpoint.take((full,), (shape,), torch.float32).to(self.ops.device)
+
     def packed(self, modules: Sequence[str], outputs: Sequence[int], inputs: int) -> QTensor:
         """The matrices of modules one above the other, in the order that the ops stream them."""
         return self.ops.pack(self.matrix(modules, outputs, inputs))
@@ -66,3 +71,20 @@ class Weights:
         names = [f"{self.spec.prefix}{module}.weight" for module in modules]
         taken = self.checkpoint.take(names, [(width, inputs) for width in outputs], self.dtype)
         return QTensor.plain(taken.to(self.ops.device))
+
+    def experts(self, modules: Sequence[str], outputs: Sequence[int], inputs: int) -> QTensor:
+        """The matrices of all experts of a layer, of each one above the other: modules have {} for its number."""
+        assert self.spec.moe is not None, "the model has experts"
+        each = range(self.spec.moe.experts)
+        full = self.under(
+            self.spec.prefix, [f"{module.format(expert)}.weight" for expert in each for module in modules]
+        )
+        taken = self.checkpoint.take(full, [(width, inputs) for width in outputs] * len(each), self.dtype)
+        return QTensor.plain(taken.view(len(each), sum(outputs), inputs).to(self.ops.device))
+
+    def stacked(self, module: str, outputs: int, inputs: int) -> QTensor:
+        """The matrices of all experts of a layer, which stand in one tensor [experts, inputs, outputs]."""
+        assert self.spec.moe is not None, "the model has experts"
+        (full,), count = self.under(self.spec.prefix, (module,)), self.spec.moe.experts
+        taken = self.checkpoint.take((full,), ((count, inputs, outputs),), self.dtype)
+        return QTensor.plain(taken.transpose(1, 2).to(self.ops.device))
