@@ -88,7 +88,7 @@ class Bench:
             f"{self.name}, prefill up to {len(ids)}",
             "tokens/s",
             [fresh / ms * 1e3],
-            ceiling=self.matmul / (2 * self.spec.layers * self.spec.layer_parameters()),
+            ceiling=self.matmul / (2 * (self.spec.active_parameters() - self.spec.vocab * self.spec.hidden)),
             against="matrix rate, attention not counted,",
             goal=PREFILL_GOAL,
             fresh=fresh,

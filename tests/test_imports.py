@@ -33,6 +33,7 @@ LAZY = {"cli": {"engine", "models", "kernels"}}
 FRONT = {"cli", "daemon", "api", "front", "text", "protocol", "config", "errors", "log", "fwd"}
 DEVICE = {"torch", "cupy", "triton", "cuda"}
 NO_TORCH = {f"engine/{name}" for name in ("request", "scheduler", "pages", "prefix", "plan", "workspaces")}
+NO_TORCH |= {"models/config", "models/architectures", "models/positions", "models/fields"}
 NO_TORCH |= {"models/spec", "models/quantization", "models/layout"}
 CODE_AS_DATA = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__"}

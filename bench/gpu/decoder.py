@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 
 from fwd.models.checkpoint import Shard
+from fwd.models.config import read_spec
 from fwd.models.rope import rope_table
-from fwd.models.spec import ModelSpec, read_spec
+from fwd.models.spec import ModelSpec
 
 
 class Block(nn.Module):

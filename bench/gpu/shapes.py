@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from fwd.models.config import parse_spec
 from fwd.models.layout import KVFormat
-from fwd.models.spec import ITEMSIZE, ModelSpec, parse_spec
+from fwd.models.spec import ITEMSIZE, ModelSpec
 
 CONTEXT = (128 << 10) + 1024  # a prompt of 128k tokens and room for its answer
 _LLAMA: dict[str, Any] = {

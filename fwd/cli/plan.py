@@ -44,7 +44,7 @@ def plan(gpu: str | None, measure: bool, as_json: bool, **flags: Any) -> None:
 
 def _planned(config: Config, gpu: str | None) -> "Plan":
     from fwd.engine.plan import plan as make  # noqa: PLC0415  # the engine half, only where it is needed
-    from fwd.models.spec import read_spec, run_spec  # noqa: PLC0415
+    from fwd.models.config import read_spec, run_spec  # noqa: PLC0415
 
     spec = run_spec(read_spec(config.folder), config.dtype)
     return make(

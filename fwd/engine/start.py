@@ -22,10 +22,11 @@ from fwd.kernels.cuda import CudaLauncher, Facts, probe
 from fwd.kernels.device import DeviceOps
 from fwd.kernels.gpu import held
 from fwd.kernels.select import resolve
+from fwd.models.config import read_spec, run_spec
 from fwd.models.load import load as load_model
 from fwd.models.load import shape
 from fwd.models.model import Model
-from fwd.models.spec import ModelSpec, read_spec, run_spec
+from fwd.models.spec import ModelSpec
 from fwd.protocol.frames import Channel
 from fwd.protocol.messages import EngineInfo, Load, ToEngine
 

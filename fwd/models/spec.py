@@ -1,35 +1,17 @@
-"""config.json → ModelSpec: every number the forward pass and the planner need, checked. No torch here.
+"""Every number of a model that the forward pass and the planner need, and what the model costs. No torch here."""
 
-Fields that would change the mathematics in an unsupported way are refused by name; unknown harmless ones are ignored.
-"""
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-import json
-import math
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
-
-from fwd.errors import ModelError
 from fwd.models.layout import CacheLayout, KVFormat, Latent, Paged, State
 from fwd.models.quantization import PLAIN, Quantization
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Family = Literal["dense", "moe", "gpt_oss", "deepseek"]
 ITEMSIZE: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-_MAX_CONFIG_BYTES = 1 << 20
-_MAX_CONTEXT = 1 << 24
-_WINDOW, _FULL_LAYERS = 4096, 28  # transformers' defaults of sliding_window and max_window_layers
-_LAYER_TYPES = ("full_attention", "sliding_attention")
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "quantization_config": (None,),
-    "hidden_act": ("silu",),
-    "mlp_bias": (None, False),
-    "pretraining_tp": (None, 1),
-    "partial_rotary_factor": (None, 1),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-}
+EMBEDDING, LAYER, HEAD = "model.embed_tokens", "model.layers.{}.", "lm_head"
+_PLAIN = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,26 +108,135 @@ class ModelSpec:
             layers.setdefault(window, []).append(layer)
         return tuple(Paged(tuple(own), self.kv_heads, self.head_dim, window) for window, own in layers.items())
 
-    def layer_parameters(self) -> int:
-        """Parameters of one layer."""
-        q = self.heads * self.head_dim
-        biases = self.qkv_bias * self.qkv_width + self.output_bias * self.hidden
-        norms = 2 * self.hidden + 2 * self.qk_norm * self.head_dim
-        return self.hidden * (self.qkv_width + q + 3 * self.intermediate) + biases + norms
+    def parameters(self) -> int:
+        """Parameters of the text model, without what predicts further tokens (`mtp`)."""
+        return sum(part.numbers * part.copies for part in parts(self))
+
+    def active_parameters(self) -> int:
+        """Parameters that the step of one row multiplies with: its experts only, and of the embedding none."""
+        return round(sum(part.numbers * part.read(1) for part in parts(self) if part.name != EMBEDDING or self.tied))
+
+    def weights(self) -> dict[str, int]:
+        """Bytes of all weights by the format they are held in."""
+        sizes: dict[str, int] = {}
+        for part in parts(self):
+            name, size = self.held(part)
+            sizes[name] = sizes.get(name, 0) + size * part.copies
+        return sizes
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights in `dtype`."""
-        tables = (1 if self.tied else 2) * self.vocab * self.hidden
-        return (self.layers * self.layer_parameters() + self.hidden + tables) * ITEMSIZE[self.dtype]
+        """Bytes of all weights as they are held."""
+        return sum(self.weights().values())
+
+    def held(self, part: "Part") -> tuple[str, int]:
+        """The format in which a part is held, and the bytes of one copy."""
+        stored = self.quantization.format_of(self.prefix + part.name) if part.kept == "stored" else None
+        if stored and stored.format not in _PLAIN:
+            return stored.format, stored.nbytes(part.outputs, part.inputs)
+        dtype = "float32" if part.kept == "float32" else self.dtype
+        return dtype, part.numbers * ITEMSIZE[dtype]
 
     def kv_bytes(self, context: int, kv: KVFormat) -> int:
         """Bytes of cache that a row at the end of `context` tokens reads."""
         return sum(_read_bytes(layout, context, kv) for layout in self.cache)
 
     def step_bytes(self, rows: int, context: int, kv: KVFormat) -> int:
-        """Bytes a decode step of `rows` sequences at `context` tokens each must read: layers, head, embeddings, KV."""
-        read_once = self.layers * self.layer_parameters() + self.hidden + self.vocab * self.hidden
-        return (read_once + rows * self.hidden) * ITEMSIZE[self.dtype] + rows * self.kv_bytes(context, kv)
+        """Bytes a decode step of `rows` sequences at `context` tokens each must read: layers, head, embeddings, KV.
+
+        Experts are those that rows visit which choose each for itself and all alike: E·(1 − (1 − k/E)^rows) of E.
+        """
+        weights = sum(self.held(part)[1] * part.read(rows) for part in parts(self) if part.name != EMBEDDING)
+        head = self.vocab * self.hidden * ITEMSIZE[self.dtype] if self.tied else 0
+        embedded = rows * self.hidden * ITEMSIZE[self.dtype]
+        return round(weights) + head + embedded + rows * self.kv_bytes(context, kv)
+
+
+class Part(NamedTuple):
+    """A matrix [outputs, inputs] or vector [outputs] of the checkpoint, or as many `copies` of it as there are experts.
+
+    Of these a row reads `visited`. Parts are held as they are `stored`, or in the model's dtype or float32 always.
+    """
+
+    name: str  # of its module; vectors have none, since they are never quantised
+    outputs: int
+    inputs: int = 1
+    copies: int = 1
+    visited: int = 1
+    kept: Literal["stored", "model", "float32"] = "stored"
+
+    @property
+    def numbers(self) -> int:
+        """Of one copy."""
+        return self.outputs * self.inputs
+
+    def read(self, rows: int) -> float:
+        """Copies that `rows` rows read: all, or those that are expected of independent choices of `visited`."""
+        return self.copies * (1 - (1 - self.visited / self.copies) ** rows) if rows else float(self.copies == 1)
+
+
+def parts(spec: ModelSpec) -> Iterator[Part]:
+    """Return everything that is loaded of a model, each once."""
+    yield Part(EMBEDDING, spec.vocab, spec.hidden)
+    for index in range(spec.layers):
+        prefix = LAYER.format(index)
+        yield from _latents(spec, spec.mla, prefix) if spec.mla else _attention(spec, prefix)
+        yield from _experts(spec, spec.moe, prefix) if spec.moe and index in spec.moe.layers else _mlp(spec, prefix)
+    yield Part("", spec.hidden, kept="model")
+    if not spec.tied:
+        yield Part(HEAD, spec.vocab, spec.hidden)
+
+
+def _attention(spec: ModelSpec, prefix: str) -> Iterator[Part]:
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    for name, width in (("q", queries), ("k", keys), ("v", keys)):
+        yield Part(f"{prefix}self_attn.{name}_proj", width, spec.hidden)
+    yield Part(f"{prefix}self_attn.o_proj", spec.hidden, queries)
+    norms = spec.hidden + 2 * spec.qk_norm * spec.head_dim
+    biases = spec.qkv_bias * spec.qkv_width + spec.output_bias * spec.hidden
+    yield Part("", norms + biases, kept="model")
+    yield Part("", spec.sinks * spec.heads, kept="float32")
+
+
+def _latents(spec: ModelSpec, mla: LatentSpec, prefix: str) -> Iterator[Part]:
+    queries = spec.heads * (mla.nope + mla.rope)
+    if mla.q_rank:
+        yield Part(f"{prefix}self_attn.q_a_proj", mla.q_rank, spec.hidden)
+        yield Part(f"{prefix}self_attn.q_b_proj", queries, mla.q_rank)
+    else:
+        yield Part(f"{prefix}self_attn.q_proj", queries, spec.hidden)
+    yield Part(f"{prefix}self_attn.kv_a_proj_with_mqa", mla.latent + mla.rope, spec.hidden)
+    yield Part(f"{prefix}self_attn.kv_b_proj", spec.heads * (mla.nope + mla.value), mla.latent, kept="model")
+    yield Part(f"{prefix}self_attn.o_proj", spec.hidden, spec.heads * mla.value)
+    yield Part("", spec.hidden + mla.q_rank + mla.latent, kept="model")  # norms
+
+
+def _mlp(spec: ModelSpec, prefix: str) -> Iterator[Part]:
+    yield from _gated(f"{prefix}mlp", spec.hidden, spec.intermediate)
+    yield Part("", spec.hidden, kept="model")  # norm
+
+
+def _experts(spec: ModelSpec, moe: ExpertSpec, prefix: str) -> Iterator[Part]:
+    yield Part("", spec.hidden, kept="model")  # norm
+    yield Part("", moe.experts * spec.hidden, kept="model")  # router
+    yield Part("", moe.experts * (moe.bias + (moe.scoring == "sigmoid")), kept="float32")  # of the router
+    one = _stacked(spec, moe, prefix) if moe.bias else _gated(f"{prefix}mlp.experts.0", spec.hidden, moe.intermediate)
+    for part in one:
+        yield part._replace(copies=moe.experts, visited=moe.top_k)
+    if moe.shared:
+        yield from _gated(f"{prefix}mlp.shared_experts", spec.hidden, moe.shared)
+
+
+def _gated(prefix: str, hidden: int, width: int) -> Iterator[Part]:
+    yield Part(f"{prefix}.gate_proj", width, hidden)
+    yield Part(f"{prefix}.up_proj", width, hidden)
+    yield Part(f"{prefix}.down_proj", hidden, width)
+
+
+def _stacked(spec: ModelSpec, moe: ExpertSpec, prefix: str) -> Iterator[Part]:
+    """The experts of gpt-oss, which are stored in stacks and have biases."""
+    yield Part(f"{prefix}mlp.experts.gate_up_proj", 2 * moe.intermediate, spec.hidden)
+    yield Part(f"{prefix}mlp.experts.down_proj", spec.hidden, moe.intermediate)
+    yield Part("", 2 * moe.intermediate + spec.hidden, kept="float32")
 
 
 def _read_bytes(layout: CacheLayout, context: int, kv: KVFormat) -> int:
@@ -155,211 +246,3 @@ def _read_bytes(layout: CacheLayout, context: int, kv: KVFormat) -> int:
         case Paged(window=window) if window:
             return min(context, window) * layout.token_bytes(kv)
     return context * layout.token_bytes(kv)
-
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    qkv_bias: bool | None  # None: the config's attention_bias, which then also biases the output projection
-    qk_norm: bool
-    default_head_dim: int | None
-    sliding: bool = False  # some layers may see a window of the context only
-
-
-FAMILIES: dict[str, _Family] = {
-    "LlamaForCausalLM": _Family(qkv_bias=None, qk_norm=False, default_head_dim=None),
-    "Qwen2ForCausalLM": _Family(qkv_bias=True, qk_norm=False, default_head_dim=None, sliding=True),
-    "Qwen3ForCausalLM": _Family(qkv_bias=None, qk_norm=True, default_head_dim=128, sliding=True),
-}
-
-
-def read_spec(folder: Path) -> ModelSpec:
-    """Read `config.json` of a model folder; raises ModelError."""
-    path = folder / "config.json"
-    try:
-        raw = path.read_bytes() if path.stat().st_size <= _MAX_CONFIG_BYTES else b""
-        config = json.loads(raw)
-    except FileNotFoundError:
-        raise ModelError(f"{folder} is no model folder: it has no config.json") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return parse_spec(config)
-
-
-def run_spec(spec: ModelSpec, dtype: str) -> ModelSpec:
-    """Return the spec in the dtype it will run in: `auto` is the checkpoint's. Raises ModelError for any other."""
-    match spec.dtype if dtype == "auto" else dtype:
-        case "float32" | "bfloat16" as name:
-            return replace(spec, dtype=name)
-        case other:
-            raise ModelError(f"{other} is not supported: use --dtype bfloat16 or float32")
-
-
-def parse_spec(config: dict[str, Any]) -> ModelSpec:
-    """Check a Hugging Face config and return its ModelSpec; raises ModelError naming the field."""
-    architecture, family = _family(config)
-    _refuse_unsupported(config)
-    attention_bias = _flag(config, "attention_bias")
-    hidden, heads = _integer(config, "hidden_size", 16, 1 << 20), _integer(config, "num_attention_heads", 1, 4096)
-    kv_heads = _integer(config, "num_key_value_heads", 1, 4096, heads)
-    head_dim = _integer(config, "head_dim", 8, 1024, family.default_head_dim or hidden // heads)
-    if heads % kv_heads:
-        raise ModelError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
-    if head_dim % 2:
-        raise ModelError(f"config.json: head_dim {head_dim} is odd, so RoPE cannot pair it")
-    trained = _integer(config, "max_position_embeddings", 1, _MAX_CONTEXT)
-    rope = _rope(config, trained)
-    context = _extended(rope, trained)
-    layers = _integer(config, "num_hidden_layers", 1, 4096)
-    return ModelSpec(
-        architecture=architecture,
-        family="dense",
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate=_integer(config, "intermediate_size", 8, 1 << 22),
-        vocab=_integer(config, "vocab_size", 16, 1 << 24),
-        eps=_number(config, "rms_norm_eps", 0.0, 1.0),
-        rope=rope,
-        tied=_flag(config, "tie_word_embeddings"),
-        qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
-        output_bias=attention_bias and family.qkv_bias is None,
-        qk_norm=family.qk_norm,
-        max_context=context,
-        dtype=_dtype(config),
-        windows=_windows(config, family, layers, context),
-    )
-
-
-def _family(config: dict[str, Any]) -> tuple[str, _Family]:
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and len(names) == 1 else names
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise ModelError(f"unknown architecture {repr(name)[:80]}: this build knows {', '.join(sorted(FAMILIES))}")
-    return name, FAMILIES[name]
-
-
-def _refuse_unsupported(config: dict[str, Any]) -> None:
-    for key, neutral in _NEUTRAL.items():
-        if config.get(key, neutral[0]) not in neutral:
-            raise ModelError(f"config.json: {key} = {repr(config[key])[:80]} is not supported")
-
-
-def _windows(config: dict[str, Any], family: _Family, layers: int, context: int) -> tuple[int, ...]:
-    """Each layer's window, as transformers reads it; one that hides nothing of the context is none."""
-    window = _window(config, family)
-    sliding = _sliding_layers(config, window, layers)
-    if any(sliding) and not family.sliding:
-        raise ModelError("config.json: layer_types other than full_attention are not supported for this architecture")
-    if any(sliding) and not window:
-        raise ModelError("config.json: layer_types name sliding_attention, but use_sliding_window is not true")
-    return tuple(window if slides and window < context else 0 for slides in sliding)
-
-
-def _window(config: dict[str, Any], family: _Family) -> int:
-    if config.get("use_sliding_window") is None or not _flag(config, "use_sliding_window"):
-        return 0
-    if not family.sliding:
-        raise ModelError("config.json: use_sliding_window = True is not supported for this architecture")
-    if config.get("sliding_window", _WINDOW) is None:
-        return 0
-    return _integer(config, "sliding_window", 1, _MAX_CONTEXT, _WINDOW)
-
-
-def _sliding_layers(config: dict[str, Any], window: int, layers: int) -> list[bool]:
-    kinds = config.get("layer_types")
-    if kinds is None:
-        first = _integer(config, "max_window_layers", 0, 1 << 20, _FULL_LAYERS) if window else layers
-        return [index >= first for index in range(layers)]
-    if not isinstance(kinds, list) or any(kind not in _LAYER_TYPES for kind in kinds):
-        raise ModelError(f"config.json: layer_types must be a list of {' or '.join(_LAYER_TYPES)}")
-    if len(kinds) != layers:
-        raise ModelError(f"config.json: layer_types names {len(kinds)} layers, num_hidden_layers {layers}")
-    return [kind == "sliding_attention" for kind in kinds]
-
-
-def _rope(config: dict[str, Any], context: int) -> RopeSpec:
-    table = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(table, dict):
-        raise ModelError(f"config.json: rope parameters must be an object, found {type(table).__name__}")
-    if table.get("partial_rotary_factor", 1) != 1:
-        raise ModelError(f"config.json: partial_rotary_factor = {table['partial_rotary_factor']!r} is not supported")
-    theta = _number({"rope_theta": config.get("rope_theta", 10000.0), **table}, "rope_theta", 2.0, 1e15)
-    kind = table.get("rope_type", table.get("type", "default"))
-    factor = 1.0 if kind == "default" else _number(table, "factor", 1.0, 1e6)
-    original = _integer(table, "original_max_position_embeddings", 1, _MAX_CONTEXT, context)
-    match kind:
-        case "default" | "linear":
-            return RopeSpec(kind, theta, factor)
-        case "llama3":
-            low, high = _number(table, "low_freq_factor", 1e-6, 1e6), _number(table, "high_freq_factor", 1e-6, 1e6)
-            if high <= low:
-                raise ModelError(f"config.json: high_freq_factor {high} must be above low_freq_factor {low}")
-            return RopeSpec("llama3", theta, factor, original, low, high)
-        case "yarn":
-            return _yarn(table, theta, factor, original)
-    raise ModelError(
-        f"config.json: rope type {repr(kind)[:80]} is not supported: known are default, linear, llama3, yarn"
-    )
-
-
-def _extended(rope: RopeSpec, context: int) -> int:
-    """YaRN configs often leave max_position_embeddings at the length before the extension."""
-    extended = max(context, int(rope.original * rope.factor)) if rope.kind == "yarn" else context
-    if extended > _MAX_CONTEXT:
-        raise ModelError(f"config.json: factor {rope.factor:g} extends the context to {extended}, over {_MAX_CONTEXT}")
-    return extended
-
-
-def _yarn(table: dict[str, Any], theta: float, factor: float, original: int) -> RopeSpec:
-    """YaRN (Peng et al. 2023); the attention factor and its mscale variants as transformers derives them."""
-
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0
-
-    scale, scale_all = (_number(table, key, 0.0, 100.0, 0.0) for key in ("mscale", "mscale_all_dim"))
-    derived = mscale(scale) / mscale(scale_all) if scale and scale_all else mscale(1.0)
-    return RopeSpec(
-        "yarn",
-        theta,
-        factor,
-        original,
-        low=_number(table, "beta_slow", 1e-6, 1e6, 1.0),
-        high=_number(table, "beta_fast", 1e-6, 1e6, 32.0),
-        attention_factor=_number(table, "attention_factor", 1e-6, 1e6, derived),
-        truncate=table.get("truncate", True) is not False,
-    )
-
-
-def _dtype(config: dict[str, Any]) -> Dtype:
-    match config.get("dtype") or config.get("torch_dtype") or "float32":
-        case "float32" | "float16" | "bfloat16" as name:
-            return name
-        case other:
-            raise ModelError(
-                f"config.json: dtype {repr(other)[:80]} is not supported: known are float32, float16, bfloat16"
-            )
-
-
-def _integer(table: dict[str, Any], key: str, low: int, high: int, default: int | None = None) -> int:
-    value = default if table.get(key) is None else table[key]
-    if type(value) is not int or not low <= value <= high:
-        raise ModelError(f"config.json: {key} must be an integer from {low} to {high}, found {repr(value)[:40]}")
-    return value
-
-
-def _number(table: dict[str, Any], key: str, low: float, high: float, default: float | None = None) -> float:
-    value: Any = default if table.get(key) is None else table[key]
-    if type(value) not in {int, float} or not low <= value <= high:
-        raise ModelError(f"config.json: {key} must be a number from {low:g} to {high:g}, found {repr(value)[:40]}")
-    return float(value)
-
-
-def _flag(table: dict[str, Any], key: str) -> bool:
-    value = table.get(key, False)
-    if not isinstance(value, bool):
-        raise ModelError(f"config.json: {key} must be true or false, found {repr(value)[:40]}")
-    return value

@@ -9,7 +9,7 @@ from fwd.cli.plan import GPU_NAMES
 from fwd.engine import memory
 from fwd.engine.device import GPUS, cpu
 from fwd.engine.plan import plan
-from fwd.models.spec import read_spec
+from fwd.models.config import read_spec
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],

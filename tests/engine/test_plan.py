@@ -17,9 +17,10 @@ from fwd.engine.scheduler import MAX_ROWS
 from fwd.errors import ConfigError
 from fwd.kernels import attention, drawing, paged_attention, prefill
 from fwd.kernels import device as kernels
+from fwd.models.config import parse_spec
 from fwd.models.layout import Latent, Paged, State
 from fwd.models.load import shape
-from fwd.models.spec import ModelSpec, parse_spec
+from fwd.models.spec import ModelSpec
 
 SMALL = {
     "architectures": ["LlamaForCausalLM"],

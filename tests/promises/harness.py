@@ -13,7 +13,7 @@ from fwd.engine.plan import plan
 from fwd.front.keeper import Keeper
 from fwd.front.service import Service
 from fwd.front.supervisor import Supervisor
-from fwd.models.spec import read_spec, run_spec
+from fwd.models.config import read_spec, run_spec
 from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import Limits, Load, Ping, Pong, Sampling, Submit
 

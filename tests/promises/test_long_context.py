@@ -22,7 +22,7 @@ from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.space import Space
 from fwd.engine.step import CPU, Step, new_tables
 from fwd.models import cache
-from fwd.models.spec import read_spec, run_spec
+from fwd.models.config import read_spec, run_spec
 from fwd.protocol.frames import close_all, pack
 from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import Limits, Sampling, Submit, TopLogprobs

@@ -25,7 +25,7 @@ def bandwidth() -> dict[str, Any]:
 
 def step_bytes(folder: Path, dtype: RunDtype, context: int) -> int:
     """Bytes one step of one sequence must read: every weight it uses, and the KV cache of `context` tokens."""
-    from fwd.models.spec import read_spec  # noqa: PLC0415  # the engine half, only where it is needed
+    from fwd.models.config import read_spec  # noqa: PLC0415  # the engine half, only where it is needed
 
     return replace(read_spec(folder), dtype=dtype).step_bytes(1, context, dtype)
 
