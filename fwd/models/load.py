@@ -10,7 +10,6 @@ from fwd.kernels.device import Shape
 from fwd.kernels.select import resolve, select
 from fwd.models.checkpoint import Checkpoint, Progress
 from fwd.models.config import read_spec, run_spec
-from fwd.models.config import read_spec, run_spec
 from fwd.models.dense import Dense
 from fwd.models.gpt_oss import GptOss
 from fwd.models.model import Model
