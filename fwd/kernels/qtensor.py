@@ -1,12 +1,16 @@
 """A weight matrix in the format it is stored in: what every op takes as its weight."""
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fwd.kernels import packing
+from fwd.kernels.blocking import common_rows
+from fwd.kernels.dequantize import dequantize
 
 Format = Literal["fp32", "fp16", "bf16", "fp8", "mxfp4", "nvfp4", "int4"]
 
@@ -20,7 +24,10 @@ class QTensor:
     fp32, fp16, bf16: the matrix, in any layout. The others are numbers in blocks that share a scale, of `block` =
     (outputs, inputs), the last of each dimension may be ragged:
 
-        weight[o, i] = (number[o, i] − zero[block]) · scale[block] · outer[o]
+        weight[o, i] = (number[o, i] − zero[block]) · (scale[block] · outer[o]), or scale / outer where it `divides`
+
+    The scale with its outer factor is rounded to float32, then the product is, as those who write the formats do it;
+    all else is exact.
 
     fp8: data float8_e4m3fn [out, in]; scales float32; any block.
     mxfp4: data uint8 [out, in/2], the even input in the low nibble, e2m1 codes 0, .5, 1, 1.5, 2, 3, 4, 6 and from 8 on
@@ -38,7 +45,8 @@ class QTensor:
     scales: Tensor | None = None  # [.., ⌈out / block[0]⌉, ⌈in / block[1]⌉]
     zeros: Tensor | None = None
     outer: Tensor | None = None  # float32 [.., out]
-    groups: Tensor | None = None  # int4 with activation order: int32 [in], the column of `scales` of each input
+    divides: bool = False
+    groups: Tensor | None = None  # int4 with activation order: int32 [.., in], the column of `scales` of each input
 
     @classmethod
     def plain(cls, data: Tensor) -> "QTensor":
@@ -51,12 +59,120 @@ class QTensor:
         assert not self.packed, "packed twice"
         return replace(self, data=packing.pack(self.data), packed=True)
 
-    def dequantize(self) -> Tensor:
-        """Return the matrix in float32, exactly (a copy unless it is float32 already)."""
-        return packing.unpack(self).float() if self.packed else self.data.to_dense().float()
+    def dequantize(self, outputs: slice = slice(None)) -> Tensor:
+        """Return the matrix, or some of its outputs, in float32 (a copy unless it is float32 already)."""
+        start, stop, step = outputs.indices(self.shape[-2])
+        assert step == 1, step
+        if self.scales is not None:
+            return dequantize(self, start, stop)
+        if self.packed:
+            return packing.unpack(self, outputs).float()
+        return (self.data.to_dense() if self.data.is_mkldnn else self.data)[..., start:stop, :].float()
+
+    def expert(self, index: int) -> "QTensor":
+        """Return one matrix of a stack, a view."""
+        assert len(self.shape) == 3, self.shape
+        return replace(_each(self, lambda tensor: tensor[index]), shape=self.shape[1:])
+
+    def rows(self, order: Tensor) -> "QTensor":
+        """Return the matrix [out, in] with outputs order[0], order[1], …: int64, any number of them.
+
+        Blocks of several outputs stay where each block of the order is within one, else they become single outputs.
+        """
+        assert not self.packed, "stands as kernels stream it"
+        height = self.block[0]
+        blocks = order // height
+        firsts = blocks[::height]
+        if not torch.equal(firsts.repeat_interleave(height)[: len(blocks)], blocks):
+            height, firsts = 1, blocks
+        return replace(
+            self,
+            data=_take(self.data, order),
+            shape=(len(order), self.shape[1]),
+            block=(height, self.block[1]),
+            scales=None if self.scales is None else _take(self.scales, firsts),
+            zeros=None if self.zeros is None else _take(self.zeros, firsts),
+            outer=None if self.outer is None else _take(self.outer, order),
+        )
+
+    def to(self, device: torch.device) -> "QTensor":
+        """Return the weight on a device."""
+        return _each(self, lambda tensor: tensor.to(device))
 
     @property
     def nbytes(self) -> int:
         """Bytes a step reads when it uses the whole matrix."""
-        tensors = (self.data, self.scales, self.zeros, self.outer, self.groups)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(tensor.nbytes for tensor in _tensors(self))
+
+
+def stack(parts: Iterable[QTensor], count: int) -> QTensor:
+    """Return `count` matrices [out, in] of one format as [count, out, in]; each is copied as it comes."""
+    parts = iter(parts)
+    first = next(parts)
+    stacked = _each(first, lambda tensor: tensor.new_empty(count, *tensor.shape))
+    for index, part in enumerate(chain((first,), parts)):
+        assert (part.format, part.shape, part.block) == (first.format, first.shape, first.block), part
+        for target, tensor in zip(_tensors(stacked), _tensors(part), strict=True):
+            target[index] = tensor
+    return replace(stacked, shape=(count, *first.shape))
+
+
+def concat(parts: Sequence[QTensor]) -> QTensor:
+    """Return matrices [out, in] of one format one above the other; blocks of several outputs shrink to fit.
+
+    They are copied, unless there is only one. Parts in activation order have the same one.
+    """
+    heights, first = [part.shape[0] for part in parts], parts[0]
+    height = common_rows([part.block[0] for part in parts], heights)
+    fitted = [_with_rows(part, height) for part in parts]
+    return replace(
+        fitted[0],
+        data=torch.cat([part.data for part in fitted]) if parts[1:] else first.data,
+        shape=(sum(heights), first.shape[1]),
+        scales=_cat([part.scales for part in fitted]),
+        zeros=_cat([part.zeros for part in fitted]),
+        outer=_cat([part.outer for part in fitted]),
+    )
+
+
+def _each(weight: QTensor, change: Callable[[Tensor], Tensor]) -> QTensor:
+    """The weight with all its tensors changed."""
+
+    def changed(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else change(tensor)
+
+    return replace(
+        weight,
+        data=change(weight.data),
+        scales=changed(weight.scales),
+        zeros=changed(weight.zeros),
+        outer=changed(weight.outer),
+        groups=changed(weight.groups),
+    )
+
+
+def _tensors(weight: QTensor) -> list[Tensor]:
+    tensors = (weight.data, weight.scales, weight.zeros, weight.outer, weight.groups)
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _with_rows(weight: QTensor, height: int) -> QTensor:
+    """The weight in blocks of fewer outputs, each of which is within one block."""
+    if height == weight.block[0]:
+        return weight
+    assert weight.scales is not None, weight.format
+    lines = torch.arange(0, weight.shape[0], height) // weight.block[0]
+    return replace(weight, block=(height, weight.block[1]), scales=_take(weight.scales, lines))
+
+
+def _take(tensor: Tensor, order: Tensor) -> Tensor:
+    """Rows of a tensor of any dtype."""
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.view(torch.uint8).index_select(0, order).view(tensor.dtype)
+    return tensor.index_select(0, order)
+
+
+def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    found = [tensor for tensor in tensors if tensor is not None]
+    assert len(found) in {0, len(tensors)}, "some parts have what others have not"
+    return torch.cat(found) if found[1:] else next(iter(found), None)

@@ -1,0 +1,38 @@
+"""Products with weights as they are stored: the float32 definition. Row-invariant for any number of rows.
+
+A weight is dequantised slab by slab, for the product only: in memory it stays what the checkpoint holds.
+"""
+
+import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
+from torch import Tensor
+
+from fwd.kernels.paged import aligned
+from fwd.kernels.qtensor import QTensor
+
+SLAB_BYTES = 32 << 20  # of a slab in float32
+WORKSPACE_BYTES = 4 * SLAB_BYTES  # what a product holds beside its operands: a slab, and what it is made of
+_TILE = 16  # rows of one product, and outputs at least: of torch 2.13's smaller ones rows depend on their number
+
+
+def product(x: Tensor, weight: QTensor) -> Tensor:
+    """Return x·Wᵀ, float32 [rows, out]: x [rows, in] in any float dtype, widened; the weight exact; float32 sums.
+
+    The weight is [out, in], not `packed`. There may be any number of rows: they go in tiles of 16, the last one padded,
+    so that a row has the same bits in any company.
+    """
+    outputs, inputs = weight.shape
+    whole = QTensor.plain(weight.data.to_dense()) if weight.data.is_mkldnn else weight
+    padded = aligned(F.pad(x.float(), (0, 0, 0, -len(x) % _TILE)))
+    step = max(_TILE, SLAB_BYTES // (4 * inputs) // _TILE * _TILE)
+    total = padded.new_empty(len(padded), outputs)
+    for start in range(0, outputs, step):
+        slab = _slab(whole, start, start + step)
+        for row in range(0, len(padded), _TILE):
+            found = F.linear(aligned(padded[row : row + _TILE]), slab)
+            total[row : row + _TILE, start : start + step] = found[:, : outputs - start]
+    return total[: len(x)]
+
+
+def _slab(weight: QTensor, start: int, stop: int) -> Tensor:
+    slab = weight.dequantize(slice(start, stop))
+    return aligned(F.pad(slab, (0, 0, 0, -len(slab) % _TILE)))
