@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     GptOssConfig,
     LlamaConfig,
+    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -56,6 +57,8 @@ DENSE = {
         **_SIZES, tie_word_embeddings=False, rope_parameters={**_LLAMA3, "original_max_position_embeddings": 64}
     ),
     "yarn": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False, rope_parameters=_YARN),
+    "mistral": lambda: MistralConfig(**_SIZES, sliding_window=None, head_dim=24),
+    "mistral-sliding": lambda: MistralConfig(**_SLIDING, sliding_window=24, rope_parameters=_YARN),
     "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=False),
     "qwen3": lambda: Qwen3Config(**_SIZES, tie_word_embeddings=True, head_dim=32),
     "qwen2-sliding": lambda: Qwen2Config(

@@ -171,6 +171,7 @@ _KIMI = replace(_DEEPSEEK, text="text_config", prefix="language_model.", others=
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(bias="config", defaults=_EPS),
+    "MistralForCausalLM": Architecture(sliding="all", switched=False, defaults={**_EPS, "sliding_window": 4096}),
     "Qwen2ForCausalLM": Architecture(bias="qkv", sliding="late", defaults=_QWEN),
     "Qwen3ForCausalLM": Architecture(bias="config", qk_norm=True, sliding="late", defaults={**_QWEN, "head_dim": 128}),
     "Qwen3MoeForCausalLM": Architecture(

@@ -1,4 +1,4 @@
-"""The dense family: Llama 3.x, Qwen2.5, Qwen3 — one decoder block with optional q, k, v bias and qk-norm."""
+"""The dense family: Llama 3.x, Mistral, Qwen2.5, Qwen3 — one decoder block with optional q, k, v bias and qk-norm."""
 
 from dataclasses import dataclass
 

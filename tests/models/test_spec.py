@@ -133,6 +133,22 @@ def test_windows_are_those_of_transformers(name, reads, change):
     assert parse_spec(config.to_dict() | {"architectures": [name]}).windows == expected
 
 
+@pytest.mark.parametrize(
+    ("change", "windows"),
+    [
+        ({}, (4096, 4096)),
+        ({"sliding_window": None}, (0, 0)),
+        ({"sliding_window": 32, "layer_types": [SLIDES] * 2}, (32, 32)),
+    ],
+    ids=str,
+)
+def test_all_layers_of_mistral_have_a_window_or_none(change, windows):
+    mistral = {**BASE, "max_position_embeddings": 8192, "architectures": ["MistralForCausalLM"]}
+    assert parse_spec({**mistral, **change}).windows == windows
+    with pytest.raises(ModelError, match="layer_types"):
+        parse_spec({**mistral, **change, "layer_types": [FULL, SLIDES]})
+
+
 @pytest.mark.parametrize(("window", "found"), [(511, (0, 511)), (512, (0, 0)), (1 << 20, (0, 0))])
 def test_a_window_over_the_whole_context_is_none(window, found):
     qwen = {**BASE, "architectures": ["Qwen3ForCausalLM"]}
