@@ -1,12 +1,19 @@
 """Tiny random checkpoints made by transformers' own classes, with a byte-level tokenizer and a chat template."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DeepseekV3Config,
+    Glm4MoeLiteConfig,
     GptOssConfig,
+    Kimi_K25Config,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
@@ -112,7 +119,7 @@ _SINKS_MANY = {
     "num_attention_heads": 5,
     "num_key_value_heads": 1,
     "head_dim": 24,
-    "sliding_window": 1,
+    "sliding_window": 2,  # with 1 transformers generates otherwise than it scores
     "num_local_experts": 32,
     "num_experts_per_tok": 8,
     "layer_types": ["full_attention", "sliding_attention"],
@@ -177,21 +184,113 @@ MOE = {
     "qwen3-moe-mixed": lambda: Qwen3MoeConfig(**_EXPERTS_MIXED, rope_parameters=_YARN),
     "qwen3-moe-all": lambda: Qwen3MoeConfig(**_EXPERTS_ALL),
 }
-KINDS = {**DENSE, **GPT_OSS, **MOE}
+_LATENTS = {
+    **_SIZES,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 24,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_mtp_layers": 0,
+}
+_LATENTS_ODD = {  # no query latents, two dense layers, groups, shared experts, half pairing
+    **_LATENTS,
+    "hidden_size": 72,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+    "moe_intermediate_size": 20,
+    "q_lora_rank": None,
+    "kv_lora_rank": 36,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 12,
+    "n_routed_experts": 15,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 2,
+    "n_group": 5,
+    "topk_group": 2,
+    "first_k_dense_replace": 2,
+    "norm_topk_prob": False,
+    "rope_interleave": False,
+    "tie_word_embeddings": True,
+}
+_LATENTS_YARN = {  # experts in all layers, groups
+    **_LATENTS,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 0,
+}
+_YARN_40 = {**_YARN, "factor": 40.0, "original_max_position_embeddings": 32, "mscale": 1.0, "mscale_all_dim": 1.0}
+_LATENTS_LITE = {**_LATENTS, "num_attention_heads": 5, "qk_nope_head_dim": 24, "v_head_dim": 32, "rms_norm_eps": 1e-5}
+_VISION = {"num_attention_heads": 2, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48}
+DEEPSEEK = {
+    "deepseek": lambda: DeepseekV3Config(**_LATENTS),
+    "deepseek-odd": lambda: DeepseekV3Config(**_LATENTS_ODD),
+    "deepseek-yarn": lambda: DeepseekV3Config(**_LATENTS_YARN, rope_parameters=_YARN_40),
+    "deepseek-mscale": lambda: DeepseekV3Config(
+        **{**_LATENTS, "first_k_dense_replace": 3}, rope_parameters={**_YARN_40, "mscale": 0.707, "mscale_all_dim": 0.5}
+    ),
+    "glm4-moe-lite": lambda: Glm4MoeLiteConfig(
+        **_LATENTS_LITE, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
+    ),
+    "kimi-k25": lambda: Kimi_K25Config(
+        text_config=DeepseekV3Config(
+            **{**_LATENTS, "rms_norm_eps": 1e-5}, rope_parameters={**_YARN_40, "rope_theta": 5e4, "factor": 64.0}
+        ),
+        vision_config=_VISION,
+        projection_hidden_size=32,
+        tie_word_embeddings=False,
+    ),
+}
+_RELEASED = {  # what transformers 5.23 writes otherwise than Kimi K2.5 was released
+    r"^language_model\.model\.blocks\.": "language_model.model.layers.",
+    r"^model\.mm_projector\.": "mm_projector.",
+}
+KINDS = {**DENSE, **GPT_OSS, **MOE, **DEEPSEEK}
 
 
 def make(kind: str, folder: Path, seed: int = 0) -> None:
     """Write a random model of `kind` (a key of KINDS) and its tokenizer; norms and biases are random too."""
     model = build(kind, seed)
     model.save_pretrained(folder)
+    if kind.startswith("kimi"):
+        rename(folder, _RELEASED)
     make_tokenizer(folder)
+
+
+def rename(folder: Path, patterns: Mapping[str, str]) -> None:
+    """Give the tensors of a checkpoint other names, by regular expressions."""
+    path = folder / "model.safetensors"
+    renamed = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    for pattern, name in patterns.items():
+        renamed = {re.sub(pattern, name, old): tensor for old, tensor in renamed.items()}
+    save_file(renamed, path)
 
 
 def build(kind: str, seed: int = 0):
     """Return the random model itself, in float32 and eval mode."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(KINDS[kind](), dtype=torch.float32)
+    config = KINDS[kind]()
+    factory = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    model = factory.from_config(config, dtype=torch.float32)
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0, 0.2)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.3)

@@ -54,12 +54,11 @@ def experts(weights: Weights, prefix: str) -> Experts:
     spec, moe = weights.spec, weights.spec.moe
     assert moe is not None, "all layers have experts"
     order = torch.arange(2 * moe.intermediate).view(-1, 2).t().flatten()  # 0, 2, 4, …, 1, 3, 5, …
-    gate_up = weights.stacked(prefix + GATE_UP, 2 * moe.intermediate, spec.hidden)
     gate_up_bias = weights.wide(f"{prefix}{GATE_UP}_bias", moe.experts, 2 * moe.intermediate)
     return Experts(
-        gate_up=gate_up.rows(order),
+        gate_up=weights.stacked(prefix + GATE_UP, order, spec.hidden),
         gate_up_bias=gate_up_bias[:, order],
-        down=weights.stacked(prefix + DOWN, spec.hidden, moe.intermediate),
+        down=weights.stacked(prefix + DOWN, torch.arange(spec.hidden), moe.intermediate),
         down_bias=weights.wide(f"{prefix}{DOWN}_bias", moe.experts, spec.hidden),
         activation="clamped",
     )

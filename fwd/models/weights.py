@@ -82,9 +82,12 @@ class Weights:
         taken = self.checkpoint.take(full, [(width, inputs) for width in outputs] * len(each), self.dtype)
         return QTensor.plain(taken.view(len(each), sum(outputs), inputs).to(self.ops.device))
 
-    def stacked(self, module: str, outputs: int, inputs: int) -> QTensor:
-        """The matrices of all experts of a layer, which stand in one tensor [experts, inputs, outputs]."""
+    def stacked(self, module: str, order: Tensor, inputs: int) -> QTensor:
+        """The matrices of all experts of a layer, which stand in one tensor [experts, inputs, outputs].
+
+        Their outputs come in an `order` of the tensor's, int64 [outputs].
+        """
         assert self.spec.moe is not None, "the model has experts"
         (full,), count = self.under(self.spec.prefix, (module,)), self.spec.moe.experts
-        taken = self.checkpoint.take((full,), ((count, inputs, outputs),), self.dtype)
-        return QTensor.plain(taken.transpose(1, 2).to(self.ops.device))
+        taken = self.checkpoint.take((full,), ((count, inputs, len(order)),), self.dtype)
+        return QTensor.plain(taken.transpose(1, 2)[:, order].to(self.ops.device))
