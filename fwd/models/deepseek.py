@@ -98,7 +98,7 @@ def paired(matrix: QTensor, heads: int, mla: LatentSpec) -> QTensor:
     if not mla.interleaved:
         return matrix
     order = torch.arange(matrix.shape[0]).view(heads, -1)
-    order[:, -mla.rope :] = order[:, -mla.rope :].unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
+    order[:, -mla.rope :] = order[:, -mla.rope :].reshape(heads, -1, 2).transpose(1, 2).flatten(1)
     return matrix.rows(order.flatten())
 
 

@@ -10,6 +10,7 @@ from fwd.kernels.device import Shape
 from fwd.kernels.select import resolve, select
 from fwd.models.checkpoint import Checkpoint, Progress
 from fwd.models.config import read_spec, run_spec
+from fwd.models.deepseek import DeepSeek
 from fwd.models.dense import Dense
 from fwd.models.gpt_oss import GptOss
 from fwd.models.model import Model
@@ -17,6 +18,7 @@ from fwd.models.moe import Moe
 from fwd.models.spec import Family, ModelSpec
 
 FAMILIES: dict[Family, Callable[[ModelSpec, Any, torch.dtype, Checkpoint, int], Model]] = {
+    "deepseek": DeepSeek,
     "dense": Dense,
     "gpt_oss": GptOss,
     "moe": Moe,
