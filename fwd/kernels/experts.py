@@ -33,7 +33,7 @@ def route(x: Tensor, router: Router, rows: Rows) -> Routed:
         logits.add_(router.bias)
     weights, experts = _choose(logits, router)
     if router.normalize:
-        weights = weights / _sum(weights.split(1, dim=1)).add_(_EPSILON)
+        weights = weights / (_sum(weights.unbind(1)) + _EPSILON).unsqueeze(1)
     experts = experts.masked_fill((rows.sequences < 0).unsqueeze(1), -1)
     return Routed(x, experts.int(), weights * router.scale)
 
@@ -48,8 +48,11 @@ def gate_up(routed: Routed, experts: Experts) -> Active:
         if experts.gate_up_bias is not None:
             wide.add_(experts.gate_up_bias[expert])
         active[visits] = _activated(wide, experts.activation).to(x.dtype)
-    shared = experts.shared_gate_up and _activated(product(x, experts.shared_gate_up), "silu").to(x.dtype)
-    return Active(active.view(len(x), top_k, width), shared)
+    shared = experts.shared_gate_up
+    return Active(
+        active.view(len(x), top_k, width),
+        None if shared is None else _activated(product(x, shared), "silu").to(x.dtype),
+    )
 
 
 def down(active: Active, routed: Routed, experts: Experts, residual: Tensor) -> Tensor:
@@ -98,7 +101,7 @@ def _in_best_groups(chosen: Tensor, router: Router) -> Tensor:
     """The scores, −∞ outside the groups whose two best sum highest."""
     if router.top_groups == router.groups:
         return chosen
-    grouped = chosen.unflatten(1, (router.groups, -1))  # [rows, groups, experts / groups]
+    grouped = chosen.view(len(chosen), router.groups, -1)  # [rows, groups, experts / groups]
     two, _ = grouped.sort(dim=-1, descending=True, stable=True)
     _, groups = _best(_sum(two[..., :2].unbind(-1)), router.top_groups)
     closed = torch.ones(grouped.shape[:2], dtype=torch.bool).scatter_(1, groups, value=False)
@@ -118,8 +121,8 @@ def _visits(experts: Tensor) -> Iterator[tuple[int, Tensor]]:
 def _tiled(x: Tensor, weight: QTensor, tile: int) -> Tensor:
     """x·Wᵀ in float32, `tile` rows at a time."""
     matrix = aligned(weight.dequantize())
-    padded = F.pad(x.float(), (0, 0, 0, -len(x) % tile))
-    return torch.cat([F.linear(part, matrix) for part in padded.split(tile)])[: len(x)]
+    tiles = F.pad(x.float(), (0, 0, 0, -len(x) % tile)).view(-1, tile, x.shape[1])
+    return torch.cat([F.linear(aligned(rows), matrix) for rows in tiles])[: len(x)]
 
 
 def _activated(wide: Tensor, activation: Literal["silu", "clamped"]) -> Tensor:

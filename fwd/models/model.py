@@ -17,9 +17,13 @@ class Model(Protocol):
     """A loaded model. Shapes: `ids` int64 [rows], hidden [rows, hidden] in `dtype`, logits float32 [rows, vocab]."""
 
     spec: ModelSpec
-    ops: Ops
     dtype: torch.dtype
     weights_hash: str
+
+    @property
+    def ops(self) -> Ops:
+        """What executes its steps."""
+        ...
 
     def new_cache(self, units: Sequence[int], page_size: int, kv: KVFormat) -> KVCache:
         """Return an empty cache of `units[g]` pages (states: records) for group g of `groups(spec.cache)`.
