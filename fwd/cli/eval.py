@@ -58,7 +58,7 @@ def eval(  # noqa: A001, PLR0917  # the verb's name; one parameter an option
         sizes = _sizes(status, context, stride, len(text.head))
         seconds = _score(private, text, sizes)
     size = len(raw.encode()) - sum(len(tokenizer.token_bytes(token)) for token in text.ids[: text.unscored])
-    found = {"text": file, **sizes, **_figures(text, size), "seconds": seconds, **_engine(status)}
+    found = {"file": file, **sizes, **_figures(text, size), "seconds": seconds, **_engine(status)}
     if as_json:
         for piece in _json(found, text, tokenizer):
             click.echo(piece, nl=False)
@@ -99,7 +99,7 @@ def _encoded(tokenizer: Tokenizer, raw: str) -> scoring.Text:
     marked = tokenizer.bos_id is not None and ids[:1] == [tokenizer.bos_id]
     text = scoring.Text(ids[:marked], ids[marked:])
     if text.scored < 1:
-        raise click.UsageError(f"the text is {len(ids)} tokens: one with others before it is needed")
+        raise click.UsageError(f"the text is too short: two tokens are needed to score one, it has {len(ids)}")
     return text
 
 
