@@ -89,8 +89,8 @@ def ups(weights: Weights, prefix: str) -> tuple[Tensor, Tensor]:
     """The two parts of each head's way up, [heads, nope, latent] and [heads, value, latent], in the model's dtype."""
     spec, mla = weights.spec, _mla(weights)
     up = weights.matrix((prefix + UP,), (spec.heads * (mla.nope + mla.value),), mla.latent).dequantize()
-    key, value = up.view(spec.heads, -1, mla.latent).split((mla.nope, mla.value), dim=1)
-    return key.to(weights.dtype).contiguous(), value.to(weights.dtype).contiguous()
+    by_head = up.view(spec.heads, -1, mla.latent).to(weights.dtype)
+    return by_head[:, : mla.nope].contiguous(), by_head[:, mla.nope :].contiguous()
 
 
 def paired(matrix: QTensor, heads: int, mla: LatentSpec) -> QTensor:
