@@ -7,6 +7,7 @@ import click
 from fwd.cli.common import emit
 from fwd.cli.options import json_option, uds_option
 from fwd.config import Config, Device, DType, KVDType, load
+from fwd.errors import ModelError
 
 if TYPE_CHECKING:
     from fwd.engine import device as engine
@@ -30,8 +31,8 @@ GPU_NAMES = ("h100", "h200", "b200")
 @json_option
 def plan(gpu: str | None, measure: bool, as_json: bool, **flags: Any) -> None:
     """Plan MODEL, a folder of which only `config.json` is read, or `demo` (default), as `fwd serve` would load it."""
-    planned = _planned(load(flags), gpu)
-    found = _document(planned, planned.device.bandwidth)
+    planned, refused = _planned(load(flags), gpu)
+    found = _document(planned, planned.device.bandwidth) | {"refused": refused}
     if measure and not gpu:
         from fwd.cli.bench.ceiling import bandwidth  # noqa: PLC0415  # it imports torch: seconds
 
@@ -42,29 +43,35 @@ def plan(gpu: str | None, measure: bool, as_json: bool, **flags: Any) -> None:
         click.echo("\n".join(_lines(found)))
 
 
-def _planned(config: Config, gpu: str | None) -> "Plan":
+def _planned(config: Config, gpu: str | None) -> tuple["Plan", str]:
+    """The plan, and why the kernels of this build do not take the model on a GPU that is not here."""
     from fwd.engine.plan import plan as make  # noqa: PLC0415  # the engine half, only where it is needed
     from fwd.models.config import read_spec, run_spec  # noqa: PLC0415
 
     spec = run_spec(read_spec(config.folder), config.dtype)
-    return make(
+    device, refused = _absent(gpu, spec) if gpu else (_device(config, spec), "")
+    planned = make(
         spec,
-        _absent(gpu, spec) if gpu else _device(config, spec),
+        device,
         context=config.context,
         max_seqs=config.max_seqs,
         kv_dtype=config.kv_dtype,
         kv_bytes=config.kv_bytes,
     )
+    return planned, refused
 
 
-def _absent(gpu: str, spec: "ModelSpec") -> "engine.Device":
-    """A GPU that is not here; raises as `fwd serve` would there if its kernels do not take the model."""
+def _absent(gpu: str, spec: "ModelSpec") -> tuple["engine.Device", str]:
+    """A GPU that is not here, and why `fwd serve` would refuse the model there; raises for a dtype that it would."""
     from fwd.engine.device import GPUS  # noqa: PLC0415
     from fwd.kernels.device import check  # noqa: PLC0415
     from fwd.models.load import shape  # noqa: PLC0415
 
-    check("cuda", shape(spec))
-    return GPUS[gpu]
+    try:
+        check("cuda", shape(spec))
+    except ModelError as error:
+        return GPUS[gpu], error.message
+    return GPUS[gpu], ""
 
 
 def _device(config: Config, spec: "ModelSpec") -> "engine.Device":
@@ -126,6 +133,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"fits: {found['needed']:,} of {found['available']:,} bytes with the reserve",
         *_capacity(found),
         *_speed(found),
+        *([f"not served there: {found['refused']}"] if found["refused"] else []),
     ]
 
 

@@ -72,9 +72,9 @@ class Plan:
     def items(self) -> dict[str, int]:
         """Bytes by kind, all of them on the device; a packed matrix counts without padding of its own."""
         return {
-            f"weights_{self.spec.dtype}": _weights(self.spec),
+            **{f"weights_{name}": size for name, size in _weights(self.spec).items()},
             f"head_{_head_dtype(self)}": _head(self),
-            "rope": self.context * self.spec.head_dim * 4,  # cos and sin, float32 [context, 2, head_dim/2]
+            "rope": self.context * self.spec.rotated * 4,  # cos and sin, float32 [context, 2, rotated/2]
             **_pool_items(self),
             "steps": _steps(self),
             **(kernel_items(self) if self.device.kernels else {}),
@@ -103,7 +103,8 @@ class Plan:
     @property
     def needed(self) -> int:
         """Bytes that must be available: the reserve and the total, or what the head takes while it is packed."""
-        return max(self.total, _weights(self.spec) + _head(self) + _unpacked_head(self)) + self.device.reserve
+        packing = sum(_weights(self.spec).values()) + _head(self) + _unpacked_head(self)
+        return max(self.total, packing) + self.device.reserve
 
 
 def plan(
@@ -249,9 +250,9 @@ def _matrix(spec: ModelSpec, dtype: str) -> int:
     return spec.vocab * spec.hidden * ITEMSIZE[dtype]
 
 
-def _weights(spec: ModelSpec) -> int:
-    """Bytes of the weights but the head."""
-    return spec.weight_bytes() - (0 if spec.tied else _matrix(spec, spec.dtype))
+def _weights(spec: ModelSpec) -> dict[str, int]:
+    """Bytes of the weights but the head, by format."""
+    return spec.weights(head=False)
 
 
 def _head_dtype(plan: Plan) -> str:
@@ -269,7 +270,8 @@ def _unpacked_head(plan: Plan) -> int:
     spec, head = plan.spec, _head_dtype(plan)
     if plan.device.kernels:
         return 2 * _matrix(spec, head)  # padded to whole tiles, and in order
-    return (0 if spec.tied else _matrix(spec, spec.dtype)) + (0 if spec.dtype == head else _matrix(spec, head))
+    read = spec.weight_bytes() - spec.weight_bytes(head=False)
+    return read + (0 if spec.dtype == head else _matrix(spec, head))
 
 
 def _steps(plan: Plan) -> int:

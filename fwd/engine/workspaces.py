@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fwd.engine.scheduler import MAX_ROWS
-from fwd.models.spec import ITEMSIZE
+from fwd.models.spec import ITEMSIZE, LatentSpec, ModelSpec, Part, parts
 
 if TYPE_CHECKING:
     from fwd.engine.plan import Plan
@@ -12,6 +12,8 @@ RING = 2  # decode steps whose buffers are apart where there are kernels
 PIECES = 256  # at most, in which attention splits a context (DESIGN §4)
 PIECE, PIECE_GRAIN = 4096, 64  # tokens of a piece on the CPU where there are fewer, and by which it grows
 GATHERED_BYTES = 48  # per number of a key: it and its value read from pages in any order, widened, copied; measured
+EXPANDED_HEADS, EXPANDED_BYTES = 8, 16  # heads whose keys and values are made of latents at once, bytes a number
+SLAB_BYTES, WIDENED = 32 << 20, 4  # of what is dequantised at once, and how often it stands (`kernels.products`)
 OUTCOME_BYTES = 176  # of a row: what comes of it (`kernels.drawing`)
 MAX_TOPS, SCANNED, SELECTED_LEVELS = 20, 2048, 2048  # of the sampler (`kernels.sample`)
 UNPACKED_BYTES = 16 << 20  # weights that a GPU has in rows at once while it prefills (`kernels.prefill`)
@@ -33,12 +35,13 @@ def kernel_items(plan: "Plan") -> dict[str, int]:
 def workspace(plan: "Plan") -> int:
     """What a step takes beside its buffers, at its widest moments; only a prefill chunk is wider than a decode step."""
     spec = plan.spec
-    width = 4 * spec.hidden + 4 * spec.qkv_width + 3 * spec.intermediate
-    activations = plan.chunk * width * 4  # of a layer, in float32 at most
+    activations = plan.chunk * _width(spec) * 4  # of a layer, in float32 at most
     logits = spec.vocab * (MAX_ROWS * 4 + (MAX_ROWS * 8 if plan.device.kernels else SAMPLED_BYTES))
     if plan.device.gpu:
         return activations + logits
-    return activations + logits + _gathered(plan) + _spans(plan) + (_unpacked(plan) if plan.device.kernels else 0)
+    attended = _latents(plan, spec.mla) if spec.mla else _gathered(plan)
+    wide = _unpacked(plan) if plan.device.kernels else _dequantised(spec)
+    return activations + logits + attended + _spans(plan) + wide
 
 
 def _split(plan: "Plan") -> int:
@@ -60,6 +63,27 @@ def _sampled(plan: "Plan") -> int:
     return MAX_ROWS * a_row + 4 + 8 * MAX_ROWS
 
 
+def _width(spec: ModelSpec) -> int:
+    """Numbers of a row in a layer: what goes in and out of its attention, and of its MLP or experts."""
+    dense = 3 * spec.intermediate if not spec.moe or len(spec.moe.layers) < spec.layers else 0
+    if not spec.moe:
+        return 4 * spec.hidden + 4 * spec.qkv_width + dense
+    mixed = spec.moe.top_k * (3 * spec.moe.intermediate + 2 * spec.hidden) + 3 * spec.moe.shared
+    return 4 * spec.hidden + 4 * spec.qkv_width + max(dense, mixed)
+
+
+def _dequantised(spec: ModelSpec) -> int:
+    """The widest matrix that is made float32 for a product: an expert's gate and up, a slab of another."""
+    return max((_widened(spec, part) for part in parts(spec)), default=0)
+
+
+def _widened(spec: ModelSpec, part: Part) -> int:
+    steps = 1 if spec.held(part)[0] in ITEMSIZE else WIDENED
+    if spec.moe and part.copies > 1:
+        return 4 * steps * 2 * spec.moe.intermediate * spec.hidden
+    return min(4 * part.numbers, SLAB_BYTES) * steps if steps > 1 else 0
+
+
 def _unpacked(plan: "Plan") -> int:
     """The widest matrix of a layer as the reference wants it, and on its way there."""
     spec = plan.spec
@@ -69,11 +93,26 @@ def _unpacked(plan: "Plan") -> int:
 def _gathered(plan: "Plan") -> int:
     """One piece of a chunk's context: its keys and values, and for each row scores and two masks."""
     spec = plan.spec
-    cells = min(plan.context + plan.chunk, max(PIECE, -(-plan.context // PIECES) + PIECE_GRAIN))
+    cells = _cells(plan)
     vectors = cells * spec.kv_heads * spec.head_dim * GATHERED_BYTES
     scores = plan.chunk * cells * (spec.heads * 4 + 12)
     masks = 2 * len(plan.groups) * plan.chunk * cells * spec.heads // spec.kv_heads * ITEMSIZE[spec.dtype]
     return vectors + scores + masks
+
+
+def _latents(plan: "Plan", mla: LatentSpec) -> int:
+    """One piece of a context: its latents, keys and values of some heads made of them, scores; or ways up, widened."""
+    spec, cells = plan.spec, _cells(plan)
+    read = cells * (mla.latent + mla.rope) * GATHERED_BYTES // 2
+    made = cells * EXPANDED_HEADS * (mla.nope + mla.rope + mla.value) * EXPANDED_BYTES
+    scores = plan.chunk * cells * (EXPANDED_HEADS * 8 + 12)
+    up = spec.heads * (mla.nope + mla.value) * mla.latent * 4
+    return read + max(made + scores, up)
+
+
+def _cells(plan: "Plan") -> int:
+    """Keys of a piece."""
+    return min(plan.context + plan.chunk, max(PIECE, -(-plan.context // PIECES) + PIECE_GRAIN))
 
 
 def _spans(plan: "Plan") -> int:

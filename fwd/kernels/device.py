@@ -35,6 +35,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocab: int
+    beyond: tuple[str, ...] = ()  # what no kernel takes yet, in words
 
 
 def check(device: str, shape: Shape) -> None:
@@ -43,6 +44,8 @@ def check(device: str, shape: Shape) -> None:
         raise ConfigError(
             f"--device {device} runs bfloat16 models, this one is {shape.dtype}: use --dtype bfloat16 or --device cpu"
         )
+    if shape.beyond:
+        raise ModelError(f"the kernels of this build do not take {', '.join(shape.beyond)} yet: use --device cpu")
     gemv.check_model(hidden=shape.hidden, intermediate=shape.intermediate, head_dim=shape.head_dim)
     if refusal := paged_attention.supports(shape.heads, shape.kv_heads, shape.head_dim, page_size=4):
         raise ModelError(f"{refusal}; use --device cpu")

@@ -15,7 +15,7 @@ from fwd.models.dense import Dense
 from fwd.models.gpt_oss import GptOss
 from fwd.models.model import Model
 from fwd.models.moe import Moe
-from fwd.models.spec import Family, ModelSpec
+from fwd.models.spec import ITEMSIZE, Family, ModelSpec
 
 FAMILIES: dict[Family, Callable[[ModelSpec, Any, torch.dtype, Checkpoint, int], Model]] = {
     "deepseek": DeepSeek,
@@ -56,4 +56,12 @@ def shape(spec: ModelSpec) -> Shape:
         kv_heads=spec.kv_heads,
         head_dim=spec.head_dim,
         vocab=spec.vocab,
+        beyond=_beyond(spec),
     )
+
+
+def _beyond(spec: ModelSpec) -> tuple[str, ...]:
+    """What of a model no kernel executes yet."""
+    kinds = {"experts": spec.moe, "latent attention": spec.mla, "sinks": spec.sinks}
+    quantised = [f"{name} weights" for name in spec.weights() if name not in ITEMSIZE]
+    return tuple(kind for kind, present in kinds.items() if present) + tuple(quantised)

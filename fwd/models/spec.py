@@ -116,17 +116,18 @@ class ModelSpec:
         """Parameters that the step of one row multiplies with: its experts only, and of the embedding none."""
         return round(sum(part.numbers * part.read(1) for part in parts(self) if part.name != EMBEDDING or self.tied))
 
-    def weights(self) -> dict[str, int]:
-        """Bytes of all weights by the format they are held in."""
+    def weights(self, *, head: bool = True) -> dict[str, int]:
+        """Bytes of all weights by the format they are held in, with or without a head that is not the embedding."""
         sizes: dict[str, int] = {}
         for part in parts(self):
             name, size = self.held(part)
-            sizes[name] = sizes.get(name, 0) + size * part.copies
+            if head or part.name != HEAD:
+                sizes[name] = sizes.get(name, 0) + size * part.copies
         return sizes
 
-    def weight_bytes(self) -> int:
-        """Bytes of all weights as they are held."""
-        return sum(self.weights().values())
+    def weight_bytes(self, *, head: bool = True) -> int:
+        """Bytes of the same in all formats."""
+        return sum(self.weights(head=head).values())
 
     def held(self, part: "Part") -> tuple[str, int]:
         """The format in which a part is held, and the bytes of one copy."""

@@ -147,13 +147,38 @@ def test_a_folder_without_a_config(fwd, tmp_path):
     assert "has no config.json" in refusal(fwd("plan", tmp_path))
 
 
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "hidden_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 2880,
+    "num_local_experts": 32,
+    "vocab_size": 201088,
+    "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
+}
+
+
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("config", "words"),
     [
-        ({"head_dim": 72}, "head_dim is 72: the kernels take one of 64, 128, 256"),
-        ({"torch_dtype": "float32"}, "runs bfloat16 models, this one is float32: use --dtype bfloat16"),
+        ({**CONFIG, "head_dim": 72}, "head_dim is 72: the kernels take one of 64, 128, 256"),
+        (GPT_OSS, "the kernels of this build do not take experts, sinks yet: use --device cpu"),
     ],
 )
-def test_what_the_kernels_of_a_gpu_do_not_take(fwd, tmp_path, changed, words):
-    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **changed}))
+def test_a_model_that_kernels_do_not_take_is_planned_and_not_served(fwd, tmp_path, config, words):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = fwd("plan", tmp_path, "--gpu", "b200")
+    assert found.exit_code == 0, found.output
+    assert "fits: " in found.stdout
+    assert found.stdout.splitlines()[-1].startswith(f"not served there: {words}")
+    assert document(fwd("plan", tmp_path, "--gpu", "b200", "--json"))["refused"].startswith(words)
+    assert words in refusal(fwd("plan", tmp_path, "--device", "host"))
+
+
+def test_a_dtype_that_the_kernels_of_a_gpu_do_not_take_is_refused(fwd, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "torch_dtype": "float32"}))
+    words = "runs bfloat16 models, this one is float32: use --dtype bfloat16"
     assert words in refusal(fwd("plan", tmp_path, "--gpu", "b200"))

@@ -299,11 +299,11 @@ def test_ceilings_are_the_bytes_of_a_step_over_the_bandwidth():
     assert 295 < rows[1].tokens_per_s < 320
 
 
-@pytest.mark.parametrize("item", ["_weights", "_head", "_steps", "workspace"])
-def test_a_kind_that_is_forgotten_is_noticed(monkeypatch, item):
+@pytest.mark.parametrize(("item", "nothing"), [("_weights", {}), ("_head", 0), ("_steps", 0), ("workspace", 0)])
+def test_a_kind_that_is_forgotten_is_noticed(monkeypatch, item, nothing):
     """The properties above would not see it, the sums do: each of these is in the total."""
     before = plan(SPECS["full"], cpu(8 << 30)).total
-    monkeypatch.setattr(planning, item, lambda *_: 0)
+    monkeypatch.setattr(planning, item, lambda *_: nothing)
     assert plan(SPECS["full"], cpu(8 << 30)).total < before
 
 
