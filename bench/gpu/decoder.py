@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 
-from fwd.models.checkpoint import Shard
+from fwd.models.checkpoint import Checkpoint
 from fwd.models.config import read_spec
 from fwd.models.rope import rope_table
 from fwd.models.spec import ModelSpec
@@ -25,7 +25,7 @@ from fwd.models.spec import ModelSpec
 class Block(nn.Module):
     """One layer: its fused weights and its cache [2, kv_heads, context, head_dim]."""
 
-    def __init__(self, spec: ModelSpec, shard: Shard, layer: int, context: int, device: str) -> None:
+    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint, layer: int, context: int, device: str) -> None:
         super().__init__()
         self.spec = spec
         weights = {
@@ -37,7 +37,7 @@ class Block(nn.Module):
             "after": ("post_attention_layernorm",),
         }
         for name, parts in weights.items():
-            found = [shard.tensor(f"model.layers.{layer}.{part}.weight") for part in parts]
+            found = [checkpoint.raw(f"model.layers.{layer}.{part}.weight") for part in parts]
             self.register_buffer(name, torch.cat(found).to(device))
         cache = torch.randn(2, spec.kv_heads, context, spec.head_dim, device=device).to(torch.bfloat16)
         self.register_buffer("cache", cache)
@@ -68,13 +68,13 @@ class Decoder(nn.Module):
 
     def __init__(self, folder: Path, context: int, device: str) -> None:
         super().__init__()
-        spec, shard = read_spec(folder), Shard(folder / "model.safetensors")
+        spec, checkpoint = read_spec(folder), Checkpoint(folder, lambda _done, _total: None)
         self.spec = spec
-        self.blocks = nn.ModuleList(Block(spec, shard, layer, context, device) for layer in range(spec.layers))
-        embedding = shard.tensor("model.embed_tokens.weight").to(device)
+        self.blocks = nn.ModuleList(Block(spec, checkpoint, layer, context, device) for layer in range(spec.layers))
+        embedding = checkpoint.raw("model.embed_tokens.weight").to(device)
         self.register_buffer("embedding", embedding)
-        self.register_buffer("last", shard.tensor("model.norm.weight").to(device))
-        self.register_buffer("head", embedding if spec.tied else shard.tensor("lm_head.weight").to(device))
+        self.register_buffer("last", checkpoint.raw("model.norm.weight").to(device))
+        self.register_buffer("head", embedding if spec.tied else checkpoint.raw("lm_head.weight").to(device))
         self.register_buffer("rope", rope_table(spec.rope, spec.head_dim, context).to(device))
         self.register_buffer("places", torch.arange(context, device=device))
 

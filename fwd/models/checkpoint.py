@@ -1,202 +1,174 @@
-"""Checkpoint files: safetensors by mmap behind our own header check, sharded or not; never pickle, never code.
-
-A file: 8 bytes little-endian header length n; n bytes of JSON {name: {dtype, shape, data_offsets: [begin, end]}}; data.
-"""
+"""The tensors of a model folder, each taken exactly once: safetensors, sharded or not; never pickle, never code."""
 
 import hashlib
-import json
-import math
-import mmap
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
-from threading import Thread
-from typing import Any
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from fwd.errors import ModelError
+from fwd.models.reader import LEAF, Range, Reader, Sums
+from fwd.models.safetensors import Entry, list_files, merged, open_shards, read_json
 
 Progress = Callable[[int, int], None]
 
-MAX_HEADER = 100 * 1024 * 1024
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_ITEMSIZE = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_ITEMSIZE |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1}
-_PICKLES = (".bin", ".pt", ".pth")
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor of a file; `begin` and `end` are byte offsets in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-class Shard:
-    """One mapped safetensors file whose header has been checked against its size. Raises ModelError."""
-
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise ModelError(f"{path} is missing: the model folder is incomplete")
-        self.path = path
-        try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                self.entries = _read_header(path, file.read(8), file.read, size)
-                self.data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-        except OSError as error:
-            raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-
-    def tensor(self, name: str) -> Tensor:
-        """Return a float tensor as a view of the file (a copy where the file does not align it)."""
-        entry = self.entries[name]
-        dtype = _FLOATS.get(entry.dtype)
-        if dtype is None:
-            raise ModelError(f"{self.path}: {name} has dtype {entry.dtype}, expected one of {', '.join(_FLOATS)}")
-        if entry.begin % dtype.itemsize:
-            return torch.frombuffer(bytearray(self.data[entry.begin : entry.end]), dtype=dtype).view(entry.shape)
-        flat = torch.frombuffer(self.data, dtype=dtype, count=math.prod(entry.shape), offset=entry.begin)
-        return flat.view(entry.shape)
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+FLOATS = ("F32", "F16", "BF16")  # that `take` converts into each other
+STAGED = 16 * LEAF  # bytes of a tensor that are held to be converted
 
 
 class Checkpoint:
-    """All tensors of a model folder, each to be taken exactly once; `progress` gets bytes taken and bytes in total."""
+    """All tensors of a model folder; `progress` gets bytes read and in total, from the thread that takes.
+
+    Opening it checks all headers and allocates no tensor. Raises ModelError for what does not fit together, here and
+    in all methods. Tensors are read straight into place, which begins at a multiple of 64 bytes.
+    """
 
     def __init__(self, folder: Path, progress: Progress) -> None:
         self.folder = folder
-        self.shards = [Shard(path) for path in _shard_paths(folder)]
-        self._where = _owners(self.shards)
-        self._unused = set(self._where)
-        self._progress, self._done = progress, 0
-        self._total = sum(entry.end - entry.begin for shard in self.shards for entry in shard.entries.values())
-        self._hash = hashlib.sha256((folder / "config.json").read_bytes())
-        self._hashing = Thread(target=self._hash_shards, name="weights-hash", daemon=True)
-        self._hashing.start()
+        files, self._config = list_files(folder), read_json(folder / "config.json")
+        self.shards = open_shards(files)
+        self.entries = merged(self.shards)
+        self.kept: dict[str, int] = {}  # bytes by prefix
+        self._of = {shard.path: shard for shard in self.shards}
+        self._unused = set(self.entries)
+        self._total = sum(shard.size for shard in self.shards)
+        self._sums = Sums(self.shards, files.sha256)
+        self._reader = Reader(self.shards, lambda done: progress(done, self._total))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads and close the files."""
+        self._sums.close()
+        self._reader.close()
+        for shard in self.shards:
+            shard.close()
 
     def take(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Tensor:
-        """Return the named tensors, converted and concatenated along the first dimension."""
+        """Return the named float tensors, converted and concatenated along the first dimension."""
         for name, shape in zip(names, shapes, strict=True):
-            self._check(name, shape)
+            self._check(name, shape, FLOATS)
         out = torch.empty(sum(shape[0] for shape in shapes), *shapes[0][1:], dtype=dtype)
-        start = 0
-        for name, shape in zip(names, shapes, strict=True):
-            out[start : start + shape[0]] = self._where[name].tensor(name)
-            start += shape[0]
-            self._account(name)
+        ends = accumulate(shape[0] for shape in shapes)
+        parts = {name: out[end - shape[0] : end] for name, shape, end in zip(names, shapes, ends, strict=True)}
+        self._reader.read(self._whole(name, part) for name, part in parts.items() if self._dtype(name) == dtype)
+        for name, part in parts.items():
+            if self._dtype(name) != dtype:
+                self._convert(name, part.view(-1))
+            self._unused.remove(name)
         return out
 
+    def raw(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Return a tensor as it is stored, whose shape may be any if none is expected."""
+        entry = self._check(name, shape, DTYPES)
+        return self.stack((name,), entry.shape, DTYPES[entry.dtype])[0]
+
+    def stack(self, names: Sequence[str], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return tensors of one shape that are stored in `dtype`, one after the other: [names, *shape]."""
+        stored = [key for key, value in DTYPES.items() if value == dtype]
+        for name in names:
+            self._check(name, shape, stored)
+        out = torch.empty(len(names), *shape, dtype=dtype)
+        self._reader.read(map(self._whole, names, out))
+        self._unused.difference_update(names)
+        return out
+
+    def keep(self, prefix: str) -> None:
+        """Leave all tensors of this prefix in the files, for whom they are: `kept` says how many bytes they have."""
+        names = {name for name in self._unused if name.startswith(prefix)}
+        if names:
+            self.kept[prefix] = sum(self.entries[name].nbytes for name in names)
+        self._unused -= names
+
     def finish(self, ignored: Callable[[str], bool]) -> None:
-        """Raise ModelError if a tensor was left over that `ignored` does not accept."""
+        """Read what nobody took for its hash; raise ModelError for a tensor left over that `ignored` does not accept.
+
+        The same for a file that was changed meanwhile, or whose SHA-256 is not that of the index.
+        """
         left = sorted(name for name in self._unused if not ignored(name))
         if left:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-            raise ModelError(f"{self._where[left[0]].path}: tensor {left[0]}{more} has no place in this architecture")
-        self._progress(self._total, self._total)
+            raise ModelError(f"{self.entries[left[0]].path}: tensor {left[0]}{more} has no place in this architecture")
+        self._reader.read(part for shard in self.shards for part in self._reader.unread(shard))
+        self._sums.check()
+        for shard in self.shards:
+            found = os.fstat(shard.fd)
+            if (found.st_size, found.st_mtime_ns) != (shard.size, shard.modified):
+                raise ModelError(f"{shard.path} was changed while it was loaded")
 
     def digest(self) -> str:
-        """Return SHA-256 of config.json followed by the shards' own SHA-256 in the order of their names, as hex.
+        """Return a hash of every byte that `finish` has seen read, as hex.
 
-        Every byte is hashed, beside the copying: 0.9 s per GiB of one core that has SHA instructions.
+        SHA-256 of config.json followed by the digests of the files in the order of their names. A file's is SHA-256
+        of the SHA-256 of its leaves: its header and its tensors in the order of their places, cut every 4 MiB.
         """
-        self._hashing.join()
-        return self._hash.hexdigest()
-
-    def _hash_shards(self) -> None:
+        total = hashlib.sha256(self._config)
         for shard in self.shards:
-            self._hash.update(hashlib.sha256(shard.data).digest())
+            total.update(self._reader.digest(shard))
+        return total.hexdigest()
 
-    def _check(self, name: str, shape: tuple[int, ...]) -> None:
-        if name not in self._where:
-            raise ModelError(f"{self.folder}: tensor {name} is missing, expected shape {list(shape)}")
+    def _check(self, name: str, shape: tuple[int, ...] | None, dtypes: Sequence[str] | dict[str, torch.dtype]) -> Entry:
+        if name not in self.entries:
+            expected = "" if shape is None else f", expected shape {list(shape)}"
+            raise ModelError(f"{self.folder}: tensor {name} is missing{expected}")
         assert name in self._unused, f"{name} taken twice"
-        found = self._where[name].entries[name].shape
-        if found != shape:
-            raise ModelError(f"{self._where[name].path}: {name} has shape {list(found)}, expected {list(shape)}")
+        entry = self.entries[name]
+        if shape is not None and entry.shape != shape:
+            raise ModelError(f"{entry.path}: {name} has shape {list(entry.shape)}, expected {list(shape)}")
+        if entry.dtype not in dtypes:
+            raise ModelError(f"{entry.path}: {name} has dtype {entry.dtype}, expected one of {', '.join(dtypes)}")
+        return entry
 
-    def _account(self, name: str) -> None:
-        self._unused.remove(name)
-        entry = self._where[name].entries[name]
-        self._done += entry.end - entry.begin
-        self._progress(self._done, self._total)
+    def _dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self.entries[name].dtype]
 
+    def _whole(self, name: str, into: Tensor) -> Range:
+        entry = self.entries[name]
+        return Range(self._of[entry.path], entry.begin, entry.nbytes, _bytes(into))
 
-def _shard_paths(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if index.exists():
-        return [folder / name for name in _shard_names(index)]
-    if any(path.suffix in _PICKLES for path in folder.iterdir()):
-        raise ModelError(f"{folder} holds pickled weights, which can run code when read: convert them to safetensors")
-    raise ModelError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+    def _convert(self, name: str, out: Tensor) -> None:
+        """Read a tensor piece by piece into memory that is used again, and from there into the flat `out`."""
+        entry = self.entries[name]
+        staged = torch.empty(min(STAGED, entry.nbytes) // self._dtype(name).itemsize, dtype=self._dtype(name))
+        for part, piece in self._pieces(entry, staged):
+            self._reader.read((part,))
+            start = (part.begin - entry.begin) // staged.itemsize
+            out[start : start + len(piece)] = piece
 
-
-def _shard_names(index: Path) -> list[str]:
-    table = _json_object(index, index.read_bytes() if index.stat().st_size <= MAX_HEADER else b"")
-    names = table.get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise ModelError(f"{index}: weight_map is missing or empty")
-    for name in names.values():
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise ModelError(f"{index}: {str(name)[:80]!r} is not the plain name of a safetensors file")
-    return sorted(set(names.values()))
+    def _pieces(self, entry: Entry, staged: Tensor) -> Iterator[tuple[Range, Tensor]]:
+        for begin in range(entry.begin, entry.end, STAGED):
+            length = min(STAGED, entry.end - begin)
+            piece = staged[: length // staged.itemsize]
+            yield Range(self._of[entry.path], begin, length, _bytes(piece)), piece
 
 
-def _owners(shards: Iterable[Shard]) -> dict[str, Shard]:
-    owners: dict[str, Shard] = {}
-    for shard in shards:
-        for name in shard.entries:
-            if name in owners:
-                raise ModelError(f"tensor {name} stands in both {owners[name].path} and {shard.path}")
-            owners[name] = shard
-    return owners
-
-
-def _read_header(path: Path, prefix: bytes, read: Callable[[int], bytes], size: int) -> dict[str, Entry]:
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-        raise ModelError(f"{path} is truncated or no safetensors file: header of {length} bytes in a file of {size}")
-    header = _json_object(path, read(length))
-    header.pop("__metadata__", None)
-    entries = {name: _entry(path, name, value, 8 + length, size) for name, value in header.items()}
-    placed = sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end))
-    for (name, entry), (later, after) in pairwise(placed):
-        if after.begin < entry.end:
-            raise ModelError(f"{path}: tensors {name} and {later} overlap")
-    return entries
-
-
-def _entry(path: Path, name: str, value: object, start: int, size: int) -> Entry:
-    match value:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
-            dtype in _ITEMSIZE and name.isprintable()
-        ):
-            if all(type(dim) is int and dim >= 0 for dim in shape) and len(shape) <= 8:
-                expected = math.prod(shape) * _ITEMSIZE[dtype]
-                if 0 <= begin <= end <= size - start and end - begin == expected:
-                    return Entry(dtype, tuple(shape), start + begin, start + end)
-    raise ModelError(f"{path}: tensor {name[:80]!r} has a header that does not fit the file: {repr(value)[:120]}")
-
-
-def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
-    try:
-        table = json.loads(raw, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} holds no valid JSON: {error}") from None
-    if not isinstance(table, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(table).__name__}")
-    return table
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a key stands twice")
-    return table
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    assert tensor.is_contiguous()
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -40,10 +40,10 @@ def load(
     """
     spec = run_spec(read_spec(folder), dtype)
     ops = select(resolve(device, shape(spec)))
-    checkpoint = Checkpoint(folder, progress)
-    return FAMILIES[spec.family](
-        spec, ops, _DTYPES[spec.dtype], checkpoint, min(context or spec.max_context, spec.max_context)
-    )
+    with Checkpoint(folder, progress) as checkpoint:
+        return FAMILIES[spec.family](
+            spec, ops, _DTYPES[spec.dtype], checkpoint, min(context or spec.max_context, spec.max_context)
+        )
 
 
 def shape(spec: ModelSpec) -> Shape:
