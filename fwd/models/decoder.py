@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Generic, TypeVar, cast
 
+import structlog
 import torch
 import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
@@ -19,6 +20,8 @@ from fwd.models.spec import ModelSpec
 from fwd.models.weights import Weights
 
 EMBEDDING, LAYER, LAST_NORM, HEAD = "model.embed_tokens", "model.layers.{}.", "model.norm.weight", "lm_head"
+
+log = structlog.get_logger("fwd.models")
 
 Layer = TypeVar("Layer")
 Cells = TypeVar("Cells", KV, LatentKV)
@@ -39,6 +42,7 @@ class Decoder(ABC, Generic[Layer, Cells, Execution]):
         self.head = ops.pack_head(embedding if spec.tied else weights.matrix((HEAD,), (spec.vocab,), spec.hidden))
         self.embedding = self.head if spec.tied and self.head.packed else embedding
         self.rope = rope_table(spec.rope, spec.rotated, context).to(ops.device)
+        self.kept = self._keep(checkpoint)
         checkpoint.finish(self._needless)
         self.weights_hash = checkpoint.digest()
 
@@ -68,6 +72,14 @@ class Decoder(ABC, Generic[Layer, Cells, Execution]):
         """Return logits float32 [rows, vocab]."""
         padded = _padded(hidden, len(hidden) + -len(hidden) % self.ops.row_block)
         return self.ops.head(padded, self.last_norm, self.head)[: len(hidden)]
+
+    def _keep(self, checkpoint: Checkpoint) -> dict[str, int]:
+        """Leave layers that predict further tokens in the files, for the speculation side: bytes by prefix."""
+        for index in range(self.spec.layers, self.spec.layers + self.spec.mtp):
+            checkpoint.keep(self.spec.prefix + LAYER.format(index))
+        if self.spec.mtp > len(checkpoint.kept):
+            log.info("mtp_layers_absent", announced=self.spec.mtp, found=len(checkpoint.kept))
+        return dict(checkpoint.kept)
 
     def _needless(self, name: str) -> bool:
         """A tensor of which another takes the place, or that is not the text model's."""

@@ -19,6 +19,7 @@ class Model(Protocol):
     spec: ModelSpec
     dtype: torch.dtype
     weights_hash: str
+    kept: dict[str, int]  # bytes of tensors that were left in the files for the speculation side, by prefix of names
 
     @property
     def ops(self) -> Ops:

@@ -1,6 +1,7 @@
 """DeepSeek-V3, GLM-4.7-Flash and Kimi K2.5 against `transformers` on random checkpoints, and their own bits."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import checkpoints
@@ -8,7 +9,10 @@ import parity
 import pytest
 import torch
 from parity import PAGE, PROMPT, TOTAL, logits_of, tokens
+from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 
+from fwd.errors import ModelError
 from fwd.kernels import attention, experts
 from fwd.models import deepseek
 from fwd.models.blocks import Mixture
@@ -142,3 +146,57 @@ def test_the_cache_is_as_large_as_planned(folder, kv):
     assert {x.untyped_storage().nbytes() for x in tensors} == {7 * plan.unit_bytes(PAGE, kv)}
     places = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(places)), "layers overlap"
+
+
+def add_mtp(folder, layers, *, announced):
+    """Layers that predict further tokens behind the others, as DeepSeek-V3 stores them: each a copy of the last one."""
+    config, path = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
+    text, tensors = config.get("text_config", config), load_file(path)
+    text["num_nextn_predict_layers"] = announced
+    (folder / "config.json").write_text(json.dumps(config))
+    count, hidden = text["num_hidden_layers"], text["hidden_size"]
+    (base,) = {name.split("layers.")[0] for name in tensors if ".self_attn.o_proj." in name}
+    added = {}
+    for index in range(count, count + layers):
+        prefix = f"{base}layers.{index}."
+        added |= {
+            name.replace(f"{base}layers.{count - 1}.", prefix): tensor.clone()
+            for name, tensor in tensors.items()
+            if name.startswith(f"{base}layers.{count - 1}.")
+        }
+        added |= {f"{prefix}{name}.weight": torch.rand(hidden) for name in ("enorm", "hnorm", "shared_head.norm")}
+        added[f"{prefix}eh_proj.weight"] = torch.rand(hidden, 2 * hidden)
+        for name in ("embed_tokens", "shared_head.head"):
+            added[f"{prefix}{name}.weight"] = tensors[f"{base}embed_tokens.weight"].clone()
+    save_file(tensors | added, path)
+    return sum(tensor.nbytes for tensor in added.values())
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("kind", ["deepseek", "glm4-moe-lite", "kimi-k25"])
+def test_layers_that_predict_further_tokens_are_kept_and_change_nothing(kind, layers, tmp_path):
+    checkpoints.make(kind, tmp_path, seed=3)
+    plain = load(tmp_path)
+    size = add_mtp(tmp_path, layers, announced=layers)
+    model = load(tmp_path)
+    assert model.spec.layers == plain.spec.layers
+    assert model.spec.weight_bytes() == plain.spec.weight_bytes()
+    assert plain.kept == {}
+    assert list(model.kept) == [f"{model.spec.prefix}model.layers.{model.spec.layers + i}." for i in range(layers)]
+    assert sum(model.kept.values()) == size
+    assert torch.equal(*(logits_of(each, tokens(40, seed=1), 32, 8) for each in (model, plain)))
+
+
+def test_layers_that_are_announced_and_absent_are_no_error(tmp_path):
+    checkpoints.make("deepseek", tmp_path)
+    add_mtp(tmp_path, 0, announced=1)
+    with capture_logs() as logs:
+        assert load(tmp_path).kept == {}
+    assert {"event": "mtp_layers_absent", "announced": 1, "found": 0, "log_level": "info"} in logs
+
+
+def test_layers_that_no_config_announces_are_refused_by_name(tmp_path):
+    checkpoints.make("deepseek", tmp_path)
+    add_mtp(tmp_path, 1, announced=0)
+    with pytest.raises(ModelError, match=r"tensor model\.layers\.3\.eh_proj\.weight.* has no place"):
+        load(tmp_path)
