@@ -31,7 +31,11 @@ async def get_health(request: web.Request) -> web.Response:
         "model": status.name,
         "version": status.version,
         "uptime_s": round(status.uptime_s, 3),
-        "load": {"done_bytes": status.load_done, "total_bytes": status.load_total},
+        "load": {
+            "done_bytes": status.load_done,
+            "total_bytes": status.load_total,
+            "mb_per_s": round(status.load_rate / 1e6, 1),
+        },
         "engine": {
             "steps": keeper.pong.steps,
             "progress_age_s": round(keeper.progress_age, 3),

@@ -58,7 +58,8 @@ def progress(status: Status) -> str:
     if not status.load_total:
         return f"{status.reason} …"
     share = status.load_done / status.load_total
-    return f"{status.reason} {'█' * round(20 * share):░<20} {share:4.0%} of {status.load_total / 1e9:.2f} GB"
+    size, rate = f"{status.load_total / 1e9:.2f} GB", f"{status.load_rate / 1e9:.2f} GB/s"
+    return f"{status.reason} {'█' * round(20 * share):░<20} {share:4.0%} of {size}, {rate}"
 
 
 class Line:

@@ -10,15 +10,15 @@ import sys
 import time
 
 from fwd import __version__
+from fwd.engine.progress import Progress
 from fwd.errors import BadFrameError, FwdError
 from fwd.log import configure
 from fwd.protocol.frames import Channel
-from fwd.protocol.messages import VERSION, Failed, Hello, Load, Loading, Ready, ToEngine, to_engine
+from fwd.protocol.messages import VERSION, Failed, Hello, Load, Ready, ToEngine, to_engine
 
 PR_SET_PDEATHSIG = 1
 # NOTE: libgomp's spinning workers stall each parallel region by 7–15 ms when another process wants a core (LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-PROGRESS_SECONDS = 0.1
 
 
 def main() -> int:
@@ -50,24 +50,10 @@ def _serve(channel: Channel[ToEngine]) -> None:
     configure(load.log_level)
     from fwd.engine.start import start  # noqa: PLC0415  # torch: seconds, and the link is up before
 
-    loop, info = start(load, channel, _Progress(channel), started)
+    loop, info = start(load, channel, Progress(channel.send), started)
     gc.freeze()
     channel.send(Ready(info=info))
     loop.run()
-
-
-class _Progress:
-    """Sends `Loading` a few times a second."""
-
-    def __init__(self, channel: Channel[ToEngine]) -> None:
-        self._channel = channel
-        self._last = 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done == total or now - self._last >= PROGRESS_SECONDS:
-            self._last = now
-            self._channel.send(Loading(done=done, total=total))
 
 
 if __name__ == "__main__":

@@ -176,6 +176,7 @@ class Service:
             engine=keeper.info,
             load_done=keeper.progress.done,
             load_total=keeper.progress.total,
+            load_rate=keeper.progress.rate,
             running=pong.running,
             waiting=max(0, len(self._streams) - pong.running),
             pages_free=pong.pages_free,

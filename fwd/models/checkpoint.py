@@ -51,9 +51,11 @@ class Checkpoint:
         self.kept: dict[str, int] = {}  # bytes by prefix
         self._of = {shard.path: shard for shard in self.shards}
         self._unused = set(self.entries)
-        self._total = sum(shard.size for shard in self.shards)
         self._sums = Sums(self.shards, files.sha256)
-        self._reader = Reader(self.shards, lambda done: progress(done, self._total))
+        self._total = sum(shard.size for shard in self.shards) + self._sums.total
+        self._progress = progress
+        self._reader = Reader(self.shards, self._report)
+        self._report()
 
     def __enter__(self) -> Self:
         return self
@@ -116,7 +118,8 @@ class Checkpoint:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             raise ModelError(f"{self.entries[left[0]].path}: tensor {left[0]}{more} has no place in this architecture")
         self._reader.read(part for shard in self.shards for part in self._reader.unread(shard))
-        self._sums.check()
+        self._sums.check(self._report)
+        self._report()
         for shard in self.shards:
             found = os.fstat(shard.fd)
             if (found.st_size, found.st_mtime_ns) != (shard.size, shard.modified):
@@ -132,6 +135,9 @@ class Checkpoint:
         for shard in self.shards:
             total.update(self._reader.digest(shard))
         return total.hexdigest()
+
+    def _report(self) -> None:
+        self._progress(self._reader.done + self._sums.done, self._total)
 
     def _check(self, name: str, shape: tuple[int, ...] | None, dtypes: Sequence[str] | dict[str, torch.dtype]) -> Entry:
         if name not in self.entries:

@@ -17,6 +17,7 @@ LEAF = 4 << 20  # bytes that are hashed together, and read by one thread
 STEP = 1 << 20  # bytes of one call: they are hashed while the core still has them in its cache
 THREADS = min(16, max(4, os.cpu_count() or 1))
 AHEAD = 512 << 20  # bytes the disk is asked for before they are wanted
+REPORT_SECONDS = 0.5
 ASKED = 128 << 10  # a device's usual read-ahead: the kernel may ignore what one request has beyond it
 
 
@@ -31,17 +32,17 @@ class Range:
 
 
 class Reader:
-    """Reads bytes of some files, each once. `progress` gets how many so far, from the thread that calls `read`.
+    """Reads bytes of some files, each once. `report` is called as `done` grows, from the thread that calls `read`.
 
     At most a step a thread is held beside what is read into. Raises ModelError for what the disk says.
     """
 
-    def __init__(self, shards: Sequence[Shard], progress: Callable[[int], None]) -> None:
+    def __init__(self, shards: Sequence[Shard], report: Callable[[], None]) -> None:
         self._leaves: dict[Path, dict[int, bytes]] = {shard.path: {} for shard in shards}
-        self._progress = progress
+        self._tell = report
         self._pool = ThreadPoolExecutor(THREADS - 1, "weights")
         self._ahead = ReadAhead(shards)
-        self._done, self._lock = 0, Lock()
+        self.done, self._lock = 0, Lock()  # bytes
 
     def read(self, ranges: Iterable[Range]) -> None:
         """Read ranges; each is a tensor, or a part of one that begins some whole leaves in."""
@@ -73,8 +74,8 @@ class Reader:
         self._pool.shutdown()
 
     def _report(self) -> None:
-        self._progress(self._done)
-        self._ahead.reach(self._done)
+        self._tell()
+        self._ahead.reach(self.done)
 
     def _work(self, parts: deque[Range], report: Callable[[], None] = lambda: None) -> None:
         scratch = memoryview(bytearray(STEP))
@@ -82,7 +83,7 @@ class Reader:
             for part in _popped(parts):
                 self._leaves[part.shard.path][part.begin] = _read_leaf(part, scratch)
                 with self._lock:
-                    self._done += part.length
+                    self.done += part.length
                 report()
         except BaseException:
             parts.clear()  # the other threads have nothing more to do
@@ -132,14 +133,20 @@ class Sums:
     """Whole files beside the SHA-256 that the index has for them; each is read from its begin to its end."""
 
     def __init__(self, shards: Sequence[Shard], wanted: Mapping[Path, str]) -> None:
-        self._wanted, self._stop = wanted, Event()
+        self._wanted, self._stop, self._lock = wanted, Event(), Lock()
+        self.done, self.total = 0, sum(shard.size for shard in shards if shard.path in wanted)  # bytes
         self._pool = ThreadPoolExecutor(THREADS, "sha256")
         self._found: dict[Path, Future[str]] = {
             shard.path: self._pool.submit(self._sum, shard) for shard in shards if shard.path in wanted
         }
 
-    def check(self) -> None:
-        """Raise ModelError for the first file that has another sum."""
+    def check(self, report: Callable[[], None]) -> None:
+        """Raise ModelError for the first file that has another sum; `report` is called while `done` grows."""
+        before = -1
+        while wait(self._found.values(), REPORT_SECONDS).not_done:
+            if self.done != before:
+                before = self.done
+                report()
         for path, found in self._found.items():
             if found.result() != self._wanted[path]:
                 raise ModelError(
@@ -160,6 +167,8 @@ class Sums:
             step = scratch[: shard.size - begin]
             _fill(shard, begin, step)
             total.update(step)
+            with self._lock:
+                self.done += len(step)
         return total.hexdigest()
 
 

@@ -148,10 +148,11 @@ class Ping(Message, tag=5, frozen=True):
 
 
 class Loading(Message, tag=16, frozen=True):
-    """Progress of the load: bytes of weights read and to read."""
+    """Progress of the load: bytes of weights read and to read, and how many a second on the average so far."""
 
     done: Count
     total: Count
+    rate: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class EngineInfo(Message, frozen=True):
@@ -362,6 +363,7 @@ class Status(Message, tag=50, frozen=True):
     queue_tokens: Count = 0
     queue_limit: Count = 0
     host_us: Annotated[float, Meta(ge=0)] = 0.0
+    load_rate: Annotated[float, Meta(ge=0)] = 0.0  # bytes a second
 
 
 class RequestInfo(Message, frozen=True):
