@@ -53,7 +53,7 @@ def experts(weights: Weights, prefix: str) -> Experts:
     """The experts of the layer at `prefix`, their rows in order: gate, then up."""
     spec, moe = weights.spec, weights.spec.moe
     assert moe is not None, "all layers have experts"
-    order = torch.arange(2 * moe.intermediate).view(-1, 2).t().flatten()  # 0, 2, 4, …, 1, 3, 5, …
+    order = gate_then_up(2 * moe.intermediate)
     gate_up_bias = weights.wide(f"{prefix}{GATE_UP}_bias", moe.experts, 2 * moe.intermediate)
     return Experts(
         gate_up=weights.stacked(prefix + GATE_UP, order, spec.hidden),
@@ -62,3 +62,8 @@ def experts(weights: Weights, prefix: str) -> Experts:
         down_bias=weights.wide(f"{prefix}{DOWN}_bias", moe.experts, spec.hidden),
         activation="clamped",
     )
+
+
+def gate_then_up(rows: int) -> Tensor:
+    """The rows of a gate_up in order: 0, 2, 4, …, 1, 3, 5, …."""
+    return torch.arange(rows).view(-1, 2).t().flatten()

@@ -111,8 +111,20 @@ def check_warm_prefill(model, kv="float32"):
 
 def check_near_float32(folder, dtype, kv, bound):
     """Logits of a narrower dtype stay near: 1 − 2Σxy/(Σx² + Σy²) is below the bound."""
+    assert off(*in_two_dtypes(folder, dtype, kv)) < bound
+
+
+def check_mostly_near_float32(folder, dtype, kv, bound):
+    """The same of the middle row: where experts are chosen a rounding may choose another one."""
+    errors = [off(*rows) for rows in zip(*in_two_dtypes(folder, dtype, kv), strict=True)]
+    assert sorted(errors)[len(errors) // 2] < bound
+
+
+def in_two_dtypes(folder, dtype, kv):
     ids = tokens(80, seed=6)
     exact = logits_of(load(folder, dtype="float32"), ids, 64, 16)
-    rounded = logits_of(load(folder, dtype=dtype), ids, 64, 16, kv)
-    error = 1 - 2 * (exact * rounded).sum() / (exact.square().sum() + rounded.square().sum())
-    assert error < bound, error
+    return exact, logits_of(load(folder, dtype=dtype), ids, 64, 16, kv)
+
+
+def off(exact, rounded):
+    return float(1 - 2 * (exact * rounded).sum() / (exact.square().sum() + rounded.square().sum()))
