@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fwd.engine.scheduler import MAX_ROWS
-from fwd.models.spec import ITEMSIZE, LatentSpec, ModelSpec, Part, parts
+from fwd.models.spec import ITEMSIZE, Held, LatentSpec, ModelSpec
 
 if TYPE_CHECKING:
     from fwd.engine.plan import Plan
@@ -73,15 +73,15 @@ def _width(spec: ModelSpec) -> int:
 
 
 def _dequantised(spec: ModelSpec) -> int:
-    """The widest matrix that is made float32 for a product: an expert's gate and up, a slab of another."""
-    return max((_widened(spec, part) for part in parts(spec)), default=0)
+    """The widest matrix that is made float32 for a product: an expert's, or a slab of another."""
+    return max(_widened(held) for held in spec.held)
 
 
-def _widened(spec: ModelSpec, part: Part) -> int:
-    steps = 1 if spec.held(part)[0] in ITEMSIZE else WIDENED
-    if spec.moe and part.copies > 1:
-        return 4 * steps * 2 * spec.moe.intermediate * spec.hidden
-    return min(4 * part.numbers, SLAB_BYTES) * steps if steps > 1 else 0
+def _widened(held: Held) -> int:
+    size = 4 * held.part.numbers
+    if held.format in ITEMSIZE:
+        return size if held.part.copies > 1 else 0
+    return WIDENED * (size if held.part.copies > 1 else min(size, SLAB_BYTES))
 
 
 def _unpacked(plan: "Plan") -> int:

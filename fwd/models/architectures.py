@@ -199,6 +199,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "attention_bias": True,
             "num_experts_per_tok": 4,
             "rope_theta": 150000.0,
+            "torch_dtype": "bfloat16",  # which its configs do not name
         },
         aliases={"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
         neutral={**_NO_LATENTS, "swiglu_limit": (7,), "swiglu_alpha": (1.702,)},

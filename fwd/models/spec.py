@@ -1,7 +1,8 @@
 """Every number of a model that the forward pass and the planner need, and what the model costs. No torch here."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from fwd.models.layout import CacheLayout, KVFormat, Latent, Paged, State
@@ -58,7 +59,7 @@ class LatentSpec:
     interleaved: bool = True  # the checkpoint pairs 2i with 2i + 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: it remembers what it holds
 class ModelSpec:
     """A decoder's dimensions. `dtype` is the checkpoint's, or what the model was loaded as."""
 
@@ -108,34 +109,30 @@ class ModelSpec:
             layers.setdefault(window, []).append(layer)
         return tuple(Paged(tuple(own), self.kv_heads, self.head_dim, window) for window, own in layers.items())
 
+    @cached_property
+    def held(self) -> "tuple[Held, ...]":
+        """Everything that is loaded, as it is held. Raises ModelError for a layout of files that is not known."""
+        return tuple(_held(self, part) for part in parts(self))
+
     def parameters(self) -> int:
         """Parameters of the text model, without what predicts further tokens (`mtp`)."""
         return sum(part.numbers * part.copies for part in parts(self))
 
     def active_parameters(self) -> int:
         """Parameters that the step of one row multiplies with: its experts only, and of the embedding none."""
-        return round(sum(part.numbers * part.read(1) for part in parts(self) if part.name != EMBEDDING or self.tied))
+        return round(sum(part.numbers * part.read(1) for part in parts(self) if part.module != EMBEDDING or self.tied))
 
     def weights(self, *, head: bool = True) -> dict[str, int]:
         """Bytes of all weights by the format they are held in, with or without a head that is not the embedding."""
         sizes: dict[str, int] = {}
-        for part in parts(self):
-            name, size = self.held(part)
-            if head or part.name != HEAD:
+        for part, name, size in self.held:
+            if head or part.module != HEAD:
                 sizes[name] = sizes.get(name, 0) + size * part.copies
         return sizes
 
     def weight_bytes(self, *, head: bool = True) -> int:
         """Bytes of the same in all formats."""
         return sum(self.weights(head=head).values())
-
-    def held(self, part: "Part") -> tuple[str, int]:
-        """The format in which a part is held, and the bytes of one copy."""
-        stored = self.quantization.format_of(self.prefix + part.name) if part.kept == "stored" else None
-        if stored and stored.format not in _PLAIN:
-            return stored.format, stored.nbytes(part.outputs, part.inputs)
-        dtype = "float32" if part.kept == "float32" else self.dtype
-        return dtype, part.numbers * ITEMSIZE[dtype]
 
     def kv_bytes(self, context: int, kv: KVFormat) -> int:
         """Bytes of cache that a row at the end of `context` tokens reads."""
@@ -146,80 +143,104 @@ class ModelSpec:
 
         Experts are those that rows visit which choose each for itself and all alike: E·(1 − (1 − k/E)^rows) of E.
         """
-        weights = sum(self.held(part)[1] * part.read(rows) for part in parts(self) if part.name != EMBEDDING)
+        weights = sum(size * part.read(rows) for part, _, size in self.held if part.module != EMBEDDING)
         head = self.vocab * self.hidden * ITEMSIZE[self.dtype] if self.tied else 0
         embedded = rows * self.hidden * ITEMSIZE[self.dtype]
         return round(weights) + head + embedded + rows * self.kv_bytes(context, kv)
 
 
 class Part(NamedTuple):
-    """A matrix [outputs, inputs] or vector [outputs] of the checkpoint, or as many `copies` of it as there are experts.
+    """Matrices [height, inputs] one above the other in one, or vectors one after the other, or `copies` of the same.
 
-    Of these a row reads `visited`. Parts are held as they are `stored`, or in the model's dtype or float32 always.
+    Of copies, which are experts, a row reads `visited`. Parts are held as the files have them, or in the model's dtype
+    or in float32 always.
     """
 
-    name: str  # of its module; vectors have none, since they are never quantised
-    outputs: int
+    module: str  # the first; vectors have none, for they are never quantised
+    heights: tuple[int, ...]
     inputs: int = 1
     copies: int = 1
     visited: int = 1
     kept: Literal["stored", "model", "float32"] = "stored"
+    turned: tuple[int, int] = (0, 0)  # of so many equal parts so many last rows change their order
 
     @property
     def numbers(self) -> int:
         """Of one copy."""
-        return self.outputs * self.inputs
+        return sum(self.heights) * self.inputs
 
     def read(self, rows: int) -> float:
         """Copies that `rows` rows read: all, or those that are expected of independent choices of `visited`."""
         return self.copies * (1 - (1 - self.visited / self.copies) ** rows) if rows else float(self.copies == 1)
 
+    def stays(self, block: int) -> bool:
+        """Whether rows that change their order stay in their block of so many."""
+        heads, last = self.turned
+        ends = range(sum(self.heights) // heads, sum(self.heights) + 1, sum(self.heights) // heads) if heads else ()
+        return all((end - last) // block == (end - 1) // block for end in ends)
+
+
+class Held(NamedTuple):
+    """A part, the format it is held in, and the bytes of one copy."""
+
+    part: Part
+    format: str
+    nbytes: int
+
+
+def _held(spec: ModelSpec, part: Part) -> Held:
+    stored = spec.quantization.format_of(spec.prefix + part.module) if part.kept == "stored" else None
+    if stored is None or stored.format in _PLAIN:
+        dtype = "float32" if part.kept == "float32" else spec.dtype
+        return Held(part, dtype, part.numbers * ITEMSIZE[dtype])
+    fused = stored.fused(part.heights)
+    if part.turned[0] and not part.stays(fused.block[0] or sum(part.heights)):
+        fused = replace(fused, block=(1, fused.block[1]))
+    return Held(part, stored.format, fused.nbytes(sum(part.heights), part.inputs))
+
 
 def parts(spec: ModelSpec) -> Iterator[Part]:
     """Return everything that is loaded of a model, each once."""
-    yield Part(EMBEDDING, spec.vocab, spec.hidden)
+    yield Part(EMBEDDING, (spec.vocab,), spec.hidden)
     for index in range(spec.layers):
         prefix = LAYER.format(index)
         yield from _latents(spec, spec.mla, prefix) if spec.mla else _attention(spec, prefix)
         yield from _experts(spec, spec.moe, prefix) if spec.moe and index in spec.moe.layers else _mlp(spec, prefix)
-    yield Part("", spec.hidden, kept="model")
+    yield Part("", (spec.hidden,), kept="model")
     if not spec.tied:
-        yield Part(HEAD, spec.vocab, spec.hidden)
+        yield Part(HEAD, (spec.vocab,), spec.hidden)
 
 
 def _attention(spec: ModelSpec, prefix: str) -> Iterator[Part]:
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    for name, width in (("q", queries), ("k", keys), ("v", keys)):
-        yield Part(f"{prefix}self_attn.{name}_proj", width, spec.hidden)
-    yield Part(f"{prefix}self_attn.o_proj", spec.hidden, queries)
+    yield Part(f"{prefix}self_attn.q_proj", (queries, keys, keys), spec.hidden)
+    yield Part(f"{prefix}self_attn.o_proj", (spec.hidden,), queries)
     norms = spec.hidden + 2 * spec.qk_norm * spec.head_dim
     biases = spec.qkv_bias * spec.qkv_width + spec.output_bias * spec.hidden
-    yield Part("", norms + biases, kept="model")
-    yield Part("", spec.sinks * spec.heads, kept="float32")
+    yield Part("", (norms, biases), kept="model")
+    yield Part("", (spec.sinks * spec.heads,), kept="float32")
 
 
 def _latents(spec: ModelSpec, mla: LatentSpec, prefix: str) -> Iterator[Part]:
-    queries = spec.heads * (mla.nope + mla.rope)
-    if mla.q_rank:
-        yield Part(f"{prefix}self_attn.q_a_proj", mla.q_rank, spec.hidden)
-        yield Part(f"{prefix}self_attn.q_b_proj", queries, mla.q_rank)
-    else:
-        yield Part(f"{prefix}self_attn.q_proj", queries, spec.hidden)
-    yield Part(f"{prefix}self_attn.kv_a_proj_with_mqa", mla.latent + mla.rope, spec.hidden)
-    yield Part(f"{prefix}self_attn.kv_b_proj", spec.heads * (mla.nope + mla.value), mla.latent, kept="model")
-    yield Part(f"{prefix}self_attn.o_proj", spec.hidden, spec.heads * mla.value)
-    yield Part("", spec.hidden + mla.q_rank + mla.latent, kept="model")  # norms
+    down, last = (mla.q_rank, mla.latent + mla.rope), mla.rope * mla.interleaved
+    first = "q_a_proj" if mla.q_rank else "kv_a_proj_with_mqa"
+    yield Part(f"{prefix}self_attn.{first}", down[not mla.q_rank :], spec.hidden, turned=(1, last))
+    up = "q_b_proj" if mla.q_rank else "q_proj"
+    queries, turned = (spec.heads * (mla.nope + mla.rope),), (spec.heads, last)
+    yield Part(f"{prefix}self_attn.{up}", queries, mla.q_rank or spec.hidden, turned=turned)
+    yield Part(f"{prefix}self_attn.kv_b_proj", (spec.heads * (mla.nope + mla.value),), mla.latent, kept="model")
+    yield Part(f"{prefix}self_attn.o_proj", (spec.hidden,), spec.heads * mla.value)
+    yield Part("", (spec.hidden, mla.q_rank, mla.latent), kept="model")  # norms
 
 
 def _mlp(spec: ModelSpec, prefix: str) -> Iterator[Part]:
     yield from _gated(f"{prefix}mlp", spec.hidden, spec.intermediate)
-    yield Part("", spec.hidden, kept="model")  # norm
+    yield Part("", (spec.hidden,), kept="model")  # norm
 
 
 def _experts(spec: ModelSpec, moe: ExpertSpec, prefix: str) -> Iterator[Part]:
-    yield Part("", spec.hidden, kept="model")  # norm
-    yield Part("", moe.experts * spec.hidden, kept="model")  # router
-    yield Part("", moe.experts * (moe.bias + (moe.scoring == "sigmoid")), kept="float32")  # of the router
+    yield Part("", (spec.hidden, moe.experts * spec.hidden), kept="model")  # norm, router
+    yield Part("", (moe.experts * (moe.bias + (moe.scoring == "sigmoid")),), kept="float32")  # of the router
     one = _stacked(spec, moe, prefix) if moe.bias else _gated(f"{prefix}mlp.experts.0", spec.hidden, moe.intermediate)
     for part in one:
         yield part._replace(copies=moe.experts, visited=moe.top_k)
@@ -228,16 +249,15 @@ def _experts(spec: ModelSpec, moe: ExpertSpec, prefix: str) -> Iterator[Part]:
 
 
 def _gated(prefix: str, hidden: int, width: int) -> Iterator[Part]:
-    yield Part(f"{prefix}.gate_proj", width, hidden)
-    yield Part(f"{prefix}.up_proj", width, hidden)
-    yield Part(f"{prefix}.down_proj", hidden, width)
+    yield Part(f"{prefix}.gate_proj", (width, width), hidden)
+    yield Part(f"{prefix}.down_proj", (hidden,), width)
 
 
 def _stacked(spec: ModelSpec, moe: ExpertSpec, prefix: str) -> Iterator[Part]:
     """The experts of gpt-oss, which are stored in stacks and have biases."""
-    yield Part(f"{prefix}mlp.experts.gate_up_proj", 2 * moe.intermediate, spec.hidden)
-    yield Part(f"{prefix}mlp.experts.down_proj", spec.hidden, moe.intermediate)
-    yield Part("", 2 * moe.intermediate + spec.hidden, kept="float32")
+    yield Part(f"{prefix}mlp.experts.gate_up_proj", (2 * moe.intermediate,), spec.hidden)
+    yield Part(f"{prefix}mlp.experts.down_proj", (spec.hidden,), moe.intermediate)
+    yield Part("", (2 * moe.intermediate, spec.hidden), kept="float32")
 
 
 def _read_bytes(layout: CacheLayout, context: int, kv: KVFormat) -> int:
