@@ -8,7 +8,7 @@ from pathlib import Path
 import careless_engine
 import checkpoints
 import pytest
-from harness import ended, idle, kill, record, run, serving, small_pool, submissions, tokens_more
+from harness import Cell, ended, idle, kill, record, run, serving, small_pool, submissions, tokens_more
 from msgspec.structs import replace
 
 from fwd.protocol.ids import pack_ids, unpack_ids
@@ -17,13 +17,20 @@ from fwd.protocol.messages import Limits, Submit
 TOKENS = 24
 CONTEXT = 272
 SEED = 5
-KINDS = ("llama3-rope", "qwen3-sliding", "qwen2-sliding")
+KINDS = ("llama3-rope", "qwen3-sliding", "qwen2-sliding", "deepseek-yarn")
 KV = (("float32", "auto"), ("bfloat16", "auto"), ("float32", "bfloat16"), ("float32", "fp8"))
+CELLS = [(kind, *kv) for kind in KINDS for kv in (KV if kind != "deepseek-yarn" else KV[1::2])]
+CELLS = (
+    *(Cell(kind, *kv) for kind in KINDS for kv in KV),
+    Cell("gpt-oss", "bfloat16", "fp8"),
+    Cell("deepseek", "bfloat16"),
+    Cell("glm4-moe-lite", "float32", "fp8"),
+)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+    made = {cell.kind: tmp_path_factory.mktemp(cell.kind) for cell in CELLS}
     for kind, path in made.items():
         checkpoints.make(kind, path)
     return made
@@ -92,10 +99,10 @@ async def crowded(service, rng, requests, *, killed):
     return [streams[index] for index in range(len(requests))]
 
 
-@pytest.mark.parametrize(("dtype", "kv_dtype"), KV)
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_cache_changes_no_byte(folders, kind, dtype, kv_dtype):
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_the_cache_changes_no_byte(folders, cell):
     """The pages hold one context, so that the crowd waits, preempts and evicts."""
+    kind, dtype, kv_dtype = cell
     rng = random.Random(f"{SEED} {kind} {dtype} {kv_dtype}")
     pool = small_pool(folders[kind], dtype, kv_dtype, CONTEXT)
 
