@@ -102,7 +102,12 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """Bytes a step reads when it uses the whole matrix."""
-        return sum(tensor.nbytes for tensor in _tensors(self))
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """Return what the weight is made of, in the order of its fields."""
+        tensors = (self.data, self.scales, self.zeros, self.outer, self.groups)
+        return [tensor for tensor in tensors if tensor is not None]
 
 
 def stack(parts: Iterable[QTensor], count: int) -> QTensor:
@@ -112,7 +117,7 @@ def stack(parts: Iterable[QTensor], count: int) -> QTensor:
     stacked = _each(first, lambda tensor: tensor.new_empty(count, *tensor.shape))
     for index, part in enumerate(chain((first,), parts)):
         assert (part.format, part.shape, part.block) == (first.format, first.shape, first.block), part
-        for target, tensor in zip(_tensors(stacked), _tensors(part), strict=True):
+        for target, tensor in zip(stacked.tensors(), part.tensors(), strict=True):
             target[index] = tensor
     return replace(stacked, shape=(count, *first.shape))
 
@@ -135,6 +140,18 @@ def concat(parts: Sequence[QTensor]) -> QTensor:
     )
 
 
+def fold(weight: QTensor, parts: int) -> QTensor:
+    """Return [matrices, out, in] as [matrices / parts, parts·out, in]: as many at a time one above the other, a view.
+
+    Blocks of several outputs shrink to fit. Parts in activation order have the same one.
+    """
+    count, outputs, inputs = weight.shape
+    fitted = _with_rows(weight, common_rows([weight.block[0]] * parts, [outputs] * parts))
+    folded = _each(replace(fitted, groups=None), lambda tensor: tensor.reshape(count // parts, -1, *tensor.shape[2:]))
+    groups = None if weight.groups is None else weight.groups[::parts].contiguous()
+    return replace(folded, shape=(count // parts, parts * outputs, inputs), groups=groups)
+
+
 def _each(weight: QTensor, change: Callable[[Tensor], Tensor]) -> QTensor:
     """The weight with all its tensors changed."""
 
@@ -151,18 +168,13 @@ def _each(weight: QTensor, change: Callable[[Tensor], Tensor]) -> QTensor:
     )
 
 
-def _tensors(weight: QTensor) -> list[Tensor]:
-    tensors = (weight.data, weight.scales, weight.zeros, weight.outer, weight.groups)
-    return [tensor for tensor in tensors if tensor is not None]
-
-
 def _with_rows(weight: QTensor, height: int) -> QTensor:
     """The weight in blocks of fewer outputs, each of which is within one block."""
     if height == weight.block[0]:
         return weight
     assert weight.scales is not None, weight.format
-    lines = torch.arange(0, weight.shape[0], height) // weight.block[0]
-    return replace(weight, block=(height, weight.block[1]), scales=_take(weight.scales, lines))
+    lines = torch.arange(0, weight.shape[-2], height) // weight.block[0]
+    return replace(weight, block=(height, weight.block[1]), scales=weight.scales.index_select(-2, lines))
 
 
 def _take(tensor: Tensor, order: Tensor) -> Tensor:

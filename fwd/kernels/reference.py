@@ -18,6 +18,7 @@ from fwd.kernels.attention import Piece, attend, decode_pieces, prefill_pieces
 from fwd.kernels.kv import KV, LatentKV
 from fwd.kernels.ops import QKV, Active, Draw, Experts, Latents, Norm, Routed, Router, Sampled, Top
 from fwd.kernels.paged import aligned, write, write_latents
+from fwd.kernels.products import product
 from fwd.kernels.qtensor import Format, QTensor
 from fwd.kernels.rows import MAX_ROWS, Rows
 
@@ -65,18 +66,20 @@ class Reference:
 
     def pack(self, weight: QTensor) -> QTensor:
         """Return the matrix in oneDNN's blocked layout; as it is where oneDNN has no product of the format here."""
-        return replace(weight, data=_block(weight.data, None)) if _BLOCKS[weight.format]() else weight
+        blocks = _BLOCKS.get(weight.format, lambda: False)
+        return replace(weight, data=_block(weight.data, None)) if blocks() else weight
 
     def pack_head(self, weight: QTensor) -> QTensor:
-        """Return the head in float32: torch rounds the product of narrower matrices to their own dtype."""
-        return self.pack(QTensor.plain(weight.dequantize()))
+        """Return a plain head in float32: torch rounds the product of narrower matrices to their own dtype."""
+        return weight if weight.scales is not None else self.pack(QTensor.plain(weight.dequantize()))
 
     def embed(self, ids: Tensor, weight: QTensor) -> Tensor:  # noqa: D102
+        assert weight.scales is None, "embeddings are plain"
         return F.embedding(ids, weight.data)
 
     def qkv(self, hidden: Tensor, layer: QKV, rope: Tensor, rows: Rows, kv: KV) -> Tensor:  # noqa: D102
         step = self._enter(rows, rope)
-        fused = _project(normed(hidden, layer.norm), layer.weight.data, layer.bias)
+        fused = _project(normed(hidden, layer.norm), layer.weight, layer.bias)
         heads = fused.view(len(fused), -1, layer.head_dim)  # [rows, heads + 2·kv_heads, head_dim]
         turned = _rotate(_head_norms(heads[:, : -layer.kv_heads], layer), step)
         keys, values = turned[step.live, -layer.kv_heads :], heads[step.live, -layer.kv_heads :]
@@ -104,11 +107,9 @@ class Reference:
     def latent_qkv(self, hidden: Tensor, layer: Latents, rope: Tensor, rows: Rows, kv: LatentKV) -> Tensor:  # noqa: D102
         step, width = self._enter(rows, rope), layer.up_key.shape[2]
         x = normed(hidden, layer.norm)
-        narrow, latents, keys = _project(x, layer.down.data, None).tensor_split(
-            (-width - layer.rope, -layer.rope), dim=1
-        )
+        narrow, latents, keys = _project(x, layer.down, None).tensor_split((-width - layer.rope, -layer.rope), dim=1)
         query = x if layer.q_norm is None else normed(narrow, layer.q_norm)
-        q = _project(query, layer.query.data, None).view(len(x), len(layer.up_key), -1)  # [rows, heads, nope + rope]
+        q = _project(query, layer.query, None).view(len(x), len(layer.up_key), -1)  # [rows, heads, nope + rope]
         latents, keys = normed(latents, layer.kv_norm), _rotate(keys.unsqueeze(1), step).squeeze(1)
         write_latents(kv, step.slots[kv.group], latents[step.live], keys[step.live])
         return torch.cat((q[..., : -layer.rope], _rotate(q[..., -layer.rope :], step)), dim=-1)
@@ -124,6 +125,8 @@ class Reference:
 
     def linear(self, x: Tensor, weight: QTensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: D102
         _check_rows(x)
+        if weight.scales is not None:
+            return _biased(product(x, weight), bias).add_(residual).to(residual.dtype)
         if weight.data.is_mkldnn:
             total: Tensor = _blocked.binary(x, residual, weight.data, bias, "add")
             return total
@@ -132,7 +135,7 @@ class Reference:
         return residual.addmm_(x, weight.data.t())
 
     def gate_up(self, hidden: Tensor, norm: Norm, weight: QTensor) -> Tensor:  # noqa: D102
-        gate, up = _project(normed(hidden, norm), weight.data, None).chunk(2, dim=1)
+        gate, up = _project(normed(hidden, norm), weight, None).chunk(2, dim=1)
         return _by_whole_rows(gate).mul_(up)
 
     def route(self, hidden: Tensor, router: Router, rows: Rows) -> Routed:  # noqa: D102
@@ -146,7 +149,7 @@ class Reference:
         return mixtures.down(active, routed, experts, residual)
 
     def head(self, hidden: Tensor, norm: Norm, weight: QTensor) -> Tensor:  # noqa: D102
-        return _project(normed(hidden, norm).float(), weight.data, None)
+        return _project(normed(hidden, norm).float(), weight, None)
 
     def sample(self, logits: Tensor, draws: Sequence[Draw]) -> Sampled:  # noqa: D102
         array = logits.numpy()
@@ -207,10 +210,17 @@ def _head_norms(heads: Tensor, layer: QKV) -> Tensor:
     return torch.cat((normed(q, layer.q_norm), normed(k, layer.k_norm)), dim=1)
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _project(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
     _check_rows(x)
-    product: Tensor = _blocked(x, weight, bias, "none", [], "") if weight.is_mkldnn else F.linear(x, weight, bias)
-    return product
+    if weight.scales is not None:
+        return _biased(product(x, weight), bias).to(x.dtype)
+    data = weight.data
+    total: Tensor = _blocked(x, data, bias, "none", [], "") if data.is_mkldnn else F.linear(x, data, bias)
+    return total
+
+
+def _biased(total: Tensor, bias: Tensor | None) -> Tensor:
+    return total if bias is None else total.add_(bias)
 
 
 def _rotate(x: Tensor, step: _Step) -> Tensor:

@@ -15,6 +15,7 @@ from fwd.kernels.rows import Rows
 from fwd.models import cache as caches
 from fwd.models.checkpoint import Checkpoint
 from fwd.models.layout import KVFormat
+from fwd.models.quantization import is_needless
 from fwd.models.rope import rope_table
 from fwd.models.spec import ModelSpec
 from fwd.models.weights import Weights
@@ -36,7 +37,7 @@ class Decoder(ABC, Generic[Layer, Cells, Execution]):
     ) -> None:
         self.spec, self.ops, self.dtype = spec, ops, dtype
         weights = Weights(spec, ops, checkpoint, dtype)
-        embedding = weights.matrix((EMBEDDING,), (spec.vocab,), spec.hidden)
+        embedding = weights.table(EMBEDDING, spec.vocab, spec.hidden)
         self.layers = [self.layer(weights, LAYER.format(index), index) for index in range(spec.layers)]
         self.last_norm = weights.norm(LAST_NORM, spec.hidden)
         self.head = ops.pack_head(embedding if spec.tied else weights.matrix((HEAD,), (spec.vocab,), spec.hidden))
@@ -82,9 +83,10 @@ class Decoder(ABC, Generic[Layer, Cells, Execution]):
         return dict(checkpoint.kept)
 
     def _needless(self, name: str) -> bool:
-        """A tensor of which another takes the place, or that is not the text model's."""
+        """A tensor of which another takes the place, that is not used here, or not the text model's."""
         tied = self.spec.tied and name == f"{self.spec.prefix}{HEAD}.weight"
-        return tied or name.endswith("rotary_emb.inv_freq") or name.startswith(self.spec.others)
+        unused = name.endswith("rotary_emb.inv_freq") or is_needless(name)
+        return tied or unused or name.startswith(self.spec.others)
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:

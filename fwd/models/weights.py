@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fwd.errors import ModelError
 from fwd.kernels.ops import QKV, Norm, Ops
 from fwd.kernels.qtensor import QTensor
+from fwd.models import formats
 from fwd.models.checkpoint import Checkpoint
 from fwd.models.spec import ModelSpec
 
@@ -67,27 +69,47 @@ class Weights:
         return self.ops.pack(self.matrix(modules, outputs, inputs))
 
     def matrix(self, modules: Sequence[str], outputs: Sequence[int], inputs: int) -> QTensor:
-        """The matrices of modules one above the other."""
-        names = [f"{self.spec.prefix}{module}.weight" for module in modules]
-        taken = self.checkpoint.take(names, [(width, inputs) for width in outputs], self.dtype)
-        return QTensor.plain(taken.to(self.ops.device))
+        """The matrices of modules one above the other; quantised ones stay as they are."""
+        full = self.under(self.spec.prefix, modules)
+        if (found := formats.linear(self.checkpoint, self.spec.quantization, full, outputs, inputs)) is None:
+            names = [f"{module}.weight" for module in full]
+            taken = self.checkpoint.take(names, [(width, inputs) for width in outputs], self.dtype)
+            found = QTensor.plain(taken)
+        return found.to(self.ops.device)
+
+    def table(self, module: str, lines: int, width: int) -> QTensor:
+        """A matrix of which lines are taken, not products: it is plain."""
+        (full,) = self.under(self.spec.prefix, (module,))
+        if (stored := self.spec.quantization.format_of(full)) is not None:
+            raise ModelError(
+                f"{self.checkpoint.folder}: {full} is {stored.format}: only plain embeddings are supported"
+            )
+        return self.matrix((module,), (lines,), width)
 
     def experts(self, modules: Sequence[str], outputs: Sequence[int], inputs: int) -> QTensor:
-        """The matrices of all experts of a layer, of each one above the other: modules have {} for its number."""
+        """The matrices of all experts of a layer, of each one above the other: modules have {} for its number.
+
+        All of an expert's have as many outputs.
+        """
         assert self.spec.moe is not None, "the model has experts"
         each = range(self.spec.moe.experts)
-        full = self.under(
-            self.spec.prefix, [f"{module.format(expert)}.weight" for expert in each for module in modules]
-        )
-        taken = self.checkpoint.take(full, [(width, inputs) for width in outputs] * len(each), self.dtype)
-        return QTensor.plain(taken.view(len(each), sum(outputs), inputs).to(self.ops.device))
+        full = [self.under(self.spec.prefix, [module.format(expert) for module in modules]) for expert in each]
+        if (found := formats.experts(self.checkpoint, self.spec.quantization, full, outputs[0], inputs)) is None:
+            names = [f"{module}.weight" for own in full for module in own]
+            taken = self.checkpoint.take(names, [(width, inputs) for width in outputs] * len(each), self.dtype)
+            found = QTensor.plain(taken.view(len(each), sum(outputs), inputs))
+        return found.to(self.ops.device)
 
     def stacked(self, module: str, order: Tensor, inputs: int) -> QTensor:
-        """The matrices of all experts of a layer, which stand in one tensor [experts, inputs, outputs].
+        """The matrices of all experts of a layer, which stand in one tensor: [experts, inputs, outputs] where plain.
 
         Their outputs come in an `order` of the tensor's, int64 [outputs].
         """
         assert self.spec.moe is not None, "the model has experts"
         (full,), count = self.under(self.spec.prefix, (module,)), self.spec.moe.experts
-        taken = self.checkpoint.take((full,), ((count, inputs, len(order)),), self.dtype)
-        return QTensor.plain(taken.transpose(1, 2)[:, order].to(self.ops.device))
+        shape = (count, len(order), inputs)
+        found = formats.stacked(self.checkpoint, self.spec.quantization, full, shape, order)
+        if found is None:
+            taken = self.checkpoint.take((full,), ((count, inputs, len(order)),), self.dtype)
+            found = QTensor.plain(taken.transpose(1, 2)[:, order])
+        return found.to(self.ops.device)

@@ -1,0 +1,275 @@
+"""Quantised matrices as files hold them → QTensor: one small function for each layout of `quantization.LAYOUTS`.
+
+Layouts as those who write them document and read them: DeepSeek-V3 (README_WEIGHTS.md), gpt-oss (torch/weights.py),
+compressed-tensors (compressors/), NVIDIA ModelOpt (torch/quantization/qtensor/), GPTQModel (qlinear), AutoAWQ
+(utils/packing_utils.py). Scales of activations and of the KV cache are not read: see `quantization.is_needless`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fwd.errors import ModelError
+from fwd.kernels.qtensor import QTensor, concat, fold
+from fwd.models.checkpoint import DTYPES, Checkpoint
+from fwd.models.quantization import LAYOUTS, Quantization, Stored
+
+_LARGEST = {"fp8": 448.0, "mxfp4": 6.0, "nvfp4": 6.0, "int4": 16.0}  # numbers (of int4: minus their zeros)
+_AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the nibble of a word that holds each of its 8 outputs
+
+
+def linear(
+    checkpoint: Checkpoint, quantization: Quantization, modules: Sequence[str], outputs: Sequence[int], inputs: int
+) -> QTensor | None:
+    """Return the matrices [outputs[i], inputs] of modules one above the other; None where they are plain.
+
+    Raises ModelError for parts of different formats and whatever is wrong with their tensors.
+    """
+    stored = _common(quantization, modules, inputs)
+    if stored is None:
+        return None
+    if len(set(outputs)) == 1:
+        return fold(_read(_Modules(checkpoint, modules, stored[0], outputs[0], inputs)), len(modules)).expert(0)
+    parts = zip(modules, stored, outputs, strict=True)
+    return concat(
+        [_read(_Modules(checkpoint, (name,), each, height, inputs)).expert(0) for name, each, height in parts]
+    )
+
+
+def experts(
+    checkpoint: Checkpoint, quantization: Quantization, modules: Sequence[Sequence[str]], outputs: int, inputs: int
+) -> QTensor | None:
+    """Return [experts, parts·outputs, inputs]: the matrices [outputs, inputs] of each expert's modules, as `linear`."""
+    names = [name for own in modules for name in own]
+    stored = _common(quantization, names, inputs)
+    if stored is None:
+        return None
+    return fold(_read(_Modules(checkpoint, names, stored[0], outputs, inputs)), len(modules[0]))
+
+
+def stacked(
+    checkpoint: Checkpoint, quantization: Quantization, module: str, shape: tuple[int, int, int], order: Tensor
+) -> QTensor | None:
+    """Return the matrices of `shape` [experts, outputs, inputs] of a module that holds all experts of a layer.
+
+    Outputs come in an `order` of the tensors', int64 [outputs]. None where the module is plain.
+    """
+    experts, outputs, inputs = shape
+    stored = quantization.format_of(module)
+    if stored is None:
+        return None
+    found = _mxfp4_blocks(_Modules(checkpoint, (module,), stored, outputs, inputs), experts)
+    for expert in range(experts):  # one by one: a second copy of all would be a gigabyte
+        one = found.expert(expert)
+        placed = one.rows(order)
+        for into, rows in zip(one.tensors(), placed.tensors(), strict=True):
+            into.copy_(rows)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Modules:
+    """Modules of one shape and format, each with tensors of its own."""
+
+    checkpoint: Checkpoint
+    names: Sequence[str]
+    stored: Stored
+    outputs: int
+    inputs: int
+
+    def take(self, suffix: str, *shapes: tuple[int, ...]) -> Tensor:
+        """Return a tensor of each module, as it is stored and in one of these shapes: [modules, *shape]."""
+        entry = self.checkpoint.entries[self.names[0] + suffix]
+        shape = entry.shape if entry.shape in shapes else shapes[0]
+        return self.checkpoint.stack([name + suffix for name in self.names], shape, DTYPES[entry.dtype])
+
+    def check(self, suffix: str, wrong: Tensor, reason: str) -> None:
+        """Raise ModelError for the first module that is `wrong`: bool [modules, …]."""
+        bad = wrong.reshape(len(self.names), -1).any(1).tolist()
+        if any(bad):
+            name = self.names[bad.index(True)] + suffix
+            raise ModelError(f"{self.checkpoint.entries[name].path}: {name} {reason}")
+
+    def has(self, suffix: str) -> bool:
+        """Whether the modules have a tensor that not all have."""
+        return self.names[0] + suffix in self.checkpoint.entries
+
+    def scales(self, suffix: str, *shapes: tuple[int, ...], signed: bool = False) -> Tensor:
+        """Return scales as they are stored: finite, and so is what they are of the largest number."""
+        found = self.take(suffix, *shapes)
+        wide = found.float()
+        self.check(suffix, ~(wide * _LARGEST[self.stored.format]).isfinite(), "holds a scale that is not finite")
+        if not signed:
+            self.check(suffix, wide < 0, "holds a negative scale")
+        return found
+
+    def powers(self, suffix: str, shape: tuple[int, ...]) -> Tensor:
+        """Return scales that are powers of two: uint8, 2^(s − 127)."""
+        found = self.take(suffix, shape).view(torch.uint8)
+        self.check(suffix, found > 252, "holds a scale that is NaN or makes weights infinite")
+        return found
+
+    def outer(self, suffix: str, *, divides: bool) -> Tensor:
+        """Return one factor a module as float32 [modules, outputs]."""
+        found = self.take(suffix, (), (1,)).reshape(-1, 1)
+        largest = 448.0 * _LARGEST[self.stored.format]
+        extreme = largest / found if divides else largest * found
+        self.check(suffix, ~(extreme.isfinite() & (extreme > 0)), f"is {found.flatten().tolist()[0]:g}, no scale")
+        return found.expand(-1, self.outputs).contiguous()
+
+    def order(self, suffix: str, columns: int) -> Tensor | None:
+        """Return the column of scales of each input, int32 [modules, inputs]; None where they stand in order."""
+        found = self.take(suffix, (self.inputs,))
+        self.check(suffix, (found < 0) | (found >= columns), f"holds a group that is not among {columns}")
+        if self.stored.groups:
+            return found
+        straight = torch.arange(self.inputs) // (self.stored.block[1] or self.inputs)
+        self.check(suffix, found != straight, "is out of order, though the config has no activation order (desc_act)")
+        return None
+
+    def matrix(self, data: Tensor, scales: Tensor, **fields: Tensor | bool | None) -> QTensor:
+        """Return what stands in `data` and `scales`: [modules, outputs, inputs]."""
+        (rows, columns), shape = self.stored.block, (len(data), self.outputs, self.inputs)
+        block = (rows or self.outputs, columns or self.inputs)
+        return QTensor(data, self.stored.format, shape, block=block, scales=scales, **fields)  # type: ignore[arg-type]
+
+
+def _common(quantization: Quantization, modules: Sequence[str], inputs: int) -> list[Stored] | None:
+    """The format of each of some modules, which is the same but for the heights of its blocks; None: all plain."""
+    stored = [quantization.format_of(module) for module in modules]
+    kinds = [each and (each.layout, each.block[1] or inputs, each.zeros, each.groups, each.scale) for each in stored]
+    other = next((index for index, kind in enumerate(kinds) if kind != kinds[0]), 0)
+    if other:
+        first, second = (_described(stored[index]) for index in (0, other))
+        raise ModelError(f"{modules[0]} is {first}, {modules[other]} {second}: they are one matrix here, of one format")
+    found = [each for each in stored if each is not None]
+    if found and found[0].format in {"mxfp4", "nvfp4", "int4"} and inputs % 2:
+        raise ModelError(f"{modules[0]}: {inputs} inputs are odd, so that 4-bit numbers do not make whole bytes")
+    return found or None
+
+
+def _described(stored: Stored | None) -> str:
+    if stored is None:
+        return "plain"
+    traits = [name for name in ("zeros", "groups") if getattr(stored, name)]
+    return f"{stored.format} ({', '.join([stored.layout, f'scales of {stored.block[1] or 1}', *traits])})"
+
+
+def _read(modules: _Modules) -> QTensor:
+    """Return the matrices of modules: [modules, outputs, inputs]."""
+    return _READERS[modules.stored.layout](modules)
+
+
+def _ceil(length: int, size: int) -> int:
+    return -(-length // (size or length))
+
+
+def _fp8(modules: _Modules) -> QTensor:
+    _, suffix = LAYOUTS[modules.stored.layout].tensors
+    n, k, block = modules.outputs, modules.inputs, modules.stored.block
+    data = modules.take(".weight", (n, k))
+    rows, columns = _ceil(n, block[0]), _ceil(k, block[1])
+    shapes: list[tuple[int, ...]] = [(rows, columns), (rows, 1, columns, 1)]
+    shapes += [(rows,)] if columns == 1 else []
+    shapes += [()] if rows == columns == 1 else []
+    return modules.matrix(data, modules.scales(suffix, *shapes).float().view(-1, rows, columns))
+
+
+def _mxfp4_blocks(modules: _Modules, experts: int) -> QTensor:
+    """gpt-oss: the experts of a layer in one tensor, 16 bytes a block."""
+    n, columns = modules.outputs, _ceil(modules.inputs, 32)
+    if modules.stored.layout != "mxfp4_blocks" or modules.inputs % 32:
+        raise ModelError(
+            f"{modules.names[0]} is {_described(modules.stored)}: experts in one tensor are mxfp4 or plain"
+        )
+    data = modules.take("_blocks", (experts, n, columns, 16))[0].view(experts, n, -1)
+    return modules.matrix(data, modules.powers("_scales", (experts, n, columns))[0])
+
+
+def _mxfp4_packed(modules: _Modules) -> QTensor:
+    n, k = modules.outputs, modules.inputs
+    data = modules.take(".weight_packed", (n, k // 2))
+    return modules.matrix(data, modules.powers(".weight_scale", (n, _ceil(k, 32))))
+
+
+def _nvfp4(modules: _Modules) -> QTensor:
+    """ModelOpt: the global scale multiplies."""
+    return _nvfp4_of(modules, ".weight", ".weight_scale_2", divides=False)
+
+
+def _nvfp4_packed(modules: _Modules) -> QTensor:
+    """compressed-tensors: the global scale divides."""
+    return _nvfp4_of(modules, ".weight_packed", ".weight_global_scale", divides=True)
+
+
+def _nvfp4_of(modules: _Modules, numbers: str, factor: str, *, divides: bool) -> QTensor:
+    n, k = modules.outputs, modules.inputs
+    data = modules.take(numbers, (n, k // 2))
+    scales = modules.scales(".weight_scale", (n, _ceil(k, 16)))
+    return modules.matrix(data, scales, outer=modules.outer(factor, divides=divides), divides=divides)
+
+
+def _int4_packed(modules: _Modules) -> QTensor:
+    """compressed-tensors: words of 8 inputs, the first in the lowest bits; words of zeros hold 8 outputs."""
+    n, k = modules.outputs, modules.inputs
+    columns = _ceil(k, modules.stored.block[1])
+    shapes = modules.take(".weight_shape", (2,))
+    modules.check(".weight_shape", shapes != torch.tensor([n, k]), f"is not [{n}, {k}]")
+    data = modules.take(".weight_packed", (n, _ceil(k, 8))).view(torch.uint8)[..., : k // 2].contiguous()
+    scales = modules.scales(".weight_scale", (n, columns), signed=True)
+    zeros = None
+    if modules.stored.zeros:
+        words = modules.take(".weight_zero_point", (_ceil(n, 8), columns))  # [modules, out/8, columns]
+        zeros = _nibbles(words.transpose(1, 2).contiguous())[..., :n].transpose(1, 2).contiguous()
+    groups = modules.order(".weight_g_idx", columns) if modules.stored.groups else None
+    return modules.matrix(data, scales, zeros=zeros, groups=groups)
+
+
+def _gptq(modules: _Modules) -> QTensor:
+    """Words of 8 inputs, of 8 outputs for zeros; version 1 stores zeros less one."""
+    n, k = modules.outputs, modules.inputs
+    columns = _ceil(k, modules.stored.block[1])
+    words = modules.take(".qweight", (_ceil(k, 8), n))  # [modules, in/8, out]
+    data = words.transpose(1, 2).contiguous().view(torch.uint8)[..., : k // 2].contiguous()
+    zeros = _nibbles(modules.take(".qzeros", (columns, _ceil(n, 8))))[..., :n]  # [modules, columns, out]
+    zeros = zeros.transpose(1, 2).contiguous() + (modules.stored.layout == "gptq")
+    scales = modules.scales(".scales", (columns, n), signed=True).transpose(1, 2).contiguous()
+    groups = modules.order(".g_idx", columns) if modules.has(".g_idx") else None
+    return modules.matrix(data, scales, zeros=zeros, groups=groups)
+
+
+def _awq(modules: _Modules) -> QTensor:
+    """Words of 8 outputs, in the order 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits on."""
+    n, k = modules.outputs, modules.inputs
+    columns = _ceil(k, modules.stored.block[1])
+    numbers = _of_awq(modules.take(".qweight", (k, _ceil(n, 8))), n)  # [modules, in, out]
+    data = (numbers[:, ::2] | numbers[:, 1::2] << 4).transpose(1, 2).contiguous()
+    zeros = _of_awq(modules.take(".qzeros", (columns, _ceil(n, 8))), n).transpose(1, 2).contiguous()
+    scales = modules.scales(".scales", (columns, n), signed=True).transpose(1, 2).contiguous()
+    return modules.matrix(data, scales, zeros=zeros)
+
+
+def _nibbles(words: Tensor) -> Tensor:
+    """The 8 nibbles of each int32 word, the lowest first: uint8 [.., 8·words]."""
+    pairs = words.view(torch.uint8)
+    return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
+
+
+def _of_awq(words: Tensor, outputs: int) -> Tensor:
+    nibbles = _nibbles(words)
+    return nibbles.view(*words.shape, 8)[..., _AWQ_ORDER].view(nibbles.shape)[..., :outputs]
+
+
+_READERS: dict[str, Callable[[_Modules], QTensor]] = {
+    "awq": _awq,
+    "fp8": _fp8,
+    "fp8_inv": _fp8,
+    "gptq": _gptq,
+    "gptq_v2": _gptq,
+    "int4_packed": _int4_packed,
+    "mxfp4_packed": _mxfp4_packed,
+    "nvfp4": _nvfp4,
+    "nvfp4_packed": _nvfp4_packed,
+}
