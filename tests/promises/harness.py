@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from pathlib import Path
+from typing import NamedTuple
 
 from fwd.config import Config
 from fwd.engine.device import cpu
@@ -19,6 +20,17 @@ from fwd.protocol.messages import Limits, Load, Ping, Pong, Sampling, Submit
 
 LIMIT = 240
 ASKED = 1 << 40  # the keeper's own pings count from one
+
+
+class Cell(NamedTuple):
+    """What is loaded."""
+
+    kind: str
+    dtype: str
+    kv_dtype: str = "auto"
+
+    def __str__(self) -> str:
+        return "-".join(self)
 
 
 class Watched(Keeper):

@@ -48,9 +48,13 @@ async def ours(folder):
         return [(s.emitted.tolist(), torch.tensor(s.logprobs), torch.tensor(s.prompt_logprobs), s.top) for s in streams]
 
 
-@pytest.mark.parametrize(
-    "kind", ["llama", "llama3-rope", "yarn", "qwen2", "qwen3", "qwen3-sliding", "qwen2-sliding", "demo"]
-)
+KINDS = (
+    "llama", "llama3-rope", "yarn", "qwen2", "qwen3", "qwen3-sliding", "qwen2-sliding", "mistral-sliding", "demo",
+    "gpt-oss", "qwen3-moe-mixed", "deepseek-yarn", "glm4-moe-lite",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_greedy_equals_transformers(kind, tmp_path):
     folder = Config().folder if kind == "demo" else tmp_path
     if kind != "demo":

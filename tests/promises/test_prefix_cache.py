@@ -17,14 +17,14 @@ from fwd.protocol.messages import Limits, Submit
 TOKENS = 24
 CONTEXT = 272
 SEED = 5
-KINDS = ("llama3-rope", "qwen3-sliding", "qwen2-sliding", "deepseek-yarn")
+KINDS = ("llama3-rope", "qwen3-sliding", "qwen2-sliding")
 KV = (("float32", "auto"), ("bfloat16", "auto"), ("float32", "bfloat16"), ("float32", "fp8"))
 CELLS = [(kind, *kv) for kind in KINDS for kv in (KV if kind != "deepseek-yarn" else KV[1::2])]
 CELLS = (
     *(Cell(kind, *kv) for kind in KINDS for kv in KV),
     Cell("gpt-oss", "bfloat16", "fp8"),
-    Cell("deepseek", "bfloat16"),
-    Cell("glm4-moe-lite", "float32", "fp8"),
+    Cell("deepseek-yarn", "bfloat16"),
+    Cell("deepseek-yarn", "float32", "fp8"),
 )
 
 

@@ -1,29 +1,14 @@
 """Promises 1 and 2: same seed, same bytes, whatever happens beside a request or to the engine; no stream is lost."""
 
 import random
-from typing import NamedTuple
 
 import checkpoints
 import pytest
 from census import open_descriptors, resident_bytes
-from harness import ended, kill, record, run, serving, submissions, tokens_more
+from harness import Cell, ended, kill, record, run, serving, submissions, tokens_more
 from msgspec.structs import replace
 
 TOKENS = 64
-
-
-class Cell(NamedTuple):
-    """What is loaded."""
-
-    kind: str
-    dtype: str
-    kv_dtype: str = "auto"
-
-    def __str__(self):
-        return "-".join(self)
-
-    def serving(self, folders):
-        return serving(folders[self.kind], dtype=self.dtype, kv_dtype=self.kv_dtype)
 
 
 FULL, NARROW, SLIDING = CELLS = (
@@ -41,13 +26,17 @@ def folders(tmp_path_factory):
     return made
 
 
+def serving_cell(folders, cell):
+    return serving(folders[cell.kind], dtype=cell.dtype, kv_dtype=cell.kv_dtype)
+
+
 @pytest.fixture(scope="module")
 def alone(folders):
     """What each request gives when nothing else runs and nothing is cached, by cell."""
     known = {}
 
     async def work(cell):
-        async with cell.serving(folders) as service:
+        async with serving_cell(folders, cell) as service:
             records = []
             for request in requests():
                 stream = service.open(replace(request, cache=False))
@@ -85,7 +74,7 @@ def test_beside_fifteen_others_arriving_at_random(folders, alone, cell, seed):
     rng.shuffle(order)
 
     async def work():
-        async with cell.serving(folders) as service:
+        async with serving_cell(folders, cell) as service:
             streams = {}
             for index, request in order:
                 streams[index] = service.open(request)
@@ -100,7 +89,7 @@ async def survive(cell, folders, kills, seed):
     """Kill the engine `kills` times at random tokens while the requests run, as often round as that takes."""
     rng = random.Random(seed)
     rounds = []
-    async with cell.serving(folders) as service:
+    async with serving_cell(folders, cell) as service:
         streams, resumes = [], 0
         before, memory = open_descriptors(), resident_bytes()
         for _ in range(kills):
