@@ -19,7 +19,6 @@ CONTEXT = 272
 SEED = 5
 KINDS = ("llama3-rope", "qwen3-sliding", "qwen2-sliding")
 KV = (("float32", "auto"), ("bfloat16", "auto"), ("float32", "bfloat16"), ("float32", "fp8"))
-CELLS = [(kind, *kv) for kind in KINDS for kv in (KV if kind != "deepseek-yarn" else KV[1::2])]
 CELLS = (
     *(Cell(kind, *kv) for kind in KINDS for kv in KV),
     Cell("gpt-oss", "bfloat16", "fp8"),
