@@ -1,12 +1,15 @@
 """gpt-oss against `transformers` on random checkpoints, its own bits, and its experts in MXFP4."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import checkpoints
 import parity
 import pytest
 import torch
-from safetensors.torch import load_file
+from parity import tokens
+from safetensors.torch import load_file, save_file
 
 from fwd.models import gpt_oss
 from fwd.models import load as loading
@@ -108,3 +111,50 @@ def test_experts_stand_with_their_gates_above_their_ups(tmp_path):
 def test_parameters_are_those_of_the_checkpoint(folder):
     spec = load(folder[0]).spec
     assert spec.parameters() == sum(parameter.numel() for parameter in folder[1].parameters())
+
+
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
+QUANTIZATION = {  # as gpt-oss-20b has it
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+
+
+def in_mxfp4(plain, folder):
+    """Write a checkpoint's experts anew, as random MXFP4 in `folder` and as the same numbers in `plain`."""
+    shutil.copytree(plain, folder)
+    tensors, generator = load_file(plain / "model.safetensors"), torch.Generator().manual_seed(11)
+    packed = dict(tensors)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        many, inputs, outputs = packed.pop(name).shape
+        codes = torch.randint(0, 16, (many, outputs, inputs // 32, 32), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(119, 124, (many, outputs, inputs // 32), generator=generator, dtype=torch.uint8)
+        packed[f"{name}_blocks"] = codes[..., ::2] | codes[..., 1::2] << 4
+        packed[f"{name}_scales"] = scales
+        numbers = torch.tensor(E2M1)[codes.int()] * 2.0 ** (scales.float() - 127).unsqueeze(3)
+        tensors[name] = numbers.view(many, outputs, inputs).transpose(1, 2).contiguous()
+    save_file(tensors, plain / "model.safetensors")
+    save_file(packed, folder / "model.safetensors")
+    config = json.loads((plain / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": QUANTIZATION}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_in_mxfp4_give_the_bits_of_the_numbers_they_stand_for(dtype, tmp_path):
+    plain, folder = tmp_path / "plain", tmp_path / "mxfp4"
+    checkpoints.make("gpt-oss", plain, seed=9)
+    in_mxfp4(plain, folder)
+    wide, narrow = load(plain, dtype=dtype), load(folder, dtype=dtype)
+    experts = narrow.layers[0].mixture.experts
+    assert (experts.gate_up.format, experts.down.format) == ("mxfp4", "mxfp4")
+    assert experts.gate_up.nbytes * 32 == experts.gate_up.dequantize().numel() * 17
+    for count in (1, 16):
+        found, expected = (parity.logits_of(model, tokens(90, seed=10), 64, count) for model in (narrow, wide))
+        assert torch.equal(found, expected), count
+    parity.check_steps_of_any_width(narrow)
+    parity.check_warm_prefill(narrow)
