@@ -22,6 +22,7 @@ from fwd.protocol.client import Client
 from fwd.protocol.messages import Finished, Text
 from fwd.protocol.requests import prompt_message
 
+SHARD = "model-00001-of-00001.safetensors"
 STEADY = "ping_interval = 0.005\nstop_timeout = 3600.0\n"
 
 
@@ -143,6 +144,15 @@ def checkpoint(tmp_path_factory):
     return path
 
 
+def index(folder, shard, **metadata):
+    """Put an index beside the weights, which get the name of a shard; all of it is said to stand in `shard`."""
+    with (folder / "model.safetensors").open("rb") as file:
+        table = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    (folder / "model.safetensors").rename(folder / SHARD)
+    names = dict.fromkeys(table.keys() - {"__metadata__"}, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": metadata, "weight_map": names}))
+
+
 def spoil(folder, how):
     weights, config = folder / "model.safetensors", folder / "config.json"
     if how == "half-written":
@@ -151,6 +161,12 @@ def spoil(folder, how):
         weights.rename(folder / "pytorch_model.bin")
     elif how == "architecture":
         config.write_text(config.read_text().replace("LlamaForCausalLM", "MambaForCausalLM"))
+    elif how == "sum":
+        index(folder, SHARD, sha256={SHARD: "0" * 64})
+    elif how == "missing":
+        index(folder, "other.safetensors")
+    elif how == "outside":
+        index(folder, f"../model/{SHARD}")
     elif how == "tokenizer":
         (folder / "tokenizer.json").unlink()
 
@@ -161,6 +177,9 @@ def spoil(folder, how):
         ("half-written", ["model.safetensors"]),
         ("pickle", ["pickled", "safetensors"]),
         ("architecture", ["MambaForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"]),
+        ("sum", [SHARD, "is damaged", "0" * 64]),
+        ("missing", ["other.safetensors is missing"]),
+        ("outside", [f"../model/{SHARD}", "plain name"]),
         ("tokenizer", ["tokenizer.json"]),
     ],
 )
