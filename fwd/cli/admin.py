@@ -47,11 +47,17 @@ def _engine_rows(engine: EngineInfo, host_us: float) -> list[tuple[str, str]]:
         *([("steps", _steps(engine.launches, host_us))] if engine.launches else []),
         ("weights", f"{engine.architecture}, {size}, {engine.weights_hash}"),
         *([("memory", _memory(engine))] if engine.memory else []),
+        *([("drafters", _kept(engine))] if engine.kept else []),
     ]
 
 
 def _steps(launches: str, host_us: float) -> str:
     return f"{launches}, {host_us:.0f} µs of host work between two" if host_us else launches
+
+
+def _kept(engine: EngineInfo) -> str:
+    """What the files hold for drafters, which is not loaded."""
+    return ", ".join(f"{prefix}* {size / 1e6:.1f} MB" for prefix, size in engine.kept.items()) + ", left in the files"
 
 
 def _memory(engine: EngineInfo) -> str:

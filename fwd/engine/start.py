@@ -109,7 +109,7 @@ def _info(planned: Plan, model: Model, threads: int, load_ms: float) -> EngineIn
     spec = planned.spec
     return EngineInfo(
         architecture=spec.architecture,
-        parameters=spec.weight_bytes() // model.dtype.itemsize,
+        parameters=spec.parameters(),
         weight_bytes=spec.weight_bytes(),
         weights_hash=model.weights_hash,
         vocab_size=spec.vocab,
@@ -129,6 +129,7 @@ def _info(planned: Plan, model: Model, threads: int, load_ms: float) -> EngineIn
         kv_dtype=planned.kv,
         memory=planned.items,
         launches=_launches(model),
+        kept=model.kept,
     )
 
 

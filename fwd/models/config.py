@@ -1,6 +1,7 @@
 """config.json → ModelSpec: every number the forward pass and the planner need, checked. No torch here."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,35 @@ from fwd.errors import ModelError
 from fwd.models.architectures import ARCHITECTURES, NEUTRAL, Architecture, read_latents
 from fwd.models.fields import Fields, short
 from fwd.models.positions import MAX_CONTEXT, extended, read_rope, read_windows
-from fwd.models.spec import Dtype, ModelSpec
+from fwd.models.quantization import read_from
+from fwd.models.safetensors import INDEX, SINGLE, Entry, headers, list_files
+from fwd.models.schemes import parse_quantization
+from fwd.models.spec import EMBEDDING, Dtype, ModelSpec
 
 MAX_PARAMETERS = 1 << 43
 MAX_LAYER_EXPERTS = 1 << 18  # experts of all layers
 _MAX_CONFIG_BYTES = 1 << 20
 _CONTEXT = "max_position_embeddings"
-_SHARED = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")  # that may stand beside a text_config
+_SHARED = ("dtype", "torch_dtype", "tie_word_embeddings")  # that may stand beside a text_config
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # by their names in safetensors
 
 
 def read_spec(folder: Path) -> ModelSpec:
-    """Read `config.json` of a model folder; raises ModelError."""
+    """Read what a model folder says of its model: configs, and headers of the weights that are there.
+
+    Raises ModelError, whatever is wrong with them.
+    """
     config = read_json(folder / "config.json")
     if config is None:
         raise ModelError(f"{folder} is no model folder: it has no config.json")
-    return parse_spec(config)
+    return parse_spec(config, read_json(folder / "hf_quant_config.json"), _entries(folder))
+
+
+def _entries(folder: Path) -> dict[str, Entry]:
+    """The tensors of a folder; none where weights are still to come, which loading will say."""
+    if not any((folder / name).exists() for name in (SINGLE, INDEX)):
+        return {}
+    return headers(folder) if all(path.exists() for path in list_files(folder).files) else {}
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -49,17 +64,29 @@ def run_spec(spec: ModelSpec, dtype: str) -> ModelSpec:
             raise ModelError(f"{other} is not supported: use --dtype bfloat16 or float32")
 
 
-def parse_spec(config: dict[str, Any]) -> ModelSpec:
-    """Check a Hugging Face config and return its ModelSpec; raises ModelError naming the field."""
+def parse_spec(
+    config: Mapping[str, Any], older: Mapping[str, Any] | None = None, files: Mapping[str, Entry] | None = None
+) -> ModelSpec:
+    """Check a Hugging Face config and return its ModelSpec; raises ModelError naming the field.
+
+    `older` is the `hf_quant_config.json` beside it; `files`, by tensor, tell what the configs do not, and win where
+    they speak of formats.
+    """
     name, known = _architecture(config)
-    fields = _fields(config, known)
+    fields, scheme = _fields(config, known), parse_quantization(config, older)
     fields.refuse(known.neutral | NEUTRAL)
+    embedding = files.get(f"{known.prefix}{EMBEDDING}.weight") if files else None
+    spec = _read(name, known, fields, embedding)
+    return _bounded(replace(spec, quantization=read_from(scheme, files) if files else scheme))
+
+
+def _read(name: str, known: Architecture, fields: Fields, embedding: Entry | None) -> ModelSpec:
     layers, trained = fields.integer("num_hidden_layers", 1, 4096), fields.integer(_CONTEXT, 1, MAX_CONTEXT)
     heads, kv_heads = _heads(fields, known)
     rope, scale = read_rope(fields, trained, known.rope)
     mla = read_latents(fields, scale) if known.latents else None
     context, biased = extended(rope, trained), known.bias == "config" and fields.flag("attention_bias")
-    spec = ModelSpec(
+    return ModelSpec(
         architecture=name,
         family=known.family,
         layers=layers,
@@ -76,7 +103,7 @@ def parse_spec(config: dict[str, Any]) -> ModelSpec:
         output_bias=biased,
         qk_norm=known.qk_norm,
         max_context=context,
-        dtype=_dtype(fields),
+        dtype=_dtype(fields, embedding),
         windows=read_windows(fields, known.sliding, layers, context, switched=known.switched),
         sinks=known.sinks,
         moe=known.experts(fields, layers) if known.experts else None,
@@ -85,10 +112,9 @@ def parse_spec(config: dict[str, Any]) -> ModelSpec:
         others=known.others,
         mtp=fields.integer("num_nextn_predict_layers", 0, 64, 0) if known.latents else 0,
     )
-    return _bounded(spec)
 
 
-def _architecture(config: dict[str, Any]) -> tuple[str, Architecture]:
+def _architecture(config: Mapping[str, Any]) -> tuple[str, Architecture]:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else names
     if not isinstance(name, str) or name not in ARCHITECTURES:
@@ -97,7 +123,7 @@ def _architecture(config: dict[str, Any]) -> tuple[str, Architecture]:
     return name, ARCHITECTURES[name]
 
 
-def _fields(config: dict[str, Any], known: Architecture) -> Fields:
+def _fields(config: Mapping[str, Any], known: Architecture) -> Fields:
     """The fields of the text model under one name each, those that are absent as transformers takes them."""
     text = config
     if known.text:
@@ -124,8 +150,10 @@ def _head_dim(fields: Fields, heads: int) -> int:
     return width
 
 
-def _dtype(fields: Fields) -> Dtype:
-    name: object = fields.get("dtype", fields.get("torch_dtype", "float32"))
+def _dtype(fields: Fields, embedding: Entry | None) -> Dtype:
+    """The dtype that the config names, else that of the embedding."""
+    found = _DTYPES.get(embedding.dtype, "float32") if embedding else "float32"
+    name: object = fields.get("dtype", fields.get("torch_dtype", found))
     match name:
         case "float32" | "float16" | "bfloat16":
             return name

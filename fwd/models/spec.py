@@ -201,7 +201,7 @@ def _held(spec: ModelSpec, part: Part) -> Held:
 
 def parts(spec: ModelSpec) -> Iterator[Part]:
     """Return everything that is loaded of a model, each once."""
-    yield Part(EMBEDDING, (spec.vocab,), spec.hidden)
+    yield Part(EMBEDDING, (spec.vocab,), spec.hidden, kept="model")
     for index in range(spec.layers):
         prefix = LAYER.format(index)
         yield from _latents(spec, spec.mla, prefix) if spec.mla else _attention(spec, prefix)
@@ -239,7 +239,8 @@ def _mlp(spec: ModelSpec, prefix: str) -> Iterator[Part]:
 
 
 def _experts(spec: ModelSpec, moe: ExpertSpec, prefix: str) -> Iterator[Part]:
-    yield Part("", (spec.hidden, moe.experts * spec.hidden), kept="model")  # norm, router
+    yield Part("", (spec.hidden,), kept="model")  # norm
+    yield Part(f"{prefix}mlp.{'router' if moe.bias else 'gate'}", (moe.experts,), spec.hidden)
     yield Part("", (moe.experts * (moe.bias + (moe.scoring == "sigmoid")),), kept="float32")  # of the router
     one = _stacked(spec, moe, prefix) if moe.bias else _gated(f"{prefix}mlp.experts.0", spec.hidden, moe.intermediate)
     for part in one:

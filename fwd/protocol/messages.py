@@ -158,7 +158,8 @@ class Loading(Message, tag=16, frozen=True):
 class EngineInfo(Message, frozen=True):
     """What is loaded and how it is executed; the constant part of each receipt. `memory` is the plan: bytes by kind.
 
-    `launches` says how the kernels of a step are launched.
+    `launches` says how the kernels of a step are launched; `kept` are bytes of tensors that were left in the files for
+    drafters, by prefix of their names.
     """
 
     architecture: str = ""
@@ -182,6 +183,7 @@ class EngineInfo(Message, frozen=True):
     kv_dtype: str = ""
     memory: dict[str, Count] = {}
     launches: str = ""
+    kept: dict[str, Count] = {}
 
 
 class Ready(Message, tag=17, frozen=True):

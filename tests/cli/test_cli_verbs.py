@@ -13,11 +13,11 @@ from fakes import expected
 from launch import daemon, launch
 
 from fwd.cli import VERBS, main
-from fwd.cli.admin import _state
+from fwd.cli.admin import _engine_rows, _state
 from fwd.cli.common import require_hope
 from fwd.errors import FwdError
 from fwd.protocol.client import GONE, Client
-from fwd.protocol.messages import Finished, RequestInfo
+from fwd.protocol.messages import EngineInfo, Finished, RequestInfo
 
 
 def oracle(prompt, seed, tokens):
@@ -248,3 +248,9 @@ def test_serve_imports_little_before_it_listens():
     code = "import sys, fwd.cli.serve, fwd.daemon.main; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"asyncio", "aiohttp", "structlog", "tokenizers", "jinja2", "numpy", "torch", "cupy"} & set(loaded)
+
+
+def test_status_says_what_was_left_for_drafters():
+    rows = dict(_engine_rows(EngineInfo(kept={"model.layers.47.": 1_283_000_000}), 0.0))
+    assert rows["drafters"] == "model.layers.47.* 1283.0 MB, left in the files"
+    assert "drafters" not in dict(_engine_rows(EngineInfo(), 0.0))

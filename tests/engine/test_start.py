@@ -12,7 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    LlamaConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from fwd.engine import start as starting
 from fwd.engine.keyfile import prefix_key
@@ -43,10 +50,28 @@ SLIDING = {
     "sliding_window": 128,
     "layer_types": ["full_attention", "sliding_attention"] * 2,
 }
+MIXED = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LATENT = {
+    "kv_lora_rank": 112,
+    "qk_nope_head_dim": 48,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+}
 KINDS = {
     "untied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=False),
     "tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True),
     "sliding": lambda: Qwen3Config(**SIZES, **SLIDING, tie_word_embeddings=True),
+    "gpt-oss": lambda: GptOssConfig(**SIZES, head_dim=32, num_local_experts=8, num_experts_per_tok=2),
+    "moe": lambda: Qwen3MoeConfig(**SIZES, **MIXED, num_experts=8, decoder_sparse_step=2, head_dim=32),
+    "latent": lambda: DeepseekV3Config(**SIZES | {"num_key_value_heads": 4}, **MIXED, **LATENT, q_lora_rank=64),
+    "latent-direct": lambda: DeepseekV3Config(
+        **SIZES | {"num_key_value_heads": 4}, **MIXED, **LATENT, q_lora_rank=None
+    ),
 }
 FOR_KERNELS = {
     "untied": lambda: LlamaConfig(**SIZES, head_dim=64, tie_word_embeddings=False),
