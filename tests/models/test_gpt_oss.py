@@ -10,6 +10,7 @@ import pytest
 import torch
 from parity import tokens
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from fwd.models import gpt_oss
 from fwd.models import load as loading
@@ -158,3 +159,14 @@ def test_experts_in_mxfp4_give_the_bits_of_the_numbers_they_stand_for(dtype, tmp
         assert torch.equal(found, expected), count
     parity.check_steps_of_any_width(narrow)
     parity.check_warm_prefill(narrow)
+
+
+def test_experts_in_mxfp4_agree_with_transformers(tmp_path):
+    """Its own reader makes numbers of them, which here are exact in the bfloat16 that it makes."""
+    checkpoints.make("gpt-oss", tmp_path / "plain", seed=9)
+    in_mxfp4(tmp_path / "plain", tmp_path / "mxfp4")
+    quantization = Mxfp4Config(dequantize=True)
+    reference = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "mxfp4", dtype=torch.float32, quantization_config=quantization
+    )
+    parity.check_logprobs(tmp_path / "mxfp4", reference.eval())
