@@ -245,7 +245,9 @@ DEEPSEEK = {
         **{**_LATENTS, "first_k_dense_replace": 3}, rope_parameters={**_YARN_40, "mscale": 0.707, "mscale_all_dim": 0.5}
     ),
     "glm4-moe-lite": lambda: Glm4MoeLiteConfig(
-        **_LATENTS_LITE, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
+        **_LATENTS_LITE,
+        mlp_layer_types=["sparse", "dense", "sparse"],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     ),
     "kimi-k25": lambda: Kimi_K25Config(
         text_config=DeepseekV3Config(
