@@ -222,7 +222,7 @@ def _int4_packed(modules: _Modules) -> QTensor:
     zeros = None
     if modules.stored.zeros:
         words = modules.take(".weight_zero_point", (_ceil(n, 8), columns))  # [modules, out/8, columns]
-        zeros = _nibbles(words.transpose(1, 2).contiguous())[..., :n].transpose(1, 2).contiguous()
+        zeros = _turned(_nibbles(_turned(words))[..., :n])
     groups = modules.order(".weight_g_idx", columns) if modules.stored.groups else None
     return modules.matrix(data, scales, zeros=zeros, groups=groups)
 
@@ -232,10 +232,10 @@ def _gptq(modules: _Modules) -> QTensor:
     n, k = modules.outputs, modules.inputs
     columns = _ceil(k, modules.stored.block[1])
     words = modules.take(".qweight", (_ceil(k, 8), n))  # [modules, in/8, out]
-    data = words.transpose(1, 2).contiguous().view(torch.uint8)[..., : k // 2].contiguous()
+    data = _turned(words).view(torch.uint8)[..., : k // 2].contiguous()
     zeros = _nibbles(modules.take(".qzeros", (columns, _ceil(n, 8))))[..., :n]  # [modules, columns, out]
-    zeros = zeros.transpose(1, 2).contiguous() + (modules.stored.layout == "gptq")
-    scales = modules.scales(".scales", (columns, n), signed=True).transpose(1, 2).contiguous()
+    zeros = _turned(zeros) + (modules.stored.layout == "gptq")
+    scales = _turned(modules.scales(".scales", (columns, n), signed=True))
     groups = modules.order(".g_idx", columns) if modules.has(".g_idx") else None
     return modules.matrix(data, scales, zeros=zeros, groups=groups)
 
@@ -245,10 +245,15 @@ def _awq(modules: _Modules) -> QTensor:
     n, k = modules.outputs, modules.inputs
     columns = _ceil(k, modules.stored.block[1])
     numbers = _of_awq(modules.take(".qweight", (k, _ceil(n, 8))), n)  # [modules, in, out]
-    data = (numbers[:, ::2] | numbers[:, 1::2] << 4).transpose(1, 2).contiguous()
-    zeros = _of_awq(modules.take(".qzeros", (columns, _ceil(n, 8))), n).transpose(1, 2).contiguous()
-    scales = modules.scales(".scales", (columns, n), signed=True).transpose(1, 2).contiguous()
+    data = _turned(numbers[:, ::2] | numbers[:, 1::2] << 4)
+    zeros = _turned(_of_awq(modules.take(".qzeros", (columns, _ceil(n, 8))), n))
+    scales = _turned(modules.scales(".scales", (columns, n), signed=True))
     return modules.matrix(data, scales, zeros=zeros)
+
+
+def _turned(tensors: Tensor) -> Tensor:
+    """The transposed matrices, row by row."""
+    return tensors.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # `contiguous` may keep strides of 1
 
 
 def _nibbles(words: Tensor) -> Tensor:
