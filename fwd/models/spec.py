@@ -112,7 +112,7 @@ class ModelSpec:
     @cached_property
     def held(self) -> "tuple[Held, ...]":
         """Everything that is loaded, as it is held. Raises ModelError for a layout of files that is not known."""
-        return tuple(_held(self, part) for part in parts(self))
+        return tuple(_held(self, part) for part in parts(self) if part.numbers)
 
     def parameters(self) -> int:
         """Parameters of the text model, without what predicts further tokens (`mtp`)."""

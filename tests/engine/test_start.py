@@ -1,17 +1,16 @@
 """What is planned is what the engine then takes: to the byte in tensors, within 1 % in resident memory."""
 
-import gc
 import json
 import socket
 import subprocess
 import sys
 import threading
 import time
-import types
 from pathlib import Path
 
 import pytest
 import torch
+from reach import held_bytes, tensors
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -96,7 +95,6 @@ BIG = LlamaConfig(  # deep and narrow: what one layer takes while it works is sm
     max_position_embeddings=128,
     tie_word_embeddings=False,
 )
-LEAVES = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.device, torch.dtype)
 
 
 def write(config, folder, dtype=torch.float32):
@@ -113,28 +111,6 @@ def folders(tmp_path_factory):
 def launch(folder, channel=None, **settings):
     """The loop and what it says of itself."""
     return start(Load(model=str(folder), **settings), channel, lambda *_: None, time.monotonic())
-
-
-def tensors(root):
-    """Every tensor that can be reached from an object."""
-    seen, todo, found = set(), [root], []
-    while todo:
-        one = todo.pop()
-        if id(one) in seen or isinstance(one, LEAVES):
-            continue
-        seen.add(id(one))
-        if isinstance(one, torch.Tensor):
-            found.append(one)
-        todo += gc.get_referents(one)
-    return found
-
-
-def held_bytes(root):
-    """Bytes of all storages that can be reached, and of packed matrices, which have none that torch shows."""
-    found = tensors(root)
-    packed = {id(one): torch.ops.mkldnn._nbytes(one) for one in found if one.is_mkldnn}
-    plain = [one.untyped_storage() for one in found if not one.is_mkldnn]
-    return sum(packed.values()) + sum({one.data_ptr(): one.nbytes() for one in plain if one.nbytes()}.values())
 
 
 def taken(memory):
