@@ -6,6 +6,7 @@ is matched at all (see `fwd.models.quantization`). No torch here.
 
 import fnmatch
 import re
+import warnings
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -63,12 +64,11 @@ def parse_names(value: object, where: str) -> Names:
     return Names(
         frozenset(value).difference(globs),
         tuple(_compiled(fnmatch.translate(_bounded(glob, where)), where) for glob in globs),
-        tuple(parse_expression(expression, where) for expression in expressions),
+        tuple(_expression(expression, where) for expression in expressions),
     )
 
 
-def parse_expression(expression: str, where: str) -> re.Pattern[str]:
-    """Compile a stranger's expression; raises ModelError."""
+def _expression(expression: str, where: str) -> re.Pattern[str]:
     bare = _LITERAL.sub("x", _bounded(expression, where))
     repeats, choices = len(_REPEAT.findall(bare)), bare.count("|")
     if repeats > _MAX_REPEATS or choices > _MAX_CHOICES or _UNBOUNDED.search(bare) or re.search(r"\\[1-9]", expression):
@@ -84,6 +84,8 @@ def _bounded(pattern: str, where: str) -> str:
 
 def _compiled(expression: str, where: str) -> re.Pattern[str]:
     try:
-        return re.compile(expression)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of sets that may mean something else one day
+            return re.compile(expression)
     except (re.error, OverflowError, RecursionError) as error:
         raise ModelError(f"{where}: {short(expression)} is no regular expression: {error}") from None

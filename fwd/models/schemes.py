@@ -3,21 +3,19 @@
 Only weights count: `input_activations`, `kv_cache_scheme` and their like are accepted and not used.
 """
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from fwd.errors import ModelError
 from fwd.models.fields import short
-from fwd.models.names import Names, parse_expression, parse_names
+from fwd.models.names import Names, parse_names
 from fwd.models.quantization import PLAIN, Quantization, Stored
 
 _KEYS = {"quantization_config": None, "compression_config": "compressed-tensors"}  # with the method where none is named
 _EXCEPT = "modules_to_not_convert"
 _HEAD = "lm_head"  # which most methods leave plain without a word
 _MAX_SIZE = 1 << 20
-_MAX_LEFT_OUT = 256
 
 
 def parse_quantization(config: Mapping[str, Any], older: Mapping[str, Any] | None = None) -> Quantization:
@@ -117,19 +115,19 @@ def _gptq(table: _Table) -> Quantization:
         layout=table.one_of("checkpoint_format", ("gptq", "gptq_v2"), "gptq"),
     )
     scheme = _simple(table, stored, head=table.flag("lm_head", default=False))
-    return replace(scheme, skipped=replace(scheme.skipped, expressions=scheme.skipped.expressions + _left_out(table)))
+    expressions = scheme.skipped.expressions + _left_out(table).expressions
+    return replace(scheme, skipped=replace(scheme.skipped, expressions=expressions))
 
 
-def _left_out(table: _Table) -> tuple[re.Pattern[str], ...]:
+def _left_out(table: _Table) -> Names:
     """GPTQModel's `dynamic`: `-:` leaves modules plain; others may change the group, which the files tell anyway."""
-    left = []
-    for name, rule in table.tables("dynamic").items():
-        if name.startswith("-:"):
-            left.append(parse_expression(name[2:], f"{table.where}: dynamic"))
-        else:
+    rules, ordered = table.tables("dynamic"), table.flag("desc_act", default=False)
+    for name, rule in rules.items():
+        if not name.startswith("-:"):
             rule.one_of("bits", (4,), 4)
-            rule.one_of("desc_act", (table.flag("desc_act", default=False),), table.flag("desc_act", default=False))
-    return tuple(left[:_MAX_LEFT_OUT])
+            rule.one_of("desc_act", (ordered,), ordered)
+    expressions = [f"re:{name[2:]}" for name in rules if name.startswith("-:")]
+    return parse_names(expressions, f"{table.where}: dynamic")
 
 
 def _simple(table: _Table, stored: Stored, *, head: bool = False) -> Quantization:
