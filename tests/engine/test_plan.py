@@ -15,7 +15,7 @@ from fwd.engine.device import GPUS, cpu, host
 from fwd.engine.plan import PAGE_SIZE, Plan, ceilings, kv_format, plan
 from fwd.engine.scheduler import MAX_ROWS
 from fwd.errors import ConfigError
-from fwd.kernels import attention, drawing, paged_attention, prefill
+from fwd.kernels import attention, drawing, latent, paged_attention, prefill
 from fwd.kernels import device as kernels
 from fwd.models.config import parse_spec
 from fwd.models.layout import Latent, Paged, State
@@ -310,6 +310,7 @@ def test_a_kind_that_is_forgotten_is_noticed(monkeypatch, item, nothing):
 def test_attention_splits_a_context_as_is_planned():
     assert (workspaces.PIECE, workspaces.PIECE_GRAIN) == (attention.PIECE, attention._GRAIN)
     assert workspaces.PIECES == attention.PIECES == paged_attention.PIECES
+    assert workspaces.EXPANDED_HEADS == latent.HEADS
 
 
 @pytest.mark.parametrize("config", [SMALL, EIGHT_B, SLIDING, {**SMALL, "vocab_size": 50_257}])
