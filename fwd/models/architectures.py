@@ -55,6 +55,8 @@ class Architecture:
 def read_latents(config: Fields, scale: float) -> LatentSpec:
     """Read latent attention; `scale` comes with the rotation and multiplies that of the softmax."""
     nope, rope = config.integer("qk_nope_head_dim", 1, 1024), config.integer("qk_rope_head_dim", 2, 1024)
+    if rope % 2:
+        raise ModelError(f"config.json: qk_rope_head_dim {rope} is odd, so RoPE cannot pair it")
     return LatentSpec(
         q_rank=config.integer("q_lora_rank", 8, 1 << 16, 0) if config.get("q_lora_rank") else 0,
         latent=config.integer("kv_lora_rank", 8, 1 << 16),
@@ -167,11 +169,15 @@ _DEEPSEEK = Architecture(
         "moe_layer_freq": (1,),
     },
 )
+_MISTRAL = Architecture(sliding="all", switched=False, defaults={**_EPS, "sliding_window": 4096})
 _KIMI = replace(_DEEPSEEK, text="text_config", prefix="language_model.", others=("vision_tower.", "mm_projector."))
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(bias="config", defaults=_EPS),
-    "MistralForCausalLM": Architecture(sliding="all", switched=False, defaults={**_EPS, "sliding_window": 4096}),
+    "MistralForCausalLM": _MISTRAL,
+    "Mistral3ForConditionalGeneration": replace(
+        _MISTRAL, text="text_config", prefix="language_model.", others=("vision_tower.", "multi_modal_projector.")
+    ),
     "Qwen2ForCausalLM": Architecture(bias="qkv", sliding="late", defaults=_QWEN),
     "Qwen3ForCausalLM": Architecture(bias="config", qk_norm=True, sliding="late", defaults={**_QWEN, "head_dim": 128}),
     "Qwen3MoeForCausalLM": Architecture(

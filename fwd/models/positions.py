@@ -117,7 +117,7 @@ def _window(config: Fields, sliding: Sliding, *, switched: bool) -> int:
 def _sliding_layers(config: Fields, sliding: Sliding, layers: int, window: int) -> list[bool]:
     kinds = config.words("layer_types", LAYER_TYPES, layers)
     first = config.integer("max_window_layers", 0, 1 << 20, _FULL_LAYERS) if window and sliding == "late" else layers
-    slides = [bool(window) and _slides(sliding, index, first) for index in range(layers)]
+    slides = [(bool(window) or sliding == "even") and _slides(sliding, index, first) for index in range(layers)]
     if kinds is None:
         return slides
     named = [kind == "sliding_attention" for kind in kinds]
