@@ -21,6 +21,7 @@ def _pairs(values: list[float]) -> Tensor:
 
 _FLOATS = _pairs([*E2M1, *(-value for value in E2M1)])
 _INTEGERS = _pairs([float(value) for value in range(16)])
+_E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 _POWERS = torch.tensor([math.ldexp(1, code - 127) for code in range(255)] + [math.nan])  # e8m0, OCP 5.4.1
 
 
@@ -28,15 +29,19 @@ def dequantize(weight: "QTensor", start: int, stop: int) -> Tensor:
     """Return outputs start…stop−1 of a quantised weight in float32 [.., stop − start, in]."""
     numbers = _numbers(weight, start, stop)
     if weight.format == "int4":
-        numbers.sub_(_of_each_input(weight, _zeros(weight, start, stop)))
-    return numbers.mul_(_of_each_input(weight, _scales(weight, start, stop)))
+        view, zeros = _meeting(weight, numbers, _zeros(weight, start, stop))
+        view.sub_(zeros)
+    view, scales = _meeting(weight, numbers, _scales(weight, start, stop))
+    view.mul_(scales)
+    return numbers
 
 
 def _numbers(weight: "QTensor", start: int, stop: int) -> Tensor:
     data = weight.data[..., start:stop, :]
     if weight.format == "fp8":
-        return data.float()
-    return F.embedding(data.int(), _INTEGERS if weight.format == "int4" else _FLOATS).flatten(-2)
+        return _E4M3.to(data.device).index_select(0, data.reshape(-1).view(torch.uint8).int()).view(data.shape)
+    table = _INTEGERS if weight.format == "int4" else _FLOATS
+    return F.embedding(data.int(), table.to(data.device)).flatten(-2)
 
 
 def _zeros(weight: "QTensor", start: int, stop: int) -> Tensor:
@@ -53,7 +58,7 @@ def _scales(weight: "QTensor", start: int, stop: int) -> Tensor:
     height = weight.block[0]
     first = start // height
     found = weight.scales[..., first : -(-stop // height), :]
-    wide = _POWERS[found.long()] if weight.format == "mxfp4" else found.float()
+    wide = _POWERS.to(found.device)[found.long()] if weight.format == "mxfp4" else found.float()
     if height > 1:
         wide = wide.repeat_interleave(height, dim=-2)[..., start - first * height : stop - first * height, :]
     if weight.outer is None:
@@ -62,9 +67,12 @@ def _scales(weight: "QTensor", start: int, stop: int) -> Tensor:
     return wide / outer if weight.divides else wide * outer
 
 
-def _of_each_input(weight: "QTensor", values: Tensor) -> Tensor:
-    """[.., outputs, in] of values [.., outputs, columns]."""
-    if weight.groups is None:
-        return values.repeat_interleave(weight.block[1], dim=-1)[..., : weight.shape[-1]]
-    columns = weight.groups.long().unsqueeze(-2).expand(*values.shape[:-1], -1)
-    return values.gather(-1, columns)
+def _meeting(weight: "QTensor", numbers: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers [.., outputs, in] and the values [.., outputs, columns] of their blocks, as views that broadcast."""
+    size, inputs = weight.block[1], weight.shape[-1]
+    if weight.groups is not None:
+        columns = weight.groups.long().unsqueeze(-2).expand(*values.shape[:-1], -1)
+        return numbers, values.gather(-1, columns)
+    if inputs % size:
+        return numbers, values.repeat_interleave(size, dim=-1)[..., :inputs]
+    return numbers.view(*numbers.shape[:-1], -1, size), values.unsqueeze(-1)

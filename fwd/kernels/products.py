@@ -35,4 +35,5 @@ def product(x: Tensor, weight: QTensor) -> Tensor:
 
 def _slab(weight: QTensor, start: int, stop: int) -> Tensor:
     slab = weight.dequantize(slice(start, stop))
-    return aligned(F.pad(slab, (0, 0, 0, -len(slab) % _TILE)))
+    missing = -len(slab) % _TILE
+    return aligned(F.pad(slab, (0, 0, 0, missing)) if missing else slab)
