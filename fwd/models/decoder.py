@@ -38,10 +38,11 @@ class Decoder(ABC, Generic[Layer, Cells, Execution]):
         self.spec, self.ops, self.dtype = spec, ops, dtype
         weights = Weights(spec, ops, checkpoint, dtype)
         embedding = weights.table(EMBEDDING, spec.vocab, spec.hidden)
-        self.layers = [self.layer(weights, LAYER.format(index), index) for index in range(spec.layers)]
-        self.last_norm = weights.norm(LAST_NORM, spec.hidden)
+        # NOTE: the head first: packing it takes the most memory beside the weights, and now there are few of them.
         self.head = ops.pack_head(embedding if spec.tied else weights.matrix((HEAD,), (spec.vocab,), spec.hidden))
         self.embedding = self.head if spec.tied and self.head.packed else embedding
+        self.layers = [self.layer(weights, LAYER.format(index), index) for index in range(spec.layers)]
+        self.last_norm = weights.norm(LAST_NORM, spec.hidden)
         self.rope = rope_table(spec.rope, spec.rotated, context).to(ops.device)
         self.kept = self._keep(checkpoint)
         checkpoint.finish(self._needless)
