@@ -1,8 +1,8 @@
 """Mixtures of experts in the reference: which experts a row visits, and what they make of it.
 
 Row-invariant: an expert's rows run in tiles of one shape, which zeros fill up; what a row gets back is summed in its
-own order. At their widest the ops take one expert in float32 (its wider matrix, 4·2·intermediate·hidden bytes) beside
-4·hidden·(rows·(top_k + 2)) bytes of results, or 16·intermediate·rows bytes of activations.
+own order. At their widest the ops take what one expert's matrix takes as it becomes float32 (`kernels.dequantize`),
+beside 20·rows·intermediate bytes of its activations, or 4·rows·hidden·(top_k + 2) of all experts' results.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -108,6 +108,19 @@ def test_a_row_of_a_chunk_has_the_same_bits_wherever_the_prefill_began(shape, dt
             assert same_bits(mine[first:last].float(), other[first:last].float()), (first, last)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[4], SHAPES[5]], ids=str)
+def test_a_row_of_nan_disturbs_no_other_row(shape, dtype):
+    mixture, ops = Mixture(shape, dtype, seed=7), Reference()
+    hidden = mixture.hidden(8)
+    healthy = mixture.run(ops, hidden, steps([0] * 8))
+    hidden[3, 5], hidden[6, 0] = math.nan, math.inf
+    ill = mixture.run(ops, hidden, steps([0] * 8))
+    for mine, other in zip(ill, healthy, strict=True):
+        assert same_bits(mine[[0, 1, 2, 4, 5, 7]].float(), other[[0, 1, 2, 4, 5, 7]].float())
+    assert not ill[-1][[3, 6]].isfinite().any()
+
+
 def test_padding_rows_go_nowhere():
     mixture, ops = Mixture(SHAPES[0], torch.float32, seed=5), Reference()
     for chunk, count in ((-1, 16), (0, CHUNK)):
