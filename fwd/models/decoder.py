@@ -17,10 +17,10 @@ from fwd.models.checkpoint import Checkpoint
 from fwd.models.layout import KVFormat
 from fwd.models.quantization import is_needless
 from fwd.models.rope import rope_table
-from fwd.models.spec import ModelSpec
+from fwd.models.spec import EMBEDDING, HEAD, LAYER, ModelSpec
 from fwd.models.weights import Weights
 
-EMBEDDING, LAYER, LAST_NORM, HEAD = "model.embed_tokens", "model.layers.{}.", "model.norm.weight", "lm_head"
+LAST_NORM = "model.norm.weight"
 
 log = structlog.get_logger("fwd.models")
 

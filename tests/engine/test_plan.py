@@ -15,7 +15,7 @@ from fwd.engine.device import GPUS, cpu, host
 from fwd.engine.plan import PAGE_SIZE, Plan, ceilings, kv_format, plan
 from fwd.engine.scheduler import MAX_ROWS
 from fwd.errors import ConfigError
-from fwd.kernels import attention, drawing, latent, paged_attention, prefill
+from fwd.kernels import attention, drawing, latent, paged_attention, prefill, products
 from fwd.kernels import device as kernels
 from fwd.models.config import parse_spec
 from fwd.models.layout import Latent, Paged, State
@@ -52,6 +52,25 @@ SLIDING = {
     "sliding_window": 128,
     "layer_types": ["full_attention", "sliding_attention"] * 2,
 }
+MIXED = {
+    **SMALL,
+    "architectures": ["GptOssForCausalLM"],
+    "num_local_experts": 8,
+    "sliding_window": 128,
+    "quantization_config": {"quant_method": "mxfp4"},
+}
+MLA = {
+    **SMALL,
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 16,
+    "q_lora_rank": 96,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
 RESERVE = cpu(0).reserve
 
 
@@ -79,6 +98,8 @@ SPECS = {
     "windows only": replace(parse_spec(SLIDING), windows=(128, 64, 128, 64)),
     "state": keeping(State((0, 1), 640), Paged((2,), 2, 64), Paged((3,), 2, 64, 96)),
     "states only": keeping(State((0, 1, 2, 3), 640)),
+    "experts": parse_spec(MIXED),
+    "mla": parse_spec(MLA),
     "latent": keeping(Latent((0, 1), 64, 32), Paged((2, 3), 2, 64)),
 }
 specs = st.sampled_from(sorted(SPECS)).map(SPECS.get)
@@ -311,6 +332,8 @@ def test_attention_splits_a_context_as_is_planned():
     assert (workspaces.PIECE, workspaces.PIECE_GRAIN) == (attention.PIECE, attention._GRAIN)
     assert workspaces.PIECES == attention.PIECES == paged_attention.PIECES
     assert workspaces.EXPANDED_HEADS == latent.HEADS
+    assert workspaces.SLAB_BYTES == products.SLAB_BYTES
+    assert workspaces.SLAB_BYTES * workspaces.WIDENED == products.WORKSPACE_BYTES
 
 
 @pytest.mark.parametrize("config", [SMALL, EIGHT_B, SLIDING, {**SMALL, "vocab_size": 50_257}])

@@ -1,6 +1,7 @@
 """What is planned is what the engine then takes: to the byte in tensors, within 1 % in resident memory."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from reach import held_bytes, tensors
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -95,6 +97,23 @@ BIG = LlamaConfig(  # deep and narrow: what one layer takes while it works is sm
     max_position_embeddings=128,
     tie_word_embeddings=False,
 )
+NARROW = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+DEEP = {  # the same of experts
+    "gpt-oss": lambda: GptOssConfig(**NARROW, head_dim=64, num_local_experts=16),
+    "moe": lambda: Qwen3MoeConfig(**NARROW, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=256),
+    "latent": lambda: DeepseekV3Config(
+        **NARROW, **LATENT | {"n_routed_experts": 16}, num_experts_per_tok=4, moe_intermediate_size=256, q_lora_rank=64
+    ),
+}
 
 
 def write(config, folder, dtype=torch.float32):
@@ -219,15 +238,46 @@ def measure(folder, dtype):
     sys.stdout.write(json.dumps({"loaded": loaded, "worked": anonymous() - before, "memory": info.memory}))
 
 
+def measured(folder, dtype):
+    command, paths = [sys.executable, __file__, str(folder), dtype], {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | paths)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resident_memory_is_what_is_planned(tmp_path, dtype):
     write(BIG, tmp_path, getattr(torch, dtype))
-    command = [sys.executable, __file__, str(tmp_path), dtype]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found = measured(tmp_path, dtype)
     memory = found["memory"]
     assert taken(memory) > 300e6
     assert found["loaded"] == pytest.approx(taken(memory), rel=0.01)
     assert found["worked"] == pytest.approx(sum(memory.values()), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_resident_memory_of_other_families_is_what_is_planned(tmp_path, kind):
+    write(DEEP[kind](), tmp_path, torch.bfloat16)
+    if kind == "moe":
+        narrow(tmp_path)
+    found = measured(tmp_path, "bfloat16")
+    memory = found["memory"]
+    assert taken(memory) > 100e6
+    assert ("weights_fp8" in memory) == (kind == "moe")
+    assert found["loaded"] == pytest.approx(taken(memory), abs=4e6)
+    assert found["worked"] < sum(memory.values()) + 4e6
+
+
+def narrow(folder):
+    """Make all matrices of layers FP8 with a scale each."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = tensors[name].abs().max().float() / 448
+        tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale
+    save_file(tensors, path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
 
 
 @pytest.mark.gpu
