@@ -30,7 +30,7 @@ GPU_NAMES = ("h100", "h200", "b200")
 @uds_option
 @json_option
 def plan(gpu: str | None, measure: bool, as_json: bool, **flags: Any) -> None:
-    """Plan MODEL, a folder of which configs and headers of weights are read, or `demo` (default), as `fwd serve` would load it."""
+    """Plan MODEL, a folder of which configs and headers are read, or `demo` (default), as `fwd serve` would load it."""
     planned, refused = _planned(load(flags), gpu)
     found = _document(planned, planned.device.bandwidth) | {"refused": refused}
     if measure and not gpu:
