@@ -101,6 +101,10 @@ class Checkpoint:
         self._unused.difference_update(names)
         return out
 
+    def left(self) -> list[str]:
+        """Return the names of tensors that nobody took, in order."""
+        return sorted(self._unused)
+
     def keep(self, prefix: str) -> None:
         """Leave all tensors of this prefix in the files, for whom they are: `kept` says how many bytes they have."""
         names = {name for name in self._unused if name.startswith(prefix)}
@@ -113,7 +117,7 @@ class Checkpoint:
 
         The same for a file that was changed meanwhile, or whose SHA-256 is not that of the index.
         """
-        left = sorted(name for name in self._unused if not ignored(name))
+        left = [name for name in self.left() if not ignored(name)]
         if left:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             raise ModelError(f"{self.entries[left[0]].path}: tensor {left[0]}{more} has no place in this architecture")

@@ -14,6 +14,7 @@ from fwd.kernels.ops import Ops
 from fwd.kernels.rows import Rows
 from fwd.models import cache as caches
 from fwd.models.checkpoint import Checkpoint
+from fwd.models.formats import drop_biases
 from fwd.models.layout import KVFormat
 from fwd.models.quantization import is_needless
 from fwd.models.rope import rope_table
@@ -45,6 +46,7 @@ class Decoder(ABC, Generic[Layer, Cells, Execution]):
         self.last_norm = weights.norm(LAST_NORM, spec.hidden)
         self.rope = rope_table(spec.rope, spec.rotated, context).to(ops.device)
         self.kept = self._keep(checkpoint)
+        drop_biases(checkpoint, spec.quantization)
         checkpoint.finish(self._needless)
         self.weights_hash = checkpoint.digest()
 

@@ -69,6 +69,19 @@ def stacked(
     return found
 
 
+def drop_biases(checkpoint: Checkpoint, quantization: Quantization) -> None:
+    """Take the biases that writers of GPTQ give to all matrices, where a model has none: they are zero.
+
+    Raises ModelError for one that is not.
+    """
+    for name in checkpoint.left():
+        stored = (quantization.modules or {}).get(name.removesuffix(".bias")) if name.endswith(".bias") else None
+        if isinstance(stored, Stored) and stored.layout in {"gptq", "gptq_v2"} and checkpoint.raw(name).any():
+            raise ModelError(
+                f"{checkpoint.entries[name].path}: {name} is not zero, but this architecture has no such bias"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class _Modules:
     """Modules of one shape and format, each with tensors of its own."""

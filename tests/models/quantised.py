@@ -104,6 +104,12 @@ def mxfp4(matrix, names=(".weight_packed", ".weight_scale")):
     }, numbers * scales[at]
 
 
+def mxfp4_typed(matrix, dtype):
+    """Whose scales are bytes of a dtype of their own."""
+    tensors, found = mxfp4(matrix)
+    return tensors | {".weight_scale": tensors[".weight_scale"].view(dtype)}, found
+
+
 def mxfp4_stack(matrices):
     """gpt-oss: `_blocks` [E, n, k/32, 16] and `_scales` [E, n, k/32] of matrices [E, n, k]."""
     made = [mxfp4(matrix, ("_blocks", "_scales")) for matrix in matrices]
@@ -270,6 +276,10 @@ LAYOUTS = {
     "mxfp4-compressed": Layout(
         mxfp4, compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32)
     ),
+    "mxfp4-compressed-e8m0": Layout(
+        lambda m: mxfp4_typed(m, torch.float8_e8m0fnu),
+        compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32),
+    ),
     "nvfp4-modelopt": Layout(nvfp4_modelopt, modelopt("NVFP4")),
     "nvfp4-modelopt-older": Layout(
         nvfp4_modelopt,
@@ -324,7 +334,7 @@ def quantise(source: Path, layout: str, quantised: Path, plain: Path):
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
         if tensor.dim() == 2 and "_proj" in module.rpartition(".")[2]:
-            own, matrix = chosen.write(tensor.numpy())
+            own, matrix = chosen.write(tensor.float().numpy())
             made |= {module + suffix: each for suffix, each in own.items()}
             meant[name] = torch.from_numpy(matrix)
         else:

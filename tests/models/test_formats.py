@@ -9,6 +9,7 @@ import parity
 import pytest
 import quantised
 import torch
+from safetensors.torch import load_file, save_file
 
 from fwd.errors import ModelError
 from fwd.kernels import dequantize, qtensor
@@ -191,6 +192,19 @@ def test_a_quantised_model_is_the_model_of_its_dequantised_weights(layout, tmp_p
     checkpoints.make(kind, tmp_path / "source")
     quantised.quantise(tmp_path / "source", layout, tmp_path / "quantised", tmp_path / "plain")
     torch.testing.assert_close(logits(tmp_path / "quantised"), logits(tmp_path / "plain"), atol=1e-5, rtol=0)
+
+
+def test_biases_that_gptq_adds_are_dropped_where_they_are_zero(tmp_path):
+    checkpoints.make("llama", tmp_path / "source")
+    quantised.quantise(tmp_path / "source", "gptq", tmp_path / "quantised", tmp_path / "plain")
+    path = tmp_path / "quantised/model.safetensors"
+    tensors, expected = load_file(path), logits(tmp_path / "quantised")
+    bias = "model.layers.1.mlp.down_proj.bias"
+    save_file(tensors | {bias: torch.zeros(64).half()}, path)
+    assert torch.equal(logits(tmp_path / "quantised"), expected)
+    save_file(tensors | {bias: torch.ones(64).half()}, path)
+    with pytest.raises(ModelError, match=f"{bias} is not zero"):
+        load(tmp_path / "quantised", dtype="float32")
 
 
 @pytest.mark.parametrize(
