@@ -14,8 +14,8 @@ from fwd.kernels.builds import Bound
 from fwd.kernels.device import Shape
 from fwd.kernels.gpu import Facts
 from fwd.kernels.select import resolve
-from fwd.models.load import shape
 from fwd.models.config import read_spec, run_spec
+from fwd.models.load import shape
 from fwd.protocol.messages import Load
 
 SHAPE = Shape("bfloat16", hidden=2048, intermediate=8192, heads=32, kv_heads=8, head_dim=64, vocab=128256)
