@@ -91,8 +91,8 @@ def _arches(given: str) -> list[str]:
 def _require(config: Config) -> None:
     """Raise if the kernels cannot take the model."""
     from fwd.kernels.device import check  # noqa: PLC0415  # the engine half, only where it is needed
-    from fwd.models.load import shape  # noqa: PLC0415
     from fwd.models.config import read_spec, run_spec  # noqa: PLC0415
+    from fwd.models.load import shape  # noqa: PLC0415
 
     check("cuda", shape(run_spec(read_spec(config.folder), config.dtype)))
 
