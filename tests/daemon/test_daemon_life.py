@@ -134,7 +134,9 @@ def ended(*arguments, engine=None):
     assert done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if not line.startswith("{")]
     assert len(lines) == 1, done.stderr
-    return done.returncode, lines[0]
+    events = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert all(event["event"] for event in events)
+    return done.returncode, lines[0], [event for event in events if event["event"] == "model_loading"]
 
 
 @pytest.fixture(scope="module")
@@ -189,15 +191,16 @@ def test_a_folder_that_cannot_be_served(checkpoint, tmp_path, how, words):
     for file in checkpoint.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     spoil(folder, how)
-    code, line = ended(folder, "--uds", tmp_path / "s")
+    code, line, loading = ended(folder, "--uds", tmp_path / "s")
     assert code == 2, line
+    assert bool(loading) == (how == "sum")  # all else is refused before a weight is read
     assert line.startswith("fwd: ")
     assert all(word in line for word in words), line
     assert not (tmp_path / "s").exists()
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    code, line = ended(tmp_path / "missing", "--uds", tmp_path / "s")
+    code, line, _ = ended(tmp_path / "missing", "--uds", tmp_path / "s")
     assert code == 2
     assert "missing" in line
 
@@ -216,16 +219,16 @@ def test_a_folder_that_is_not_there(tmp_path):
     ],
 )
 def test_a_setting_that_is_refused(folder, tmp_path, flags, word):
-    code, line = ended(folder, *flags, "--uds", tmp_path / "s", engine=script())
+    code, line, _ = ended(folder, *flags, "--uds", tmp_path / "s", engine=script())
     assert (code, word in line) == (2, True), line
 
 
 def test_an_engine_that_cannot_start(folder, tmp_path):
-    code, line = ended(
+    code, line, _ = ended(
         folder, "--uds", tmp_path / "s", engine=script(always=Fault("bad_model"), lives=str(tmp_path / "l"))
     )
     assert (code, line) == (2, "fwd: model.safetensors: the tensor lm_head is missing")
-    code, line = ended(
+    code, line, _ = ended(
         folder, "--uds", tmp_path / "s", engine=script(always=Fault("vanish"), lives=str(tmp_path / "v"))
     )
     assert code == 6

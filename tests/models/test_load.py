@@ -3,13 +3,17 @@
 import json
 import os
 import shutil
+from unittest import mock
 
 import checkpoints
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fwd.errors import ConfigError, ModelError
+from fwd.models import checkpoint
 from fwd.models.load import load
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -196,3 +200,42 @@ def test_a_fifo_or_folder_in_place_of_the_weights_does_not_hang(folder):
     path.unlink()
     path.mkdir()
     assert "is missing" in refusal(folder)
+
+
+SIZES = {
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "vocab_size": 1 << 24,
+    "num_attention_heads": 4096,
+    "num_key_value_heads": 4,
+    "head_dim": 1024,
+    "num_hidden_layers": 4096,
+}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(SIZES)), st.data())
+def test_sizes_that_are_not_those_of_the_files_are_refused_before_a_tensor_is_allocated(folder, key, data):
+    """Of all that the loader allocates nothing is larger than the files."""
+    whole = (folder / "config.json").read_text()
+    own = json.loads(whole).get(key)
+    size = data.draw(st.integers(1, SIZES[key]).filter(lambda value: value != own))
+    limit = (folder / "model.safetensors").stat().st_size
+    configure(folder, **{key: size})
+    try:
+        with mock.patch.object(checkpoint.torch, "empty", allocated := Allocations()):
+            assert refusal(folder, context=64)
+    finally:
+        (folder / "config.json").write_text(whole)
+    assert max(allocated.sizes, default=0) <= limit
+
+
+class Allocations:
+    """`torch.empty`, and how large the tensors were."""
+
+    def __init__(self):
+        self.sizes, self._empty = [], torch.empty
+
+    def __call__(self, *shape, **options):
+        self.sizes.append(torch.Size(shape).numel() * 4)
+        return self._empty(*shape, **options)
