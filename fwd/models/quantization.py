@@ -59,7 +59,7 @@ class Quantization:
 
     groups: tuple[tuple[Names | None, Stored], ...] = ()  # the first whose names have a module is its; None: all
     skipped: Names = NO_NAMES
-    modules: Mapping[str, Stored | str] | None = None  # what the files hold, or why they cannot be read
+    modules: Mapping[str, Stored | str] | None = field(default=None, repr=False)  # of the files, or why it has none
 
     def format_of(self, module: str) -> Stored | None:
         """Return the format of the matrix of a module (`model.layers.0.mlp.up_proj`); None: plain.

@@ -14,7 +14,7 @@ from fwd.models.quantization import PLAIN, Quantization, Stored
 
 _KEYS = {"quantization_config": None, "compression_config": "compressed-tensors"}  # with the method where none is named
 _EXCEPT = "modules_to_not_convert"
-_HEAD = "lm_head"  # which most methods leave plain without a word
+_HEADS = Names(frozenset({"lm_head"}))  # which most methods leave plain without a word
 _MAX_SIZE = 1 << 20
 
 
@@ -115,8 +115,7 @@ def _gptq(table: _Table) -> Quantization:
         layout=table.one_of("checkpoint_format", ("gptq", "gptq_v2"), "gptq"),
     )
     scheme = _simple(table, stored, head=table.flag("lm_head", default=False))
-    expressions = scheme.skipped.expressions + _left_out(table).expressions
-    return replace(scheme, skipped=replace(scheme.skipped, expressions=expressions))
+    return replace(scheme, skipped=scheme.skipped.and_also(_left_out(table)))
 
 
 def _left_out(table: _Table) -> Names:
@@ -133,7 +132,7 @@ def _left_out(table: _Table) -> Names:
 def _simple(table: _Table, stored: Stored, *, head: bool = False) -> Quantization:
     """One format for all linear layers but those that the config excepts."""
     skipped = table.names(_EXCEPT)
-    return Quantization(((None, stored),), skipped if head else skipped.and_also(_HEAD))
+    return Quantization(((None, stored),), skipped if head else skipped.and_also(_HEADS))
 
 
 def _modelopt(table: _Table) -> Quantization:
