@@ -4,6 +4,7 @@ import random
 
 import checkpoints
 import pytest
+import quantised
 from harness import Cell, ended, kill, record, run, serving, submissions, tokens_more
 from msgspec.structs import replace
 
@@ -11,7 +12,7 @@ TOKENS = 24
 SEED = 20261201
 CELLS = (
     Cell("gpt-oss", "float32"),
-    Cell("gpt-oss", "bfloat16", "fp8"),
+    Cell("gpt-oss-mxfp4", "bfloat16", "fp8"),
     Cell("qwen3-moe-mixed", "bfloat16"),
     Cell("deepseek", "float32"),
     Cell("deepseek-yarn", "bfloat16", "fp8"),
@@ -19,11 +20,32 @@ CELLS = (
 )
 MORE = (
     Cell("gpt-oss", "bfloat16"),
+    Cell("gpt-oss-mxfp4", "float32"),
+    Cell("qwen3-moe-int4", "bfloat16"),
+    Cell("deepseek-fp8", "bfloat16"),
+    Cell("llama-nvfp4", "bfloat16", "fp8"),
     Cell("qwen3-moe", "float32", "bfloat16"),
     Cell("deepseek-odd", "bfloat16"),
     Cell("glm4-moe-lite", "float32", "fp8"),
     Cell("kimi-k25", "bfloat16"),
 )
+
+
+LAYOUTS = {"fp8": "fp8-deepseek", "int4": "awq", "nvfp4": "nvfp4-compressed"}
+
+
+def write(kind, folder):
+    """A random checkpoint of a kind, whose last word may be a format."""
+    family, _, form = kind.rpartition("-")
+    if form not in {*LAYOUTS, "mxfp4"}:
+        checkpoints.make(kind, folder)
+        return
+    source, plain = (folder.with_name(f"{folder.name}-{name}") for name in ("source", "plain"))
+    checkpoints.make(family, source)
+    if form == "mxfp4":
+        quantised.quantise_gpt_oss(source, folder, plain)
+    else:
+        quantised.quantise(source, LAYOUTS[form], folder, plain)
 
 
 def requests():
@@ -71,7 +93,7 @@ async def check(folder, cell, rounds):
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_same_seed_same_bytes(cell, tmp_path):
-    checkpoints.make(cell.kind, tmp_path)
+    write(cell.kind, tmp_path)
     run(check(tmp_path, cell, [(5, 0), (16, 1)]))
 
 
@@ -80,5 +102,5 @@ def test_same_seed_same_bytes(cell, tmp_path):
 @pytest.mark.parametrize("cell", CELLS + MORE, ids=str)
 def test_same_seed_same_bytes_at_every_number_and_through_fifty_kills(cell, tmp_path, monkeypatch):
     monkeypatch.setattr("harness.LIMIT", 3000)
-    checkpoints.make(cell.kind, tmp_path)
+    write(cell.kind, tmp_path)
     run(check(tmp_path, cell, [*((most, 0) for most in range(1, 17)), *[(16, 2)] * 25]))
