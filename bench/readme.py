@@ -3,11 +3,13 @@
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- numbers: python bench/readme.py -->\n", "<!-- end of numbers -->\n"
 Row = tuple[str, str, str]
+KINDS = ("bench", "front", "cache", "load")
 GPU_ROWS = {"read bandwidth, cold", "bf16 matrix rate", "dependent launch, one more kernel in a graph"}
 
 
@@ -37,7 +39,7 @@ def newest_gpu() -> dict[str, Any] | None:
 
 def rows(sources: dict[str, dict[str, Any] | None]) -> list[Row]:
     """What was measured, the value, what it is to be seen against."""
-    bench, front, cache, gpu = (sources[what] for what in ("bench", "front", "cache", "gpu"))
+    bench, front, cache, load, gpu = (sources[what] for what in (*KINDS, "gpu"))
     found: list[Row] = []
     if bench:
         start = bench["startup"]
@@ -54,9 +56,13 @@ def rows(sources: dict[str, dict[str, Any] | None]) -> list[Row]:
     if front:
         for name, run in front["runs"].items():
             way, streams = name.split("-")
+            if streams == "1":
+                continue
             label = f"front CPU a token event, fake engine, {way}, {streams} at once"
             found.append((label, f"{run['us_per_event']:.1f} µs", f"≤ {front['target_us']:.0f} µs"))
-    return found + (cache_rows(cache) if cache else []) + (gpu_rows(gpu) if gpu else [])
+    for part, source in ((cache_rows, cache), (load_rows, load), (gpu_rows, gpu)):
+        found += part(source) if source else []
+    return found
 
 
 def gpu_rows(gpu: dict[str, Any]) -> list[Row]:
@@ -79,7 +85,7 @@ def gpu_row(number: dict[str, Any]) -> Row:
 
 
 def cache_rows(cache: dict[str, Any]) -> list[Row]:
-    """The prefix cache: its books at many tokens, and what a hit saves."""
+    """The prefix cache: its books at many tokens, and what a hit on the longest prompt saves."""
     tree, floor = cache["tree"], cache["tree"]["full"]["floor"]
     at = f"with {tree['tokens']:,} tokens cached"
     found = [
@@ -88,16 +94,23 @@ def cache_rows(cache: dict[str, Any]) -> list[Row]:
             f"{tree['full']['match'] / 1e6:.1f} M tokens/s",
             f"≥ {cache['target'] / 1e6:.0f} M; hashing and look-up alone {floor / 1e6:.1f} M",
         ),
-        (
-            "the same, a full and a sliding group",
-            f"{tree['full+sliding']['match'] / 1e6:.1f} M tokens/s",
-            f"≥ {cache['target'] / 1e6:.0f} M",
-        ),
     ]
-    for length, run in list(cache["engine"].items())[1:]:
-        label = f"first token of a cached prompt of {int(length):,} tokens, embedded model"
-        against = f"{run['cold']:.0f} ms without a cache, {run['hit'] / run['cold']:.0%}"
-        found.append((label, f"{run['hit']:.0f} ms", against))
+    length, run = list(cache["engine"].items())[-1]
+    label = f"first token of a cached prompt of {int(length):,} tokens, embedded model"
+    against = f"{run['cold']:.0f} ms without a cache, {run['hit'] / run['cold']:.0%}"
+    return [*found, (label, f"{run['hit']:.0f} ms", against)]
+
+
+def load_rows(load: dict[str, Any]) -> list[Row]:
+    """Each checkpoint from the disk: the rate beside a plain read, the memory beside the weights."""
+    found = []
+    for name, case in load.items():
+        if isinstance(case, dict) and "disk" in case:
+            runs = case["disk"]["load"]
+            plain, took = (median(run["seconds"] for run in case["disk"][what]) for what in ("plain", "load"))
+            extra = max(run["peak"] - run["stays"] for run in runs) / 2**20
+            against = f"{plain / took:.0%} of a plain read (≥ {load['goal']:.0%}); {extra:,.0f} MiB more than weights"
+            found.append((f"load of {name} from the disk", f"{case['bytes'] / took / 1e6:,.0f} MB/s", against))
     return found
 
 
@@ -113,7 +126,7 @@ def decode_rows(dtype: str, decode: dict[str, Any]) -> list[Row]:
 
 def table() -> str:
     """The markdown between the markers."""
-    sources = {**{what: newest(what) for what in ("bench", "front", "cache")}, "gpu": newest_gpu()}
+    sources = {**{what: newest(what) for what in KINDS}, "gpu": newest_gpu()}
     if not any(sources.values()):
         return "No results yet.\n"
     lines = [
