@@ -136,7 +136,7 @@ def _top_k(config: Fields, experts: str) -> int:
 
 
 _EPS = {"rms_norm_eps": 1e-6}
-_QWEN = {**_EPS, "sliding_window": 4096}
+_QWEN = {**_EPS, "num_key_value_heads": 32, "sliding_window": 4096}
 _YARN_OF_GPT_OSS = {
     "rope_type": "yarn",
     "factor": 32.0,
@@ -169,14 +169,26 @@ _DEEPSEEK = Architecture(
         "moe_layer_freq": (1,),
     },
 )
-_MISTRAL = Architecture(sliding="all", switched=False, defaults={**_EPS, "sliding_window": 4096})
-_KIMI = replace(_DEEPSEEK, text="text_config", prefix="language_model.", others=("vision_tower.", "mm_projector."))
+_MISTRAL = Architecture(
+    sliding="all", switched=False, defaults={**_EPS, "num_key_value_heads": 8, "sliding_window": 4096}
+)
+_KIMI = replace(
+    _DEEPSEEK,
+    neutral=_DEEPSEEK.neutral | {"model_type": ("deepseek_v3", "kimi_k2")},
+    text="text_config",
+    prefix="language_model.",
+    others=("vision_tower.", "mm_projector."),
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(bias="config", defaults=_EPS),
     "MistralForCausalLM": _MISTRAL,
     "Mistral3ForConditionalGeneration": replace(
-        _MISTRAL, text="text_config", prefix="language_model.", others=("vision_tower.", "multi_modal_projector.")
+        _MISTRAL,
+        neutral=_MISTRAL.neutral | {"model_type": ("mistral",)},  # ministral3 scales its queries by position
+        text="text_config",
+        prefix="language_model.",
+        others=("vision_tower.", "multi_modal_projector."),
     ),
     "Qwen2ForCausalLM": Architecture(bias="qkv", sliding="late", defaults=_QWEN),
     "Qwen3ForCausalLM": Architecture(bias="config", qk_norm=True, sliding="late", defaults={**_QWEN, "head_dim": 128}),
@@ -186,7 +198,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         qk_norm=True,
         sliding="all",
         experts=_qwen3_moe,
-        defaults={**_QWEN, "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1},
+        defaults={
+            **_QWEN,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "decoder_sparse_step": 1,
+        },
         aliases={"num_local_experts": "num_experts"},
         neutral={**_NO_LATENTS, "shared_expert_intermediate_size": (0,)},
     ),
@@ -201,6 +219,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         defaults={
             "rms_norm_eps": 1e-5,
             "head_dim": 64,
+            "num_key_value_heads": 8,
             "sliding_window": 128,
             "attention_bias": True,
             "num_experts_per_tok": 4,

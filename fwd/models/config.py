@@ -1,6 +1,8 @@
 """config.json → ModelSpec: every number the forward pass and the planner need, checked. No torch here."""
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,9 @@ from fwd.models.architectures import ARCHITECTURES, NEUTRAL, Architecture, read_
 from fwd.models.fields import Fields, short
 from fwd.models.positions import MAX_CONTEXT, extended, read_rope, read_windows
 from fwd.models.quantization import read_from
-from fwd.models.safetensors import INDEX, SINGLE, Entry, headers, list_files
+from fwd.models.safetensors import INDEX, SINGLE, Entry, headers, list_files, read_json
 from fwd.models.schemes import parse_quantization
-from fwd.models.spec import EMBEDDING, Dtype, ModelSpec
+from fwd.models.spec import EMBEDDING, LAYER, Dtype, ModelSpec
 
 MAX_PARAMETERS = 1 << 43
 MAX_LAYER_EXPERTS = 1 << 18  # experts of all layers
@@ -28,10 +30,10 @@ def read_spec(folder: Path) -> ModelSpec:
 
     Raises ModelError, whatever is wrong with them.
     """
-    config = read_json(folder / "config.json")
+    config = _object(folder / "config.json")
     if config is None:
         raise ModelError(f"{folder} is no model folder: it has no config.json")
-    return parse_spec(config, read_json(folder / "hf_quant_config.json"), _entries(folder))
+    return parse_spec(config, _object(folder / "hf_quant_config.json"), _entries(folder))
 
 
 def _entries(folder: Path) -> dict[str, Entry]:
@@ -41,14 +43,13 @@ def _entries(folder: Path) -> dict[str, Entry]:
     return headers(folder) if all(path.exists() for path in list_files(folder).files) else {}
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a small JSON object, None where there is no such file; raises ModelError."""
-    try:
-        raw = path.read_bytes() if path.stat().st_size <= _MAX_CONFIG_BYTES else b""
-        table = json.loads(raw)
-    except FileNotFoundError:
+def _object(path: Path) -> dict[str, Any] | None:
+    """Read a small JSON object, None where nothing stands; raises ModelError."""
+    if not os.path.lexists(path):
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    try:
+        table = json.loads(read_json(path, _MAX_CONFIG_BYTES))
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(table, dict):
         raise ModelError(f"{path}: expected a JSON object, found {type(table).__name__}")
@@ -77,6 +78,7 @@ def parse_spec(
     fields.refuse(known.neutral | NEUTRAL)
     embedding = files.get(f"{known.prefix}{EMBEDDING}.weight") if files else None
     spec = _read(name, known, fields, embedding)
+    _check_layers(spec, files or {})
     return _bounded(replace(spec, quantization=read_from(scheme, files) if files else scheme))
 
 
@@ -158,6 +160,20 @@ def _dtype(fields: Fields, embedding: Entry | None) -> Dtype:
         case "float32" | "float16" | "bfloat16":
             return name
     raise ModelError(f"config.json: dtype {short(name, 80)} is not supported: known are float32, float16, bfloat16")
+
+
+def _check_layers(spec: ModelSpec, files: Mapping[str, Entry]) -> None:
+    """Files hold the layers that the config counts, no more and no fewer."""
+    pattern = re.compile(re.escape(spec.prefix) + LAYER.replace(".", r"\.").format(r"(\d{1,9})"))
+    found = {name: int(each[1]) for name in files if (each := pattern.match(name))}
+    counted = f"num_hidden_layers is {spec.layers} in config.json"
+    beyond = min((name for name, index in found.items() if index >= spec.layers + spec.mtp), default=None)
+    if beyond is not None:
+        raise ModelError(f"{files[beyond].path}: tensor {beyond} has no place: {counted}")
+    absent = min(set(range(spec.layers)).difference(found.values()), default=None)
+    if found and absent is not None:
+        path = files[min(found)].path
+        raise ModelError(f"{path.parent} holds no layer {absent}, but {counted}")
 
 
 def _bounded(spec: ModelSpec) -> ModelSpec:

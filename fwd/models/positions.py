@@ -21,7 +21,7 @@ def read_rope(config: Fields, trained: int, default: dict[str, Any]) -> tuple[Ro
     be keyed by layer type where all are equal. `default` stands for a table that is absent.
     """
     table = _table(config, default)
-    table.refuse({"partial_rotary_factor": (1,)})
+    table.refuse({"partial_rotary_factor": (1,), "llama_4_scaling_beta": (0,)})
     theta = table.number("rope_theta", 2.0, 1e15, config.number("rope_theta", 2.0, 1e15, 10000.0))
     kind = table.get("rope_type", table.get("type", "default"))
     factor = 1.0 if kind == "default" else table.number("factor", 1.0, 1e6)

@@ -170,13 +170,13 @@ def _plain(index: Path, file: str) -> Path:
     return index.with_name(file)
 
 
-def read_json(path: Path) -> bytes:
-    """Return the content of a JSON file, which may not be larger than a header. Raises ModelError."""
+def read_json(path: Path, most: int = MAX_HEADER) -> bytes:
+    """Return the content of a JSON file of at most so many bytes. Raises ModelError."""
     fd = _open(path)
     try:
         size = os.fstat(fd).st_size
-        if size > MAX_HEADER:
-            raise ModelError(f"{path} has {size} bytes, over the {MAX_HEADER} that are read")
+        if size > most:
+            raise ModelError(f"{path} has {size} bytes, over the {most} that are read")
         return _read(path, fd, size, 0)
     finally:
         os.close(fd)

@@ -77,6 +77,16 @@ def test_what_is_absent_is_what_transformers_takes(name):
     assert parse_spec(json.loads(json.dumps(whole)) | unstated) == parse_spec(config_of(name))
 
 
+@pytest.mark.parametrize("name", [name for name in SMALLEST if "kv_lora_rank" not in SMALLEST[name][1]])
+def test_key_value_heads_that_are_absent_are_those_of_transformers(name):
+    reads, sizes = SMALLEST[name]
+    sizes = {key: value for key, value in sizes.items() if key != "num_key_value_heads"} | {"num_attention_heads": 64}
+    config = {"architectures": [name], "head_dim": 16, **sizes}
+    wanted = reads(**sizes).num_key_value_heads
+    assert parse_spec(config).kv_heads == wanted
+    assert parse_spec(config | {"num_key_value_heads": None}).kv_heads == 64
+
+
 @pytest.mark.parametrize("name", NESTED)
 def test_a_text_model_in_a_config_of_several(name):
     inner = "MistralForCausalLM" if "Mistral" in name else "DeepseekV3ForCausalLM"
@@ -162,6 +172,9 @@ def test_rope_may_be_keyed_by_layer_type_where_all_are_equal():
         ("LlamaForCausalLM", {"kv_lora_rank": 512}, "kv_lora_rank"),
         ("LlamaForCausalLM", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ("MistralForCausalLM", {"layer_types": ["full_attention"] * 4}, "layer_types"),
+        ("Mistral3ForConditionalGeneration", {"model_type": "ministral3"}, "model_type = 'ministral3'"),
+        ("KimiK25ForConditionalGeneration", {"model_type": "kimi_linear"}, "model_type = 'kimi_linear'"),
+        ("LlamaForCausalLM", {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta"),
         ("KimiK25ForConditionalGeneration", {"quantization_config": {"quant_method": "gguf"}}, "quant_method = 'gguf'"),
     ],
     ids=str,

@@ -1,8 +1,10 @@
 """config.json: old and new fields read alike, what changes the mathematics refused by name, hostile values bounded."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from fwd.errors import ModelError
 from fwd.models.config import parse_spec, read_spec
 from fwd.models.layout import Paged
 from fwd.models.rope import frequencies, rope_table
+from fwd.models.safetensors import Entry
 from fwd.models.spec import ModelSpec, RopeSpec
 
 BASE = {
@@ -278,8 +281,39 @@ def test_a_folder_without_config_is_no_model_folder(tmp_path):
 
 def test_an_oversized_config_is_not_parsed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(BASE) + " " * (1 << 20))
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match=r"over the 1048576 that are read"):
         read_spec(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "hf_quant_config.json"])
+def test_a_config_that_is_no_file_neither_hangs_nor_fills_the_memory(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(BASE))
+    path = tmp_path / name
+    for make in (os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to("gone")):
+        path.unlink(missing_ok=True)
+        make(path)
+        with pytest.raises(ModelError, match=f"{name} is missing"):
+            read_spec(tmp_path)
+        if path.is_dir():
+            path.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("layers", "named"),
+    [
+        ((0,), "holds no layer 1, but num_hidden_layers is 2"),
+        ((0, 1, 3), r"tensor model\.layers\.3\.input_layernorm\.weight has no place: num_hidden_layers is 2"),
+    ],
+    ids=["fewer", "more"],
+)
+def test_layers_of_the_files_that_the_config_does_not_count(layers, named):
+    def parse(layers):
+        names = [f"model.layers.{index}.input_layernorm.weight" for index in layers]
+        return parse_spec(BASE, files={name: Entry(Path("file"), "BF16", (64,), 0, 128) for name in names})
+
+    assert parse((0, 1)).layers == 2
+    with pytest.raises(ModelError, match=named):
+        parse(layers)
 
 
 def test_the_spec_needs_no_torch():
