@@ -1,8 +1,8 @@
 """The ops in plain torch: the definition that others are tested against. Row-invariant on a CPU, thread count fixed.
 
-What torch 2.13 keeps was measured: matrix products are row-invariant in multiples of 4 rows (those of torch's own
-layout from 16 outputs on), elementwise functions when a call holds whole rows. Attention runs row by row (decode) or on
-fixed shapes (prefill).
+What torch 2.13 keeps was measured: products in oneDNN's blocked layout are row-invariant in multiples of 4 rows, in
+torch's own for a fixed number of rows only (`fwd.kernels.products`), elementwise functions when a call holds whole
+rows. Attention runs row by row (decode) or on fixed shapes (prefill).
 """
 
 from collections.abc import Callable, Sequence
@@ -125,14 +125,10 @@ class Reference:
 
     def linear(self, x: Tensor, weight: QTensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: D102
         _check_rows(x)
-        if weight.scales is not None:
+        if not weight.data.is_mkldnn:
             return _biased(product(x, weight), bias).add_(residual).to(residual.dtype)
-        if weight.data.is_mkldnn:
-            total: Tensor = _blocked.binary(x, residual, weight.data, bias, "add")
-            return total
-        if bias is not None:
-            residual.add_(bias)
-        return residual.addmm_(x, weight.data.t())
+        total: Tensor = _blocked.binary(x, residual, weight.data, bias, "add")
+        return total
 
     def gate_up(self, hidden: Tensor, norm: Norm, weight: QTensor) -> Tensor:  # noqa: D102
         gate, up = _project(normed(hidden, norm), weight, None).chunk(2, dim=1)
@@ -212,10 +208,9 @@ def _head_norms(heads: Tensor, layer: QKV) -> Tensor:
 
 def _project(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
     _check_rows(x)
-    if weight.scales is not None:
+    if not weight.data.is_mkldnn:
         return _biased(product(x, weight), bias).to(x.dtype)
-    data = weight.data
-    total: Tensor = _blocked(x, data, bias, "none", [], "") if data.is_mkldnn else F.linear(x, data, bias)
+    total: Tensor = _blocked(x, weight.data, bias, "none", [], "")
     return total
 
 
