@@ -21,6 +21,7 @@ from fwd.text.tokenizer import Tokenizer
 MAX_TEXT = 64 << 20
 WINDOW = 4096
 PIECE = 4096  # ids a piece of JSON
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 # a batch has time, and the chunks of a large model on a small machine take it
 SERVE = ("--http", "none", "--log-level", "warning", "--max-seqs", str(scoring.IN_FLIGHT), "--hang-timeout", "3600")
 
@@ -57,8 +58,8 @@ def eval(  # noqa: A001, PLR0917  # the verb's name; one parameter an option
         status = private.ready()
         sizes = _sizes(status, context, stride, len(text.head))
         seconds = _score(private, text, sizes)
-    size = len(raw.encode()) - sum(len(tokenizer.token_bytes(token)) for token in text.ids[: text.unscored])
-    found = {"file": file, **sizes, **_figures(text, size), "seconds": seconds, **_engine(status)}
+    figures = _figures(text, _scored_bytes(tokenizer, text, raw))
+    found = {"file": file, **sizes, **figures, "seconds": seconds, **_engine(status)}
     if as_json:
         for piece in _json(found, text, tokenizer):
             click.echo(piece, nl=False)
@@ -127,6 +128,13 @@ def _score(private: Private, text: scoring.Text, sizes: Mapping[str, int]) -> fl
     return time.perf_counter() - begun
 
 
+def _scored_bytes(tokenizer: Tokenizer, text: scoring.Text, raw: str) -> int:
+    """Bytes of the tokens that are scored: not those of the first where it is not, nor a space put before them."""
+    first = b"".join(map(tokenizer.token_bytes, text.ids[: text.unscored]))
+    own = first.removeprefix(b" ") if tokenizer.strips_space else first
+    return max(1, len(raw.encode()) - len(own))  # a normalizer may lengthen what it reads
+
+
 def _figures(text: scoring.Text, size: int) -> dict[str, Any]:
     """What is printed first; `size` are the bytes of the tokens that are scored."""
     mean = text.nats / text.scored
@@ -135,7 +143,7 @@ def _figures(text: scoring.Text, size: int) -> dict[str, Any]:
         "scored": text.scored,
         "bytes": size,
         "nats_per_token": mean,
-        "perplexity": math.exp(mean),
+        "perplexity": math.inf if mean > _LARGEST_EXPONENT else math.exp(mean),
         "bits_per_byte": text.nats / math.log(2) / size,
     }
 
@@ -168,6 +176,7 @@ def _column(name: str, text: scoring.Text, part: slice, tokenizer: Tokenizer) ->
 
 def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     engine = found["engine"]
+    weights = [kind.removeprefix("weights_") for kind in engine["memory"] if kind.startswith("weights_")]
     yield (
         f"perplexity {found['perplexity']:.4f}: {found['nats_per_token']:.4f} nats a token, "
         f"{found['bits_per_byte']:.4f} bits a byte"
@@ -177,7 +186,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         f"in windows of {found['window']:,} with a stride of {found['stride']:,}"
     )
     yield (
-        f"{found['model']}: {engine['parameters'] / 1e6:,.1f} M parameters in {engine['dtype']}, KV in "
+        f"{found['model']}: {engine['parameters'] / 1e6:,.1f} M parameters in {' and '.join(weights)}, KV in "
         f"{engine['kv_dtype']}, on {engine['device']} ({engine['kernel_set']}), "
         f"{found['tokens'] / found['seconds']:,.0f} tokens/s"
     )

@@ -11,7 +11,8 @@ import checkpoints
 import pytest
 import torch
 from click.testing import CliRunner
-from tokenizers import processors
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fwd.cli import main
@@ -133,6 +134,23 @@ def test_a_long_text_is_scored_in_windows(text, folder):
         begin = max(scored, 1 - len(head))
         expected = reference(folder, [*head, *ids[start:end]])[len(head) + begin - start - 1 :]
         torch.testing.assert_close(torch.tensor(logprobs[begin:end]), expected, atol=1e-4, rtol=0)
+
+
+def test_a_space_that_the_tokenizer_puts_before_a_text_and_a_perplexity_beyond_all_numbers(tmp_path):
+    checkpoints.make("llama", tmp_path)
+    vocab = {"<unk>": 0, "\u2581": 1, "\u2581a": 2, "a": 3, "b": 4}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("\u2581", "a")], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] *= 1e9
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "text").write_text("ab")
+    found = evaluated(tmp_path, "--text", tmp_path / "text")
+    assert (found["logprobs"]["tokens"], found["bytes"]) == ([" a", "b"], 1)
+    assert found["nats_per_token"] > 1000
+    assert found["perplexity"] is None
 
 
 def test_what_it_prints(fwd):
