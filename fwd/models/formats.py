@@ -30,12 +30,15 @@ def linear(
     stored = _common(quantization, modules, inputs)
     if stored is None:
         return None
+    alike = _Modules(checkpoint, modules, stored[0], outputs[0], inputs)
     if len(set(outputs)) == 1:
-        return fold(_read(_Modules(checkpoint, modules, stored[0], outputs[0], inputs)), len(modules)).expert(0)
-    parts = zip(modules, stored, outputs, strict=True)
-    return concat(
-        [_read(_Modules(checkpoint, (name,), each, height, inputs)).expert(0) for name, each, height in parts]
-    )
+        return _folded(alike, len(modules)).expert(0)
+    parts = [
+        _read(_Modules(checkpoint, (name,), each, height, inputs)).expert(0)
+        for name, each, height in zip(modules, stored, outputs, strict=True)
+    ]
+    alike.check_order([part.groups for part in parts if part.groups is not None], len(modules))
+    return concat(parts)
 
 
 def experts(
@@ -46,7 +49,7 @@ def experts(
     stored = _common(quantization, names, inputs)
     if stored is None:
         return None
-    return fold(_read(_Modules(checkpoint, names, stored[0], outputs, inputs)), len(modules[0]))
+    return _folded(_Modules(checkpoint, names, stored[0], outputs, inputs), len(modules[0]))
 
 
 def stacked(
@@ -129,7 +132,8 @@ class _Modules:
         found = self.take(suffix, (), (1,)).reshape(-1, 1)
         largest = 448.0 * _LARGEST[self.stored.format]
         extreme = largest / found if divides else largest * found
-        self.check(suffix, ~(extreme.isfinite() & (extreme > 0)), f"is {found.flatten().tolist()[0]:g}, no scale")
+        wrong = ~(extreme.isfinite() & (extreme > 0))
+        self.check(suffix, wrong, "is no scale: it must be positive and leave weights finite")
         return found.expand(-1, self.outputs).contiguous()
 
     def order(self, suffix: str, columns: int) -> Tensor | None:
@@ -141,6 +145,13 @@ class _Modules:
         straight = torch.arange(self.inputs) // (self.stored.block[1] or self.inputs)
         self.check(suffix, found != straight, "is out of order, though the config has no activation order (desc_act)")
         return None
+
+    def check_order(self, orders: Sequence[Tensor], parts: int) -> None:
+        """Raise ModelError where not all of `parts` modules, which become one matrix, have the same order of inputs."""
+        if len(orders):
+            suffix = next(name for name in LAYOUTS[self.stored.layout].extras if name.endswith("g_idx"))
+            wrong = torch.stack([each != orders[index - index % parts] for index, each in enumerate(orders)])
+            self.check(suffix, wrong, "is another order than that of a matrix with which this one is fused")
 
     def matrix(self, data: Tensor, scales: Tensor, **fields: Tensor | bool | None) -> QTensor:
         """Return what stands in `data` and `scales`: [modules, outputs, inputs]."""
@@ -173,6 +184,14 @@ def _described(stored: Stored | None) -> str:
 def _read(modules: _Modules) -> QTensor:
     """Return the matrices of modules: [modules, outputs, inputs]."""
     return _READERS[modules.stored.layout](modules)
+
+
+def _folded(modules: _Modules, parts: int) -> QTensor:
+    """Return the matrices of modules, `parts` at a time one above the other."""
+    found = _read(modules)
+    if found.groups is not None:
+        modules.check_order(list(found.groups), parts)
+    return fold(found, parts)
 
 
 def _ceil(length: int, size: int) -> int:
@@ -257,8 +276,11 @@ def _awq(modules: _Modules) -> QTensor:
     """Words of 8 outputs, in the order 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits on."""
     n, k = modules.outputs, modules.inputs
     columns = _ceil(k, modules.stored.block[1])
-    numbers = _of_awq(modules.take(".qweight", (k, _ceil(n, 8))), n)  # [modules, in, out]
-    data = _turned(numbers[:, ::2] | numbers[:, 1::2] << 4)
+    words = modules.take(".qweight", (k, _ceil(n, 8)))
+    data = words.new_empty((len(words), n, k // 2), dtype=torch.uint8)
+    for into, each in zip(data, words, strict=True):  # one by one: all experts' numbers would be gigabytes
+        numbers = _of_awq(each, n)  # [in, out]
+        into.copy_((numbers[::2] | numbers[1::2] << 4).t())
     zeros = _turned(_of_awq(modules.take(".qzeros", (columns, _ceil(n, 8))), n))
     scales = _turned(modules.scales(".scales", (columns, n), signed=True))
     return modules.matrix(data, scales, zeros=zeros)

@@ -97,6 +97,45 @@ def test_rows_in_another_order_keep_every_bit(layout, tmp_path):
     same(weight.rows(halves), meant[halves])
 
 
+ORDERED = [("gptq-order", ".g_idx"), ("int4-compressed-order", ".weight_g_idx")]
+
+
+def with_another_order(folder, layout, suffix, heights):
+    """Modules of which the last but one orders its inputs in its own way."""
+    files, path = Files(folder, layout, [(height, 64) for height in heights]), folder / "model.safetensors"
+    name, tensors = files.names[-2] + suffix, load_file(path)
+    save_file(tensors | {name: tensors[name].roll(1)}, path)
+    return files, Checkpoint(folder, lambda *_: None)
+
+
+@pytest.mark.parametrize("heights", [(32, 64, 64), (64, 64, 64)], ids=str)
+@pytest.mark.parametrize(("layout", "suffix"), ORDERED)
+def test_matrices_of_different_orders_of_inputs_are_not_fused(layout, suffix, heights, tmp_path):
+    files, checkpoint = with_another_order(tmp_path, layout, suffix, heights)
+    with checkpoint, pytest.raises(ModelError, match=r"m1_proj.*g_idx is another order"):
+        formats.linear(checkpoint, files.scheme, files.names, heights, 64)
+
+
+@pytest.mark.parametrize(("layout", "suffix"), ORDERED)
+def test_experts_have_one_order_each(layout, suffix, tmp_path):
+    files, checkpoint = with_another_order(tmp_path, layout, suffix, [64] * 5)
+    pairs = [files.names[:2], files.names[2:4]]
+    with checkpoint, pytest.raises(ModelError, match=r"m3_proj.*g_idx is another order"):
+        formats.experts(checkpoint, files.scheme, pairs, 64, 64)
+    with Checkpoint(tmp_path, lambda *_: None) as again:
+        same(formats.experts(again, files.scheme, pairs[:1], 64, 64).expert(0), torch.cat(files.meant[:2]))
+
+
+@pytest.mark.parametrize("layout", ["nvfp4-modelopt", "nvfp4-compressed"])
+def test_the_module_whose_factor_is_none_is_named(layout, tmp_path):
+    files, path = Files(tmp_path, layout, [(64, 64)] * 2), tmp_path / "model.safetensors"
+    name = files.names[1] + (".weight_scale_2" if layout == "nvfp4-modelopt" else ".weight_global_scale")
+    tensors = load_file(path)
+    save_file(tensors | {name: torch.zeros_like(tensors[name])}, path)
+    with Checkpoint(tmp_path, lambda *_: None) as checkpoint, pytest.raises(ModelError, match=f"{name} is no scale"):
+        formats.linear(checkpoint, files.scheme, files.names, [64, 64], 64)
+
+
 def test_gpt_oss_experts_stand_in_one_tensor_and_in_any_order(tmp_path):
     random = np.random.default_rng(3)
     tensors, meant = quantised.mxfp4_stack(np.float32(random.standard_normal((5, 48, 64))))
