@@ -6,17 +6,16 @@ compressed-tensors (compressors/), NVIDIA ModelOpt (torch/quantization/qtensor/)
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fwd.errors import ModelError
 from fwd.kernels.qtensor import QTensor, concat, fold
-from fwd.models.checkpoint import DTYPES, Checkpoint
+from fwd.models.checkpoint import Checkpoint
+from fwd.models.modules import Modules
 from fwd.models.quantization import LAYOUTS, Quantization, Stored
 
-_LARGEST = {"fp8": 448.0, "mxfp4": 6.0, "nvfp4": 6.0, "int4": 16.0}  # numbers (of int4: minus their zeros)
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the nibble of a word that holds each of its 8 outputs
 
 
@@ -30,11 +29,11 @@ def linear(
     stored = _common(quantization, modules, inputs)
     if stored is None:
         return None
-    alike = _Modules(checkpoint, modules, stored[0], outputs[0], inputs)
+    alike = Modules(checkpoint, modules, stored[0], outputs[0], inputs)
     if len(set(outputs)) == 1:
         return _folded(alike, len(modules)).expert(0)
     parts = [
-        _read(_Modules(checkpoint, (name,), each, height, inputs)).expert(0)
+        _read(Modules(checkpoint, (name,), each, height, inputs)).expert(0)
         for name, each, height in zip(modules, stored, outputs, strict=True)
     ]
     alike.check_order([part.groups for part in parts if part.groups is not None], len(modules))
@@ -49,7 +48,7 @@ def experts(
     stored = _common(quantization, names, inputs)
     if stored is None:
         return None
-    return _folded(_Modules(checkpoint, names, stored[0], outputs, inputs), len(modules[0]))
+    return _folded(Modules(checkpoint, names, stored[0], outputs, inputs), len(modules[0]))
 
 
 def stacked(
@@ -63,7 +62,7 @@ def stacked(
     stored = quantization.format_of(module)
     if stored is None:
         return None
-    found = _mxfp4_blocks(_Modules(checkpoint, (module,), stored, outputs, inputs), experts)
+    found = _mxfp4_blocks(Modules(checkpoint, (module,), stored, outputs, inputs), experts)
     for expert in range(experts):  # one by one: a second copy of all would be a gigabyte
         one = found.expert(expert)
         placed = one.rows(order)
@@ -83,81 +82,6 @@ def drop_biases(checkpoint: Checkpoint, quantization: Quantization) -> None:
             raise ModelError(
                 f"{checkpoint.entries[name].path}: {name} is not zero, but this architecture has no such bias"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class _Modules:
-    """Modules of one shape and format, each with tensors of its own."""
-
-    checkpoint: Checkpoint
-    names: Sequence[str]
-    stored: Stored
-    outputs: int
-    inputs: int
-
-    def take(self, suffix: str, *shapes: tuple[int, ...]) -> Tensor:
-        """Return a tensor of each module, as it is stored and in one of these shapes: [modules, *shape]."""
-        entry = self.checkpoint.entries[self.names[0] + suffix]
-        shape = entry.shape if entry.shape in shapes else shapes[0]
-        return self.checkpoint.stack([name + suffix for name in self.names], shape, DTYPES[entry.dtype])
-
-    def check(self, suffix: str, wrong: Tensor, reason: str) -> None:
-        """Raise ModelError for the first module that is `wrong`: bool [modules, …]."""
-        bad = wrong.reshape(len(self.names), -1).any(1).tolist()
-        if any(bad):
-            name = self.names[bad.index(True)] + suffix
-            raise ModelError(f"{self.checkpoint.entries[name].path}: {name} {reason}")
-
-    def has(self, suffix: str) -> bool:
-        """Whether the modules have a tensor that not all have."""
-        return self.names[0] + suffix in self.checkpoint.entries
-
-    def scales(self, suffix: str, *shapes: tuple[int, ...], signed: bool = False) -> Tensor:
-        """Return scales as they are stored: finite, and so is what they are of the largest number."""
-        found = self.take(suffix, *shapes)
-        wide = found.float()
-        self.check(suffix, ~(wide * _LARGEST[self.stored.format]).isfinite(), "holds a scale that is not finite")
-        if not signed:
-            self.check(suffix, wide < 0, "holds a negative scale")
-        return found
-
-    def powers(self, suffix: str, shape: tuple[int, ...]) -> Tensor:
-        """Return scales that are powers of two: uint8, 2^(s − 127)."""
-        found = self.take(suffix, shape).view(torch.uint8)
-        self.check(suffix, found > 252, "holds a scale that is NaN or makes weights infinite")
-        return found
-
-    def outer(self, suffix: str, *, divides: bool) -> Tensor:
-        """Return one factor a module as float32 [modules, outputs]."""
-        found = self.take(suffix, (), (1,)).reshape(-1, 1)
-        largest = 448.0 * _LARGEST[self.stored.format]
-        extreme = largest / found if divides else largest * found
-        wrong = ~(extreme.isfinite() & (extreme > 0))
-        self.check(suffix, wrong, "is no scale: it must be positive and leave weights finite")
-        return found.expand(-1, self.outputs).contiguous()
-
-    def order(self, suffix: str, columns: int) -> Tensor | None:
-        """Return the column of scales of each input, int32 [modules, inputs]; None where they stand in order."""
-        found = self.take(suffix, (self.inputs,))
-        self.check(suffix, (found < 0) | (found >= columns), f"holds a group that is not among {columns}")
-        if self.stored.groups:
-            return found
-        straight = torch.arange(self.inputs) // (self.stored.block[1] or self.inputs)
-        self.check(suffix, found != straight, "is out of order, though the config has no activation order (desc_act)")
-        return None
-
-    def check_order(self, orders: Sequence[Tensor], parts: int) -> None:
-        """Raise ModelError where not all of `parts` modules, which become one matrix, have the same order of inputs."""
-        if len(orders):
-            suffix = next(name for name in LAYOUTS[self.stored.layout].extras if name.endswith("g_idx"))
-            wrong = torch.stack([each != orders[index - index % parts] for index, each in enumerate(orders)])
-            self.check(suffix, wrong, "is another order than that of a matrix with which this one is fused")
-
-    def matrix(self, data: Tensor, scales: Tensor, **fields: Tensor | bool | None) -> QTensor:
-        """Return what stands in `data` and `scales`: [modules, outputs, inputs]."""
-        (rows, columns), shape = self.stored.block, (len(data), self.outputs, self.inputs)
-        block = (rows or self.outputs, columns or self.inputs)
-        return QTensor(data, self.stored.format, shape, block=block, scales=scales, **fields)  # type: ignore[arg-type]
 
 
 def _common(quantization: Quantization, modules: Sequence[str], inputs: int) -> list[Stored] | None:
@@ -181,12 +105,12 @@ def _described(stored: Stored | None) -> str:
     return f"{stored.format} ({', '.join([stored.layout, f'scales of {stored.block[1] or 1}', *traits])})"
 
 
-def _read(modules: _Modules) -> QTensor:
+def _read(modules: Modules) -> QTensor:
     """Return the matrices of modules: [modules, outputs, inputs]."""
     return _READERS[modules.stored.layout](modules)
 
 
-def _folded(modules: _Modules, parts: int) -> QTensor:
+def _folded(modules: Modules, parts: int) -> QTensor:
     """Return the matrices of modules, `parts` at a time one above the other."""
     found = _read(modules)
     if found.groups is not None:
@@ -198,7 +122,7 @@ def _ceil(length: int, size: int) -> int:
     return -(-length // (size or length))
 
 
-def _fp8(modules: _Modules) -> QTensor:
+def _fp8(modules: Modules) -> QTensor:
     _, suffix = LAYOUTS[modules.stored.layout].tensors
     n, k, block = modules.outputs, modules.inputs, modules.stored.block
     data = modules.take(".weight", (n, k))
@@ -209,7 +133,7 @@ def _fp8(modules: _Modules) -> QTensor:
     return modules.matrix(data, modules.scales(suffix, *shapes).float().view(-1, rows, columns))
 
 
-def _mxfp4_blocks(modules: _Modules, experts: int) -> QTensor:
+def _mxfp4_blocks(modules: Modules, experts: int) -> QTensor:
     """gpt-oss: the experts of a layer in one tensor, 16 bytes a block."""
     n, columns = modules.outputs, _ceil(modules.inputs, 32)
     if modules.stored.layout != "mxfp4_blocks" or modules.inputs % 32:
@@ -220,30 +144,30 @@ def _mxfp4_blocks(modules: _Modules, experts: int) -> QTensor:
     return modules.matrix(data, modules.powers("_scales", (experts, n, columns))[0])
 
 
-def _mxfp4_packed(modules: _Modules) -> QTensor:
+def _mxfp4_packed(modules: Modules) -> QTensor:
     n, k = modules.outputs, modules.inputs
     data = modules.take(".weight_packed", (n, k // 2))
     return modules.matrix(data, modules.powers(".weight_scale", (n, _ceil(k, 32))))
 
 
-def _nvfp4(modules: _Modules) -> QTensor:
+def _nvfp4(modules: Modules) -> QTensor:
     """ModelOpt: the global scale multiplies."""
     return _nvfp4_of(modules, ".weight", ".weight_scale_2", divides=False)
 
 
-def _nvfp4_packed(modules: _Modules) -> QTensor:
+def _nvfp4_packed(modules: Modules) -> QTensor:
     """compressed-tensors: the global scale divides."""
     return _nvfp4_of(modules, ".weight_packed", ".weight_global_scale", divides=True)
 
 
-def _nvfp4_of(modules: _Modules, numbers: str, factor: str, *, divides: bool) -> QTensor:
+def _nvfp4_of(modules: Modules, numbers: str, factor: str, *, divides: bool) -> QTensor:
     n, k = modules.outputs, modules.inputs
     data = modules.take(numbers, (n, k // 2))
     scales = modules.scales(".weight_scale", (n, _ceil(k, 16)))
     return modules.matrix(data, scales, outer=modules.outer(factor, divides=divides), divides=divides)
 
 
-def _int4_packed(modules: _Modules) -> QTensor:
+def _int4_packed(modules: Modules) -> QTensor:
     """compressed-tensors: words of 8 inputs, the first in the lowest bits; words of zeros hold 8 outputs."""
     n, k = modules.outputs, modules.inputs
     columns = _ceil(k, modules.stored.block[1])
@@ -259,7 +183,7 @@ def _int4_packed(modules: _Modules) -> QTensor:
     return modules.matrix(data, scales, zeros=zeros, groups=groups)
 
 
-def _gptq(modules: _Modules) -> QTensor:
+def _gptq(modules: Modules) -> QTensor:
     """Words of 8 inputs, of 8 outputs for zeros; version 1 stores zeros less one."""
     n, k = modules.outputs, modules.inputs
     columns = _ceil(k, modules.stored.block[1])
@@ -272,7 +196,7 @@ def _gptq(modules: _Modules) -> QTensor:
     return modules.matrix(data, scales, zeros=zeros, groups=groups)
 
 
-def _awq(modules: _Modules) -> QTensor:
+def _awq(modules: Modules) -> QTensor:
     """Words of 8 outputs, in the order 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits on."""
     n, k = modules.outputs, modules.inputs
     columns = _ceil(k, modules.stored.block[1])
@@ -302,7 +226,7 @@ def _of_awq(words: Tensor, outputs: int) -> Tensor:
     return nibbles.view(*words.shape, 8)[..., _AWQ_ORDER].view(nibbles.shape)[..., :outputs]
 
 
-_READERS: dict[str, Callable[[_Modules], QTensor]] = {
+_READERS: dict[str, Callable[[Modules], QTensor]] = {
     "awq": _awq,
     "fp8": _fp8,
     "fp8_inv": _fp8,

@@ -1,6 +1,5 @@
 """Every public layout of quantised weights is read to the bit, alone, fused and stacked; models compute with it."""
 
-import json
 from dataclasses import replace
 
 import checkpoints
@@ -9,6 +8,7 @@ import parity
 import pytest
 import quantised
 import torch
+from modules import Files, same
 from safetensors.torch import load_file, save_file
 
 from fwd.errors import ModelError
@@ -23,37 +23,11 @@ LAYOUTS = sorted(quantised.LAYOUTS)
 SHAPES = [(64, 96), (8, 64), (200, 160)]  # outputs in eights, inputs in groups of 32
 
 
-def matrices(shapes, seed=0):
-    """Matrices of very different sizes, so that no scale can stand for another's."""
-    random = np.random.default_rng(seed)
-    return [np.float32(random.standard_normal(shape) * 10.0 ** random.integers(-3, 3)) for shape in shapes]
-
-
-class Files:
-    """A folder that holds nothing but some modules, and what they mean."""
-
-    def __init__(self, folder, layout, shapes, seed=0):
-        self.names = [f"model.layers.0.m{index}_proj" for index in range(len(shapes))]
-        self.layout = quantised.LAYOUTS[layout]
-        meant = quantised.write_modules(folder, layout, dict(zip(self.names, matrices(shapes, seed), strict=True)))
-        self.meant = [torch.from_numpy(meant[name]) for name in self.names]
-        self.checkpoint = Checkpoint(folder, lambda *_: None)
-        config = json.loads((folder / "config.json").read_text())
-        self.scheme = read_from(parse_quantization(config, self.layout.older), self.checkpoint.entries)
-
-    def linear(self, outputs, inputs):
-        return formats.linear(self.checkpoint, self.scheme, self.names, outputs, inputs)
-
-
 def read(folder, layout, shapes):
     """The modules of one fused matrix, and what it should be."""
     files = Files(folder, layout, shapes)
     with files.checkpoint:
         return files.linear([outputs for outputs, _ in shapes], shapes[0][1]), torch.cat(files.meant), files
-
-
-def same(weight, meant):
-    assert torch.equal(weight.dequantize().view(torch.int32), meant.view(torch.int32))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -95,45 +69,6 @@ def test_rows_in_another_order_keep_every_bit(layout, tmp_path):
     halves = torch.arange(96).view(2, 48).flip(0).flatten()  # whole blocks change places
     assert weight.rows(halves).block == ((48, weight.block[1]) if weight.block[0] == 48 else weight.rows(order).block)
     same(weight.rows(halves), meant[halves])
-
-
-ORDERED = [("gptq-order", ".g_idx"), ("int4-compressed-order", ".weight_g_idx")]
-
-
-def with_another_order(folder, layout, suffix, heights):
-    """Modules of which the last but one orders its inputs in its own way."""
-    files, path = Files(folder, layout, [(height, 64) for height in heights]), folder / "model.safetensors"
-    name, tensors = files.names[-2] + suffix, load_file(path)
-    save_file(tensors | {name: tensors[name].roll(1)}, path)
-    return files, Checkpoint(folder, lambda *_: None)
-
-
-@pytest.mark.parametrize("heights", [(32, 64, 64), (64, 64, 64)], ids=str)
-@pytest.mark.parametrize(("layout", "suffix"), ORDERED)
-def test_matrices_of_different_orders_of_inputs_are_not_fused(layout, suffix, heights, tmp_path):
-    files, checkpoint = with_another_order(tmp_path, layout, suffix, heights)
-    with checkpoint, pytest.raises(ModelError, match=r"m1_proj.*g_idx is another order"):
-        formats.linear(checkpoint, files.scheme, files.names, heights, 64)
-
-
-@pytest.mark.parametrize(("layout", "suffix"), ORDERED)
-def test_experts_have_one_order_each(layout, suffix, tmp_path):
-    files, checkpoint = with_another_order(tmp_path, layout, suffix, [64] * 5)
-    pairs = [files.names[:2], files.names[2:4]]
-    with checkpoint, pytest.raises(ModelError, match=r"m3_proj.*g_idx is another order"):
-        formats.experts(checkpoint, files.scheme, pairs, 64, 64)
-    with Checkpoint(tmp_path, lambda *_: None) as again:
-        same(formats.experts(again, files.scheme, pairs[:1], 64, 64).expert(0), torch.cat(files.meant[:2]))
-
-
-@pytest.mark.parametrize("layout", ["nvfp4-modelopt", "nvfp4-compressed"])
-def test_the_module_whose_factor_is_none_is_named(layout, tmp_path):
-    files, path = Files(tmp_path, layout, [(64, 64)] * 2), tmp_path / "model.safetensors"
-    name = files.names[1] + (".weight_scale_2" if layout == "nvfp4-modelopt" else ".weight_global_scale")
-    tensors = load_file(path)
-    save_file(tensors | {name: torch.zeros_like(tensors[name])}, path)
-    with Checkpoint(tmp_path, lambda *_: None) as checkpoint, pytest.raises(ModelError, match=f"{name} is no scale"):
-        formats.linear(checkpoint, files.scheme, files.names, [64, 64], 64)
 
 
 def test_gpt_oss_experts_stand_in_one_tensor_and_in_any_order(tmp_path):
@@ -266,88 +201,3 @@ def test_gpt_oss_in_mxfp4_is_the_model_of_its_dequantised_weights(tmp_path):
     checkpoints.make("gpt-oss", tmp_path / "source")
     quantised.quantise_gpt_oss(tmp_path / "source", tmp_path / "quantised", tmp_path / "plain")
     torch.testing.assert_close(logits(tmp_path / "quantised"), logits(tmp_path / "plain"), atol=1e-5, rtol=0)
-
-
-def damaged(folder, layout, suffix, change, shape=(64, 64)):
-    """Read a module of which one tensor was changed."""
-    name = "model.layers.0.m0_proj"
-    own, _ = quantised.LAYOUTS[layout].write(matrices([shape])[0])
-    own[suffix] = change(own[suffix])
-    tensors = {name + each: tensor for each, tensor in own.items() if tensor is not None}
-    quantised.write_folder(folder, tensors, {"quantization_config": quantised.LAYOUTS[layout].config})
-    with Checkpoint(folder, lambda *_: None) as checkpoint:
-        scheme = read_from(parse_quantization(json.loads((folder / "config.json").read_text())), checkpoint.entries)
-        return formats.linear(checkpoint, scheme, [name], [shape[0]], shape[1])
-
-
-def with_first(value):
-    def change(tensor):
-        flat = tensor.clone().reshape(-1).contiguous()
-        (flat.view(torch.uint8) if isinstance(value, bytes) else flat)[0] = (
-            value[0] if isinstance(value, bytes) else value
-        )
-        return flat.view(tensor.shape)
-
-    return change
-
-
-NAN = float("nan")
-
-
-@pytest.mark.parametrize(
-    ("layout", "suffix", "change", "reason"),
-    [
-        ("fp8-deepseek", ".weight_scale_inv", with_first(NAN), "not finite"),
-        ("fp8-deepseek", ".weight_scale_inv", with_first(float("inf")), "not finite"),
-        ("fp8-deepseek", ".weight_scale_inv", with_first(2e38), "not finite"),
-        ("fp8-channel", ".weight_scale", with_first(-1.0), "negative"),
-        ("fp8-channel", ".weight_scale", lambda _: None, "no layout"),
-        ("fp8-channel", ".weight_scale", lambda t: t.double(), "no layout"),
-        ("fp8-channel", ".weight_scale", lambda t: t[:7], "no layout"),
-        ("fp8-channel", ".weight", lambda t: t[:60], "no layout"),
-        ("fp8-block", ".weight_scale", lambda t: t[:, :0], "no layout"),
-        ("fp8-tensor", ".weight", lambda t: t[:60], "expected"),
-        ("mxfp4-compressed", ".weight_scale", with_first(b"\xff"), "NaN"),
-        ("mxfp4-compressed", ".weight_scale", with_first(b"\xfd"), "infinite"),
-        ("mxfp4-compressed", ".weight_scale", lambda t: t[:, :1], "expected"),
-        ("mxfp4-compressed", ".weight_packed", lambda t: t[:, :30], "expected"),
-        ("nvfp4-modelopt", ".weight_scale", with_first(b"\x7f"), "not finite"),
-        ("nvfp4-modelopt", ".weight_scale", with_first(b"\xff"), "not finite"),
-        ("nvfp4-modelopt", ".weight_scale", with_first(b"\x88"), "negative"),
-        ("nvfp4-modelopt", ".weight_scale_2", lambda _: torch.tensor(0.0), "no scale"),
-        ("nvfp4-modelopt", ".weight_scale_2", lambda _: torch.tensor(NAN), "no scale"),
-        ("nvfp4-modelopt", ".weight_scale_2", lambda _: torch.tensor(-1.0), "no scale"),
-        ("nvfp4-compressed", ".weight_global_scale", lambda _: torch.tensor([0.0]), "no scale"),
-        ("nvfp4-compressed", ".weight_global_scale", lambda _: torch.tensor([1e-37]), "no scale"),
-        ("nvfp4-compressed", ".weight_global_scale", lambda _: torch.tensor([1.0, 1.0]), "expected"),
-        ("int4-compressed", ".weight_shape", lambda _: torch.tensor([64, 60]), "is not [64, 64]"),
-        ("int4-compressed", ".weight_scale", with_first(NAN), "not finite"),
-        ("int4-compressed-order", ".weight_g_idx", with_first(2), "group"),
-        ("int4-compressed-order", ".weight_g_idx", with_first(-1), "group"),
-        ("gptq", ".g_idx", with_first(1), "desc_act"),
-        ("gptq-order", ".g_idx", with_first(99), "group"),
-        ("gptq", ".qzeros", lambda t: t[:1], "expected"),
-        ("awq", ".scales", with_first(float("inf")), "not finite"),
-        ("awq", ".qweight", lambda t: t[:60], "expected"),
-    ],
-)
-def test_what_cannot_be_is_refused_by_file_and_tensor(layout, suffix, change, reason, tmp_path):
-    with pytest.raises(ModelError) as caught:
-        damaged(tmp_path, layout, suffix, change)
-    message = str(caught.value)
-    assert reason in message
-    assert "m0_proj" in message
-    assert "model.safetensors" in message
-    assert "\n" not in message
-
-
-def test_parts_of_different_formats_are_refused_by_name(tmp_path):
-    (a, _), (b, _) = (quantised.LAYOUTS[each].write(matrices([(64, 64)])[0]) for each in ("awq", "fp8-channel"))
-    tensors = {"a" + name: each for name, each in a.items()} | {"b" + name: each for name, each in b.items()}
-    quantised.write_folder(tmp_path, tensors | {"c.weight": torch.zeros(64, 64)}, {})
-    with Checkpoint(tmp_path, lambda *_: None) as checkpoint:
-        scheme = read_from(parse_quantization({}), checkpoint.entries)
-        for first, second in (("a", "b"), ("b", "c"), ("c", "a")):
-            with pytest.raises(ModelError, match=f"{first} is .*, {second} .*one format"):
-                formats.linear(checkpoint, scheme, [first, second], [64, 64], 64)
-        assert formats.linear(checkpoint, scheme, ["c"], [64], 64) is None
