@@ -17,16 +17,15 @@ _TILE = 16  # rows of one product, and outputs at least: of torch 2.13's smaller
 def product(x: Tensor, weight: QTensor) -> Tensor:
     """Return x·Wᵀ, float32 [rows, out]: x [rows, in] in any float dtype, widened; the weight exact; float32 sums.
 
-    The weight is [out, in], not `packed`. There may be any number of rows: they go in tiles of 16, the last one padded,
+    The weight is [out, in], not packed in any way. There may be any number of rows: they go in tiles of 16, the last one padded,
     so that a row has the same bits in any company.
     """
     outputs, inputs = weight.shape
-    whole = QTensor.plain(weight.data.to_dense()) if weight.data.is_mkldnn else weight
     padded = aligned(F.pad(x.float(), (0, 0, 0, -len(x) % _TILE)))
     step = max(_TILE, SLAB_BYTES // (4 * inputs) // _TILE * _TILE)
     total = padded.new_empty(len(padded), outputs)
     for start in range(0, outputs, step):
-        slab = _slab(whole, start, start + step)
+        slab = _slab(weight, start, start + step)
         for row in range(0, len(padded), _TILE):
             found = F.linear(aligned(padded[row : row + _TILE]), slab)
             total[row : row + _TILE, start : start + step] = found[:, : outputs - start]

@@ -1,8 +1,7 @@
 """A weight matrix in the format it is stored in: what every op takes as its weight."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Literal
 
 import torch
@@ -108,18 +107,6 @@ class QTensor:
         """Return what the weight is made of, in the order of its fields."""
         tensors = (self.data, self.scales, self.zeros, self.outer, self.groups)
         return [tensor for tensor in tensors if tensor is not None]
-
-
-def stack(parts: Iterable[QTensor], count: int) -> QTensor:
-    """Return `count` matrices [out, in] of one format as [count, out, in]; each is copied as it comes."""
-    parts = iter(parts)
-    first = next(parts)
-    stacked = _each(first, lambda tensor: tensor.new_empty(count, *tensor.shape))
-    for index, part in enumerate(chain((first,), parts)):
-        assert (part.format, part.shape, part.block) == (first.format, first.shape, first.block), part
-        for target, tensor in zip(stacked.tensors(), part.tensors(), strict=True):
-            target[index] = tensor
-    return replace(stacked, shape=(count, *first.shape))
 
 
 def concat(parts: Sequence[QTensor]) -> QTensor:
