@@ -17,8 +17,8 @@ _TILE = 16  # rows of one product, and outputs at least: of torch 2.13's smaller
 def product(x: Tensor, weight: QTensor) -> Tensor:
     """Return x·Wᵀ, float32 [rows, out]: x [rows, in] in any float dtype, widened; the weight exact; float32 sums.
 
-    The weight is [out, in], not packed in any way. There may be any number of rows: they go in tiles of 16, the last one padded,
-    so that a row has the same bits in any company.
+    The weight is [out, in], packed in no way. There may be any number of rows: they go in tiles of 16, the last one
+    padded, so that a row has the same bits in any company.
     """
     outputs, inputs = weight.shape
     padded = aligned(F.pad(x.float(), (0, 0, 0, -len(x) % _TILE)))
