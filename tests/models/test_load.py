@@ -163,8 +163,8 @@ def test_a_missing_tensor_is_named_with_its_shape(folder):
 
 
 def test_a_tensor_without_a_place_is_named(folder):
-    edit(folder, lambda tensors: tensors.update({"model.layers.2.extra": torch.ones(2), "zebra": torch.ones(1)}))
-    assert "tensor model.layers.2.extra and 1 more has no place" in refusal(folder)
+    edit(folder, lambda tensors: tensors.update({"model.layers.1.extra": torch.ones(2), "zebra": torch.ones(1)}))
+    assert "tensor model.layers.1.extra and 1 more has no place" in refusal(folder)
 
 
 def test_a_wrong_shape_is_named_with_both_shapes(folder):
