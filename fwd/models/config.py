@@ -15,7 +15,7 @@ from fwd.models.positions import MAX_CONTEXT, extended, read_rope, read_windows
 from fwd.models.quantization import read_from
 from fwd.models.safetensors import INDEX, SINGLE, Entry, headers, list_files, read_json
 from fwd.models.schemes import parse_quantization
-from fwd.models.spec import EMBEDDING, LAYER, Dtype, ModelSpec
+from fwd.models.spec import EMBEDDING, HEAD, LAYER, Dtype, ModelSpec
 
 MAX_PARAMETERS = 1 << 43
 MAX_LAYER_EXPERTS = 1 << 18  # experts of all layers
@@ -78,7 +78,9 @@ def parse_spec(
     fields.refuse(known.neutral | NEUTRAL)
     embedding = files.get(f"{known.prefix}{EMBEDDING}.weight") if files else None
     spec = _read(name, known, fields, embedding)
-    _check_layers(spec, files or {})
+    if files:
+        _check_layers(spec, files)
+        spec = replace(spec, tied=spec.tied or _tied_outside(config, known, files))
     return _bounded(replace(spec, quantization=read_from(scheme, files) if files else scheme))
 
 
@@ -174,6 +176,16 @@ def _check_layers(spec: ModelSpec, files: Mapping[str, Entry]) -> None:
     if found and absent is not None:
         path = files[min(found)].path
         raise ModelError(f"{path.parent} holds no layer {absent}, but {counted}")
+
+
+def _tied_outside(config: Mapping[str, Any], known: Architecture, files: Mapping[str, Entry]) -> bool:
+    """Whether the head of a text model within others is tied though its own config does not say so.
+
+    For transformers the outer field counts, unless the files have a head.
+    """
+    head = f"{known.prefix}{HEAD}."
+    tied = bool(known.text) and config.get("tie_word_embeddings") is True
+    return tied and not any(name.startswith(head) for name in files)
 
 
 def _bounded(spec: ModelSpec) -> ModelSpec:

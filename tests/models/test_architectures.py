@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from transformers import (
 from fwd.errors import ModelError
 from fwd.models.architectures import ARCHITECTURES
 from fwd.models.config import parse_spec
+from fwd.models.safetensors import Entry
 from fwd.models.spec import ExpertSpec, LatentSpec, ModelSpec
 
 SIZES = {
@@ -95,6 +97,16 @@ def test_a_text_model_in_a_config_of_several(name):
     assert spec.family == parse_spec(config_of(inner)).family
     assert parse_spec({**config_of(name), "tie_word_embeddings": True}).tied
     assert not parse_spec(config_of(name, tie_word_embeddings=False) | {"tie_word_embeddings": True}).tied
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_a_head_that_is_tied_outside_the_text_model_is_tied_where_the_files_have_none(name):
+    config = config_of(name, tie_word_embeddings=False) | {"tie_word_embeddings": True}
+    layers = [f"language_model.model.layers.{index}.input_layernorm.weight" for index in range(4)]
+    files = {name: Entry(Path("file"), "BF16", (64,), 0, 128) for name in layers}
+    assert parse_spec(config, files=files).tied
+    assert not parse_spec(config | {"tie_word_embeddings": False}, files=files).tied
+    assert not parse_spec(config, files=files | {"language_model.lm_head.weight": files[layers[0]]}).tied
 
 
 def test_experts_and_latents_of_deepseek():
