@@ -152,10 +152,13 @@ def _read_module(quantization: Quantization, module: str, tensors: Mapping[str, 
     """The format of a module, None where it is plain, or why it has none."""
     if (weight := tensors.get(".weight")) is not None and weight.dtype in _FLOATS:
         return None
-    hint = next((stored for _, stored in quantization.groups), None)
+    hints: dict[str, Stored] = {}
+    for _, stored in quantization.groups:
+        hints.setdefault(stored.format, stored)
     for key, layout in LAYOUTS.items():
-        if _fits(layout, tensors) and (stored := _READERS[layout.format](key, tensors, hint)) is not None:
-            return stored
+        hint = hints.get(layout.format)
+        if _fits(layout, tensors) and (found := _READERS[layout.format](key, tensors, hint)) is not None:
+            return found
     held = ", ".join(f"{suffix} {entry.dtype} {list(entry.shape)}" for suffix, entry in sorted(tensors.items()))
     path = next(iter(tensors.values())).path
     return f"{path}: {module} has {held}, which is no layout of a quantised matrix that is known"
@@ -178,7 +181,7 @@ def _fp8(key: str, tensors: Mapping[str, Entry], hint: Stored | None) -> Stored 
         return Stored("fp8", (1, 0), layout=key)
     if len(scales) == 4:  # ModelOpt: [rows, 1, columns, 1]
         scales = scales[::2] if scales[1::2] == (1, 1) else ()
-    hints = hint.block if hint and hint.format == "fp8" else (128, 128)
+    hints = hint.block if hint else (128, 128)
     sizes = tuple(map(_block, scales, numbers, hints)) if len(scales) == 2 else (None, None)
     return None if None in sizes else Stored("fp8", (sizes[0] or 0, sizes[1] or 0), layout=key)
 
@@ -195,7 +198,7 @@ def _int4(key: str, tensors: Mapping[str, Entry], hint: Stored | None) -> Stored
     numbers, scales = (tensors[suffix] for suffix in LAYOUTS[key].tensors if suffix not in {".qzeros", ".weight_shape"})
     if len(numbers.shape) != 2 or len(scales.shape) != 2:
         return None
-    group = hint.block[1] if hint and hint.format == "int4" else 128
+    group = hint.block[1] if hint else 128
     if key == "int4_packed":  # [out, in/8], [out, groups]
         size = _block(scales.shape[1], 8 * numbers.shape[1], group)
         zeros, ordered = ".weight_zero_point" in tensors, ".weight_g_idx" in tensors

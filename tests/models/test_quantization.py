@@ -211,6 +211,22 @@ def test_blocks_follow_from_shapes(shape, scale, block):
     assert found.format_of("x").block == block
 
 
+def test_each_format_has_the_blocks_of_its_own_group_of_the_config():
+    config = quantised.compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=96)
+    fp8 = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [96, 96]}
+    own = {"targets": ["re:.*down_proj"], "weights": fp8, "format": "float-quantized"}
+    files = {
+        "x.weight_packed": entry("I32", 64, 24),
+        "x.weight_scale": entry("F16", 64, 2),
+        "x.weight_shape": entry("I64", 2),
+        "y.weight": entry("F8_E4M3", 192, 192),
+        "y.weight_scale": entry("F32", 2, 2),
+    }
+    for groups in (config["config_groups"] | {"group_1": own}, {"group_1": own} | config["config_groups"]):
+        found = read_from(scheme(**config | {"config_groups": groups}), files)
+        assert (found.format_of("x").block, found.format_of("y").block) == ((1, 96), (96, 96))
+
+
 @pytest.mark.parametrize(
     "tensors",
     [
