@@ -26,7 +26,7 @@ def linear(
 
     Raises ModelError for parts of different formats and whatever is wrong with their tensors.
     """
-    stored = _common(quantization, modules, inputs)
+    stored = _common(checkpoint, quantization, modules, inputs)
     if stored is None:
         return None
     alike = Modules(checkpoint, modules, stored[0], outputs[0], inputs)
@@ -45,7 +45,7 @@ def experts(
 ) -> QTensor | None:
     """Return [experts, parts·outputs, inputs]: the matrices [outputs, inputs] of each expert's modules, as `linear`."""
     names = [name for own in modules for name in own]
-    stored = _common(quantization, names, inputs)
+    stored = _common(checkpoint, quantization, names, inputs)
     if stored is None:
         return None
     return _folded(Modules(checkpoint, names, stored[0], outputs, inputs), len(modules[0]))
@@ -84,17 +84,24 @@ def drop_biases(checkpoint: Checkpoint, quantization: Quantization) -> None:
             )
 
 
-def _common(quantization: Quantization, modules: Sequence[str], inputs: int) -> list[Stored] | None:
+def _common(
+    checkpoint: Checkpoint, quantization: Quantization, modules: Sequence[str], inputs: int
+) -> list[Stored] | None:
     """The format of each of some modules, which is the same but for the heights of its blocks; None: all plain."""
     stored = [quantization.format_of(module) for module in modules]
     kinds = [each and (each.layout, each.block[1] or inputs, each.zeros, each.groups, each.scale) for each in stored]
     other = next((index for index, kind in enumerate(kinds) if kind != kinds[0]), 0)
     if other:
         first, second = (_described(stored[index]) for index in (0, other))
-        raise ModelError(f"{modules[0]} is {first}, {modules[other]} {second}: they are one matrix here, of one format")
+        raise ModelError(
+            f"{checkpoint.folder}: {modules[0]} is {first}, {modules[other]} {second}: "
+            "they are one matrix here, of one format"
+        )
     found = [each for each in stored if each is not None]
     if found and found[0].format in {"mxfp4", "nvfp4", "int4"} and inputs % 2:
-        raise ModelError(f"{modules[0]}: {inputs} inputs are odd, so that 4-bit numbers do not make whole bytes")
+        raise ModelError(
+            f"{checkpoint.folder}: {modules[0]} has {inputs} inputs, so that 4-bit numbers do not make whole bytes"
+        )
     return found or None
 
 
@@ -136,10 +143,11 @@ def _fp8(modules: Modules) -> QTensor:
 def _mxfp4_blocks(modules: Modules, experts: int) -> QTensor:
     """gpt-oss: the experts of a layer in one tensor, 16 bytes a block."""
     n, columns = modules.outputs, _ceil(modules.inputs, 32)
-    if modules.stored.layout != "mxfp4_blocks" or modules.inputs % 32:
-        raise ModelError(
-            f"{modules.names[0]} is {_described(modules.stored)}: experts in one tensor are mxfp4 or plain"
-        )
+    name = f"{modules.checkpoint.folder}: {modules.names[0]}"
+    if modules.stored.layout != "mxfp4_blocks":
+        raise ModelError(f"{name} is {_described(modules.stored)}: experts in one tensor are mxfp4 or plain")
+    if modules.inputs % 32:
+        raise ModelError(f"{name} has {modules.inputs} inputs, which do not make whole blocks of 32")
     data = modules.take("_blocks", (experts, n, columns, 16))[0].view(experts, n, -1)
     return modules.matrix(data, modules.powers("_scales", (experts, n, columns))[0])
 

@@ -95,9 +95,33 @@ def test_parts_of_different_formats_are_refused_by_name(tmp_path):
     with Checkpoint(tmp_path, lambda *_: None) as checkpoint:
         scheme = read_from(parse_quantization({}), checkpoint.entries)
         for first, second in (("a", "b"), ("b", "c"), ("c", "a")):
-            with pytest.raises(ModelError, match=f"{first} is .*, {second} .*one format"):
+            with pytest.raises(ModelError, match=f"{tmp_path}: {first} is .*, {second} .*one format"):
                 formats.linear(checkpoint, scheme, [first, second], [64, 64], 64)
         assert formats.linear(checkpoint, scheme, ["c"], [64], 64) is None
+
+
+@pytest.mark.parametrize("layout", ["nvfp4-modelopt", "mxfp4-compressed", "int4-compressed"])
+def test_four_bits_of_an_odd_number_of_inputs_are_refused(layout, tmp_path):
+    files = Files(tmp_path, layout, [(64, 64)])
+    with files.checkpoint, pytest.raises(ModelError, match=f"{tmp_path}: {files.names[0]} has 63 inputs"):
+        files.linear([64], 63)
+
+
+EXPERTS = {
+    "is fp8": (lambda: quantised.LAYOUTS["fp8-channel"].write(matrices([(64, 64)])[0]), 64),
+    "has 48 inputs": (lambda: quantised.mxfp4_stack(matrices([(64, 64)] * 3)), 48),
+}
+
+
+@pytest.mark.parametrize("reason", EXPERTS)
+def test_experts_in_one_tensor_are_whole_blocks_of_mxfp4(reason, tmp_path):
+    write, inputs = EXPERTS[reason]
+    tensors, _ = write()
+    quantised.write_folder(tmp_path, {"x" + name: each for name, each in tensors.items()}, {})
+    with Checkpoint(tmp_path, lambda *_: None) as checkpoint:
+        scheme = read_from(parse_quantization({}), checkpoint.entries)
+        with pytest.raises(ModelError, match=f"{tmp_path}: x {reason}"):
+            formats.stacked(checkpoint, scheme, "x", (3, 64, inputs), torch.arange(64))
 
 
 ORDERED = [("gptq-order", ".g_idx"), ("int4-compressed-order", ".weight_g_idx")]
