@@ -1,26 +1,27 @@
 // A packed matrix times a few rows: weights are the A operand of mma.m16n8k16 and are streamed once, rows are its B.
 //
-// Packed (fwd/kernels/packing.py): groups of 8 outputs, each of blocks of 8 × 32 numbers, 512 bytes, 16 a lane. Two
-// groups are a tile of 16 outputs. A block of 8 warps takes tiles in turn: warp w sums their blocks w, w + 8, … in order,
+// Packed (fwd/kernels/packing.py): groups of 8 outputs, each of blocks of 8 × 32·kSub numbers, 512 bytes, 16 a lane, and
+// their scales; quant.cuh makes bf16 of them. Two groups are a tile of 16 outputs. A block of 8 warps takes tiles in turn: warp w sums their blocks w, w + 8, … in order,
 // then the sums of the warps are added in the order of the warps. So what comes out depends on the row and the weights
 // alone: not on the rows beside it, how many tiles a block takes at once, or how many blocks there are.
 #pragma once
 
-#include "common.cuh"
+#include "quant.cuh"
 
 namespace fwd::gemv {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kResident = 2;           // blocks that share a multiprocessor's registers
-constexpr int kSteps = 8;              // blocks of a tile that a warp has under way: 64 KiB a block of threads
-constexpr int kBlockBytes = 512;
-constexpr int kInputs = 32;            // of a block
+constexpr int kInputs = 32;            // of a sub-block: of a block of bf16
 constexpr int kTile = 16;              // outputs
 constexpr int kPitch = 20;             // floats from a row of sums to the next: no two lanes in one bank
 constexpr int kSums = 8 * kPitch;      // floats of a warp's sums of one tile and eight rows
 
-FWD_INLINE int blocks_of(int inputs) { return (inputs + kInputs - 1) / kInputs; }
+template <class Format>
+FWD_INLINE int blocks_of(int inputs) {
+    return (inputs + Format::kSub * kInputs - 1) / (Format::kSub * kInputs);
+}
 FWD_INLINE int warp_index() { return threadIdx.x / 32; }
 FWD_INLINE int lane_index() { return threadIdx.x % 32; }
 
@@ -46,12 +47,12 @@ struct HeadHalves {
     FWD_INLINE int stride() const { return half; }
 };
 
-// ---- where the rows are: a lane wants the 8 inputs at lane % 4 · 8 of a block, of row lane / 4 of 8 ----
+// ---- where the rows are: a lane wants inputs lane % 4 · 8 … + 7 of a sub-block, of row lane / 4 of 8 ----
 
 // Rows past the last read the last one: their sums go nowhere.
 FWD_INLINE int row_of(int column, int rows) { return min(8 * column + lane_index() / 4, rows - 1); }
 
-// Blocks past the last are asked for and not used; what is read then stands in shared memory behind the rows.
+// `block` counts sub-blocks of 32 inputs. Those past the last are asked for and not used; what is read then stands in shared memory behind the rows.
 template <int kColumns>
 struct Staged {
     static constexpr int kBatch = 1;  // reads of a column that are under way at once
@@ -81,23 +82,34 @@ struct Direct {
 
 // ---- the weights: registers that are filled again as soon as they are used, across tiles ----
 
-template <int kWide, class Tiling>
+// A packed matrix, or a stack of them one after the other: groups are counted on.
+struct Packed {
+    const void* data;
+    const float* factors;  // of each group, as its format says; null where it has none
+};
+
+template <class Format, int kWide, class Tiling>
 struct Weights {
-    static constexpr int kDepth = kSteps / kWide, kGroups = 2 * kWide;
+    static constexpr int kDepth = Format::kSteps / kWide, kGroups = 2 * kWide, kSub = Format::kSub;
+    static constexpr int kBlockBytes = Format::kBytes;
 
     const unsigned char* data;  // of this lane
+    const float* factors;
     Tiling tiling;
-    int blocks, tiles;
+    int blocks, tiles, pitch;
     int tile;                            // what is fetched next: of this one,
     const unsigned char* next[kGroups];  // from here,
+    const float* cells[kGroups];         // with the scales from here,
     int left;                            // as many blocks and those between them, which are other warps'
-    uint4 held[kDepth][kGroups];
+    typename Format::Held held[kDepth][kGroups];
 
-    FWD_INLINE Weights(const void* matrix, Tiling tiling, int inputs, int tiles)
-        : data(static_cast<const unsigned char*>(matrix) + lane_index() * 16 + warp_index() * kBlockBytes),
+    FWD_INLINE Weights(Packed matrix, Tiling tiling, int inputs, int tiles)
+        : data(static_cast<const unsigned char*>(matrix.data) + lane_index() * 16 + warp_index() * kBlockBytes),
+          factors(matrix.factors),
           tiling(tiling),
-          blocks(blocks_of(inputs)),
-          tiles(tiles) {
+          blocks(blocks_of<Format>(inputs)),
+          tiles(tiles),
+          pitch(Format::pitch(inputs)) {
         aim(blockIdx.x);
 #pragma unroll
         for (int step = 0; step < kDepth; ++step) fetch(step);
@@ -106,40 +118,69 @@ struct Weights {
     FWD_INLINE void aim(int wanted) {
         tile = wanted;
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group)
-            next[group] = data + int64_t{tiling.first(tile) + group * tiling.stride()} * (blocks * kBlockBytes);
+        for (int group = 0; group < kGroups; ++group) {
+            int place = tiling.first(tile) + group * tiling.stride();
+            next[group] = data + int64_t{place} * (blocks * kBlockBytes);
+            if constexpr (Format::kCells) cells[group] = factors + int64_t{place} * pitch + 8 + warp_index() / 2;
+        }
         left = tile < tiles ? blocks - warp_index() : 0;
     }
     FWD_INLINE void fetch(int step) {
         if (step * kWarps >= left) return;
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group)
-            held[step][group] = load_stream(next[group] + step * (kWarps * kBlockBytes));
+        for (int group = 0; group < kGroups; ++group) {
+            held[step][group].fetch(next[group] + step * (kWarps * kBlockBytes));
+            if constexpr (Format::kCells) held[step][group].cell = cells[group][step * (kWarps / 2)];
+        }
     }
-    // Eight inputs of a lane are two steps of 16: any order of inputs will do that weights and rows share.
+    // Eight inputs of a lane are two steps of 16: any order of inputs will do that weights and rows share. `span` are
+    // the sums of inputs that have a scale in common, where products are scaled and not weights.
     template <int kColumns>
-    FWD_INLINE void accumulate(float (&sums)[kWide][kColumns][4], int step, const uint4 (&x)[kColumns]) const {
+    FWD_INLINE void accumulate(float (&sums)[kWide][kColumns][4], float (&span)[kWide][kColumns][4], int step, int sub,
+                               const uint4 (&x)[kColumns]) const {
 #pragma unroll
-        for (int w = 0; w < kWide; ++w)
+        for (int w = 0; w < kWide; ++w) {
+            const typename Format::Held &first = held[step][2 * w], &second = held[step][2 * w + 1];
+            uint32_t low[4], high[4];
+            first.numbers_of(sub, low), second.numbers_of(sub, high);
 #pragma unroll
             for (int c = 0; c < kColumns; ++c) {
-                const uint4 &first = held[step][2 * w], &second = held[step][2 * w + 1];
-                mma_m16n8k16_bf16(sums[w][c], {first.x, second.x, first.y, second.y}, {x[c].x, x[c].y});
-                mma_m16n8k16_bf16(sums[w][c], {first.z, second.z, first.w, second.w}, {x[c].z, x[c].w});
+                float(&to)[4] = Format::kSpan ? span[w][c] : sums[w][c];
+                if (Format::kSpan && sub % Format::kSpan == 0) to[0] = to[1] = to[2] = to[3] = 0.0f;
+                mma_m16n8k16_bf16(to, {low[0], high[0], low[1], high[1]}, {x[c].x, x[c].y});
+                mma_m16n8k16_bf16(to, {low[2], high[2], low[3], high[3]}, {x[c].z, x[c].w});
+                if constexpr (Format::kSpan > 0) {
+                    if (sub % Format::kSpan != Format::kSpan - 1) continue;
+                    float lower = first.scale_of(sub), upper = second.scale_of(sub), *all = sums[w][c];
+                    all[0] = fmaf(to[0], lower, all[0]), all[1] = fmaf(to[1], lower, all[1]);
+                    all[2] = fmaf(to[2], upper, all[2]), all[3] = fmaf(to[3], upper, all[3]);
+                }
             }
+        }
     }
     FWD_INLINE void advance() {
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group) next[group] += kDepth * kWarps * kBlockBytes;
+        for (int group = 0; group < kGroups; ++group) {
+            next[group] += kDepth * kWarps * kBlockBytes;
+            if constexpr (Format::kCells) cells[group] += kDepth * (kWarps / 2);
+        }
         left -= kDepth * kWarps;
         if (left <= 0) aim(tile + gridDim.x);
     }
+    // What the sum of output m of a tile's `place`-th 16 is multiplied by: nothing that another kernel writes.
+    FWD_INLINE float factor(int wanted, int place, int m) const {
+        if constexpr (!Format::kFactors) return Format::kFactor;
+        int group = tiling.first(wanted) + (2 * place + m / 8) * tiling.stride();
+        return factors[int64_t{group} * pitch + m % 8];
+    }
 };
 
-// This warp's part of `kWide` tiles.
-template <int kWide, int kColumns, class Tiling, class Rows>
-FWD_INLINE void multiply(float (&sums)[kWide][kColumns][4], Weights<kWide, Tiling>& weights, const Rows& rows) {
-    constexpr int kBatch = Rows::kBatch;
+// This warp's part of `kWide` tiles. Reads of rows are under way in batches: of several blocks, or within one.
+template <int kColumns, class Format, int kWide, class Tiling, class Rows>
+FWD_INLINE void multiply(float (&sums)[kWide][kColumns][4], Weights<Format, kWide, Tiling>& weights, const Rows& rows) {
+    constexpr int kSub = Format::kSub, kBatch = Rows::kBatch, kAhead = kBatch > kSub ? kBatch / kSub : 1;
+    constexpr int kReads = kBatch < kSub ? kBatch : kSub;
+    float span[kWide][kColumns][4];
 #pragma unroll
     for (int w = 0; w < kWide; ++w)
 #pragma unroll
@@ -148,15 +189,28 @@ FWD_INLINE void multiply(float (&sums)[kWide][kColumns][4], Weights<kWide, Tilin
     do {
         int there = weights.blocks - block;
 #pragma unroll
-        for (int first = 0; first < weights.kDepth; first += kBatch) {
-            uint4 x[kBatch][kColumns];
+        for (int first = 0; first < weights.kDepth; first += kAhead) {
+            uint4 x[kAhead][kReads][kColumns];
+            auto read = [&](int ahead, int sub) {
 #pragma unroll
-            for (int i = 0; i < kBatch; ++i)
+                for (int j = 0; j < kReads; ++j)
 #pragma unroll
-                for (int c = 0; c < kColumns; ++c) x[i][c] = rows.at(c, block + (first + i) * kWarps);
+                    for (int c = 0; c < kColumns; ++c)
+                        x[ahead][j][c] = rows.at(c, (block + (first + ahead) * kWarps) * kSub + sub + j);
+            };
+            if constexpr (kReads == kSub) {
 #pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                if ((first + i) * kWarps < there) weights.accumulate(sums, first + i, x[i]);
+                for (int i = 0; i < kAhead; ++i) read(i, 0);
+            }
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                if ((first + i) * kWarps < there) {
+#pragma unroll
+                    for (int sub = 0; sub < kSub; ++sub) {
+                        if (kReads < kSub && sub % kReads == 0) read(0, sub);
+                        weights.accumulate(sums, span, first + i, sub, x[i][sub % kReads]);
+                    }
+                }
                 weights.fetch(first + i);
             }
         }
@@ -190,8 +244,8 @@ FWD_INLINE float total(const float* shared) {
 // All tiles of this block. For each output of each row the epilogue is asked early for what it will need, then given
 // the sum; both by whole warps, whose lanes hold outputs m and m ^ 8 of a tile 8 apart. `end` comes after a tile's last.
 // `shared` holds 2·kWarps·kWide·kColumns·kSums floats: a tile's sums are read while the next one's are written.
-template <int kWide, int kColumns, class Tiling, class Rows, class Epilogue>
-FWD_INLINE void run(Weights<kWide, Tiling>& weights, const Rows& rows, float* shared, Epilogue& epilogue) {
+template <int kColumns, class Format, int kWide, class Tiling, class Rows, class Epilogue>
+FWD_INLINE void run(Weights<Format, kWide, Tiling>& weights, const Rows& rows, float* shared, Epilogue& epilogue) {
     constexpr int kSpan = kWide * kColumns * kSums, kOutputs = kWide * kColumns * 8 * kTile;
     constexpr int kShare = (kOutputs + kThreads - 1) / kThreads;  // of a thread
     bool busy = threadIdx.x < kOutputs;
@@ -199,10 +253,13 @@ FWD_INLINE void run(Weights<kWide, Tiling>& weights, const Rows& rows, float* sh
     float* turn = shared;
     for (int tile = blockIdx.x; tile < weights.tiles; tile += gridDim.x) {
         typename Epilogue::Early early[kShare];
+        float factor[kShare];
 #pragma unroll
         for (int i = 0; i < kShare; ++i) {
             int at = place + i * (kThreads / kTile);
-            if (busy) early[i] = epilogue.early(tile * kWide + at / (8 * kColumns), at % (8 * kColumns), m);
+            if (!busy) break;
+            early[i] = epilogue.early(tile * kWide + at / (8 * kColumns), at % (8 * kColumns), m);
+            factor[i] = weights.factor(tile, at / (8 * kColumns), m);
         }
         float sums[kWide][kColumns][4];
         multiply(sums, weights, rows);
@@ -213,6 +270,7 @@ FWD_INLINE void run(Weights<kWide, Tiling>& weights, const Rows& rows, float* sh
             if (!busy) break;
             int at = place + i * (kThreads / kTile);
             float sum = total<kSpan>(turn + at * kPitch + m);
+            if constexpr (Format::kScaled) sum *= factor[i];
             epilogue.put(tile * kWide + at / (8 * kColumns), at % (8 * kColumns), m, sum, early[i]);
         }
         epilogue.end(tile);
@@ -222,11 +280,10 @@ FWD_INLINE void run(Weights<kWide, Tiling>& weights, const Rows& rows, float* sh
 
 // ---- rows that are normed first ----
 
-// A row in shared memory begins half a cycle of banks after the one before.
-FWD_INLINE int pitch_of(int inputs) { return (blocks_of(inputs) * kInputs * 2) | 64; }
-
-// RMSNorm of `rows` rows as bf16 in shared memory at `staged`, `pitch` bytes each, zeros behind `inputs`. Each thread
+// RMSNorm of `rows` rows as bf16 in shared memory at `staged`, `pitch` bytes each, zeros behind `inputs` to the end of
+// the last block: a row begins half a cycle of banks after the one before. Each thread
 // has the same chunks of 8 inputs of every row, and of the norm's weight, so that most of it needs no barrier.
+template <class Format>
 struct Normed {
     const bf16* hidden;
     const bf16* weight;
@@ -237,13 +294,13 @@ struct Normed {
     float* partials;         // [rows][kWarps]
 
     FWD_INLINE Normed(const bf16* hidden, const bf16* weight, float eps, int rows, int inputs, unsigned char* shared)
-        : hidden(hidden), weight(weight), eps(eps), rows(rows), inputs(inputs), pitch(pitch_of(inputs)) {
+        : hidden(hidden), weight(weight), eps(eps), rows(rows), inputs(inputs), pitch((chunks() * 16) | 64) {
         staged = shared;
         factors = staged + rows * pitch;
         partials = reinterpret_cast<float*>(factors + pitch);
     }
     FWD_INLINE float* behind() const { return partials + rows * kWarps; }
-    FWD_INLINE int chunks() const { return blocks_of(inputs) * (kInputs / 8); }
+    FWD_INLINE int chunks() const { return blocks_of<Format>(inputs) * Format::kSub * (kInputs / 8); }
 
     FWD_INLINE void copy(unsigned char* target, const bf16* source) const {
         for (int chunk = threadIdx.x; chunk < chunks(); chunk += kThreads) {

@@ -75,6 +75,19 @@ FWD_INLINE uint4 load_stream(const void* global FWD_SITE) {
 #endif
 }
 
+// The same for 4 bytes at 4 bytes.
+FWD_INLINE uint32_t load_stream_4(const void* global FWD_SITE) {
+#ifdef FWD_HOST
+    return host::load4(global, "load_stream_4", site);
+#else
+    uint32_t value;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;"
+                 : "=r"(value)
+                 : "l"(global_address(global)), "l"(evict_first()));
+    return value;
+#endif
+}
+
 FWD_INLINE uint4 load_global(const void* global FWD_SITE) {
 #ifdef FWD_HOST
     return host::load16(global, "load_global", site);
@@ -467,6 +480,57 @@ FWD_INLINE void grid_barrier(unsigned* state FWD_SITE) {
 }
 
 // ---- arithmetic ----
+
+// Two bf16 at once, each rounded to nearest; subnormals count, whatever is done to those of floats.
+FWD_INLINE uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+#ifdef FWD_HOST
+    return host::multiplied(a & 0xFFFF, b & 0xFFFF) | host::multiplied(a >> 16, b >> 16) << 16;
+#else
+    uint32_t value;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(value) : "r"(a), "r"(b));
+    return value;
+#endif
+}
+
+// The same by the lower half of b, or the upper: an operand's choice of the instruction.
+FWD_INLINE uint32_t mul_bf16x2_low(uint32_t a, uint32_t b) {
+#ifdef FWD_HOST
+    return mul_bf16x2(a, (b & 0xFFFF) | b << 16);
+#else
+    uint32_t value;
+    asm("{\n.reg .b16 low, high;\n.reg .b32 pair;\n"
+        "mov.b32 {low, high}, %2;\n"
+        "mov.b32 pair, {low, low};\n"
+        "mul.rn.bf16x2 %0, %1, pair;\n}"
+        : "=r"(value)
+        : "r"(a), "r"(b));
+    return value;
+#endif
+}
+FWD_INLINE uint32_t mul_bf16x2_high(uint32_t a, uint32_t b) {
+#ifdef FWD_HOST
+    return mul_bf16x2(a, b >> 16 | (b & 0xFFFF0000));
+#else
+    uint32_t value;
+    asm("{\n.reg .b16 low, high;\n.reg .b32 pair;\n"
+        "mov.b32 {low, high}, %2;\n"
+        "mov.b32 pair, {high, high};\n"
+        "mul.rn.bf16x2 %0, %1, pair;\n}"
+        : "=r"(value)
+        : "r"(a), "r"(b));
+    return value;
+#endif
+}
+
+FWD_INLINE uint32_t sub_bf16x2(uint32_t a, uint32_t b) {
+#ifdef FWD_HOST
+    return host::subtracted(a & 0xFFFF, b & 0xFFFF) | host::subtracted(a >> 16, b >> 16) << 16;
+#else
+    uint32_t value;
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(value) : "r"(a), "r"(b));
+    return value;
+#endif
+}
 
 // 2^x to about 2 units in the last place, subnormal results flushed; the host's is libm's, so the last bits may differ.
 FWD_INLINE float exp2_approx(float x) {

@@ -193,14 +193,14 @@ template <int kColumns, class Epilogue>
 FWD_INLINE void qkv(const bf16* hidden, const bf16* norm, float eps, const bf16* weight, int inputs, Epilogue heads,
                     unsigned char* shared) {
     fwd::grid_dependency_trigger();
-    Weights<1, HeadHalves> weights(weight, HeadHalves{heads.tiles()}, inputs, heads.all() * heads.tiles());
-    Normed staging(hidden, norm, eps, heads.rows, inputs, shared);
+    Weights<Bf16, 1, HeadHalves> weights({weight, nullptr}, {heads.tiles()}, inputs, heads.all() * heads.tiles());
+    Normed<Bf16> staging(hidden, norm, eps, heads.rows, inputs, shared);
     staging.prepare();
     heads.places = reinterpret_cast<int2*>(staging.behind() + 2 * kWarps * kColumns * kSums);
     fwd::grid_dependency_wait();
     heads.copy_places();
     staging.stage();
-    run<1, kColumns>(weights, Staged<kColumns>(staging.staged, staging.pitch, heads.rows), staging.behind(), heads);
+    run<kColumns>(weights, Staged<kColumns>(staging.staged, staging.pitch, heads.rows), staging.behind(), heads);
 }
 
 }  // namespace

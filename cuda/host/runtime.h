@@ -62,6 +62,11 @@ inline uint4 load16(const void* pointer, const char* what, const Site& site) {
     return *static_cast<const uint4*>(pointer);
 }
 
+inline uint32_t load4(const void* pointer, const char* what, const Site& site) {
+    check_aligned(pointer, 4, what, site);
+    return *static_cast<const uint32_t*>(pointer);
+}
+
 inline void store16(void* pointer, uint4 value, const char* what, const Site& site) {
     check_aligned(pointer, 16, what, site);
     *static_cast<uint4*>(pointer) = value;
@@ -115,6 +120,22 @@ inline To bits(From from) {
 
 // What libm computes as a subnormal, as the device's flushing functions give it.
 inline float flushed(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
+
+// Products and differences of two bf16, rounded once: doubles hold them, and the subnormals that floats flush here.
+inline double wide(uint32_t number) {
+    if (number & 0x7F80) return bits<float>(number << 16);
+    double magnitude = (number & 0x7F) * 0x1p-133;
+    return number & 0x8000 ? -magnitude : magnitude;
+}
+inline uint32_t narrow(double value) {
+    uint32_t sign = std::signbit(value) ? 0x8000 : 0;
+    if (fabs(value) < 0x1p-126) return sign | static_cast<uint32_t>(nearbyint(fabs(value) * 0x1p133));
+    if (std::isnan(value)) return 0x7FFF;
+    uint32_t word = bits<uint32_t>(static_cast<float>(value));
+    return (word + 0x7FFF + (word >> 16 & 1)) >> 16;
+}
+inline uint32_t multiplied(uint32_t a, uint32_t b) { return narrow(wide(a) * wide(b)); }
+inline uint32_t subtracted(uint32_t a, uint32_t b) { return narrow(wide(a) - wide(b)); }
 
 template <typename T>
 inline T shuffle(T value, uint32_t mask, int source, const char* what, const Site& site) {

@@ -168,4 +168,4 @@ class ReferenceChunks:
         return self._reference.gate_up(hidden, norm, self._plain(weight))
 
     def _plain(self, weight: QTensor) -> QTensor:
-        return self._reference.pack(QTensor.plain(packing.unpack(weight)))
+        return self._reference.pack(packing.restore(weight))

@@ -10,7 +10,7 @@ from fwd.errors import ModelError
 from fwd.kernels.kv import KV
 from fwd.kernels.launch import Kernel, Launcher
 from fwd.kernels.ops import QKV, Norm
-from fwd.kernels.packing import BLOCK, TILE
+from fwd.kernels.packing import BLOCK, TILE, inputs_of, name_of
 from fwd.kernels.paged_attention import HEAD_DIMS, KV_DTYPES
 from fwd.kernels.qtensor import QTensor
 from fwd.kernels.rows import MAX_ROWS, Rows
@@ -94,15 +94,16 @@ def linear(launcher: Launcher, x: Tensor, weight: QTensor, residual: Tensor, bia
     assert residual.is_contiguous(), residual.stride()
     assert residual.dtype == torch.bfloat16, residual.dtype
     assert bias is None or bias.shape == (outputs,), outputs
-    wide, columns = tiles_at_once(outputs, count, launcher.multiprocessors), _columns(count)
+    columns = _columns(count)
+    wide = tiles_at_once(outputs, count, launcher.multiprocessors) if weight.format == "bf16" else 1
     shared = 2 * _WARPS * wide * columns * _SUMS
     resident = 1 if wide * columns > _RESIDENT else _RESIDENT
     launcher.launch(
-        Kernel("gemv.cu", f"linear_{wide}x{columns * _COLUMN}"),
+        Kernel(_source(weight), f"linear_{wide}x{columns * _COLUMN}"),
         (blocks(-(-outputs // (wide * TILE)), launcher, shared, resident), 1, 1),
         _THREADS,
         shared,
-        *(x, weight.data, residual, bias, count, inputs, outputs),
+        *(x, weight.data, weight.outer, residual, bias, count, inputs, outputs),
     )
     return residual
 
@@ -144,16 +145,19 @@ def embed(launcher: Launcher, ids: Tensor, weight: QTensor, next_ids: Tensor | N
 # ---- how work is cut: none of it shapes a result ----
 
 
-def staged_bytes(rows: int, inputs: int) -> int:
-    """Bytes of shared memory of a block that norms `rows` rows: they, the norm's weight, sums, places (gemv.cuh)."""
-    pitch = -(-inputs // BLOCK) * BLOCK * 2 | 64
+def staged_bytes(rows: int, inputs: int, block: int = BLOCK) -> int:
+    """Bytes of shared memory of a block that norms `rows` rows: they, the norm's weight, sums, places (gemv.cuh).
+
+    The weights stand in blocks of `block` inputs.
+    """
+    pitch = -(-inputs // block) * block * 2 | 64
     return (rows + 1) * pitch + rows * (_WARPS * 4 + 8) + 2 * _WARPS * _columns(rows) * _SUMS
 
 
-def parts(rows: int, inputs: int, limit: int) -> Iterator[slice]:
+def parts(rows: int, inputs: int, limit: int, block: int = BLOCK) -> Iterator[slice]:
     """Cut rows where so many do not fit in `limit` bytes of shared memory: the weights are then read once a part."""
     at_once = rows
-    while staged_bytes(at_once, inputs) > limit:
+    while staged_bytes(at_once, inputs, block) > limit:
         assert at_once > 1, f"a row of {inputs} inputs does not fit in {limit} bytes of shared memory"
         at_once = max(8 * (at_once > 8), at_once // 2)
     return (slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once))
@@ -202,16 +206,22 @@ def embed_bytes(rows: int, hidden: int) -> int:
 
 def _normed(launcher: Launcher, name: str, hidden: Tensor, norm: Norm, weight: QTensor, *, out: Tensor) -> None:
     count, inputs = _checked(hidden, norm, weight)
-    for part in parts(count, inputs, launcher.shared_limit):
+    block = inputs_of(weight)
+    for part in parts(count, inputs, launcher.shared_limit, block):
         at_once = part.stop - part.start
-        shared = staged_bytes(at_once, inputs)
+        shared = staged_bytes(at_once, inputs, block)
         launcher.launch(
-            Kernel("gemv.cu", f"{name}_{_columns(at_once) * _COLUMN}"),
+            Kernel(_source(weight), f"{name}_{_columns(at_once) * _COLUMN}"),
             (blocks(-(-weight.shape[0] // TILE), launcher, shared), 1, 1),
             _THREADS,
             shared,
-            *(hidden[part], norm.weight, norm.eps, weight.data, out[part], at_once, inputs, out.shape[1]),
+            *(hidden[part], norm.weight, norm.eps, weight.data, weight.outer),
+            *(out[part], at_once, inputs, out.shape[1]),
         )
+
+
+def _source(weight: QTensor) -> str:
+    return "gemv.cu" if weight.format == "bf16" else f"gemv_{name_of(weight)}.cu"
 
 
 def _columns(rows: int) -> int:
@@ -221,7 +231,8 @@ def _columns(rows: int) -> int:
 def _checked(x: Tensor, norm: Norm | None, weight: QTensor) -> tuple[int, int]:
     """The shape of the rows, which fits the norm and the weight."""
     assert weight.packed, "a weight in rows"
-    assert x.dtype == weight.data.dtype == torch.bfloat16, (x.dtype, weight.data.dtype)
+    assert weight.data.dtype == (torch.bfloat16 if weight.format == "bf16" else torch.uint8), weight.data.dtype
+    assert x.dtype == torch.bfloat16, x.dtype
     assert x.is_contiguous(), x.stride()
     count, inputs = x.shape
     assert 1 <= count <= MAX_ROWS, f"{count} rows of 1 to {MAX_ROWS}"

@@ -1,35 +1,98 @@
-"""The order in which kernels stream a bfloat16 matrix."""
+"""The order in which kernels stream a matrix, in each format that they take: numbers first, their scales behind them."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fwd.errors import ModelError
+from fwd.kernels import packing_formats as formats
 
 if TYPE_CHECKING:
     from fwd.kernels.qtensor import QTensor
 
 GROUP = 8  # outputs
-BLOCK = 32  # inputs
+BLOCK = 32  # inputs of a sub-block: of a block of bfloat16
 TILE = 16  # outputs of a tensor core's tile, two groups; a matrix has whole tiles
+NUMBERS = 512  # bytes of the numbers of a block
+_SLAB = 1024  # outputs that are packed at a time: what it takes beside the weight is a few times their bytes
 
 
-def pack(data: Tensor) -> Tensor:
-    """Return bfloat16 [out, in] as [groups, blocks, 8, 32], 16-byte loads in the order they are issued.
+class Layout(NamedTuple):
+    """How a format is streamed."""
 
-    Outputs stand in groups of 8, inputs in blocks of 32; outputs are padded with zeros to a multiple of 16, inputs to
-    one of 32. With B = ⌈in / 32⌉ blocks a group, weight [o, i] begins at byte
+    subs: int  # sub-blocks of 32 inputs in a block
+    scales: int  # bytes of a block's scales
+    pack: Callable[["QTensor", int, int], Tensor]
+    restore: Callable[["QTensor", Tensor], "QTensor"]
 
-        (o // 8)·B·512 + (i // 32)·512 + (o % 8)·64 + (i % 32)·2.
+    @property
+    def inputs(self) -> int:
+        """Of a block."""
+        return self.subs * BLOCK
 
-    So the 512 bytes of a block are one load of a warp: lane 4r + c has its 16 bytes of inputs 8c … 8c+7 of output r,
-    which is what `mma.m16n8k16` wants of A in two steps. Any two groups make a tile: what belongs together (gate and
-    up, both halves of a head) meets in one lane, whichever groups it stands in.
+    @property
+    def nbytes(self) -> int:
+        """Of a block."""
+        return NUMBERS + self.scales
+
+
+LAYOUTS = {
+    "mxfp4": Layout(4, 32, formats.pack_mxfp4, formats.restore_mxfp4),
+}
+
+
+def name_of(weight: "QTensor") -> str:
+    """Return what a packed weight's kernels are named after."""
+    assert weight.packed, "a weight in rows"
+    return f"int4_{weight.block[1]}" if weight.format == "int4" else weight.format
+
+
+def inputs_of(weight: "QTensor") -> int:
+    """Return the inputs of a block of a packed weight."""
+    return BLOCK if weight.format == "bf16" else LAYOUTS[name_of(weight)].inputs
+
+
+def pack(weight: "QTensor") -> "QTensor":
+    """Return a weight [out, in], or each of [experts, out, in] one after the other, as [groups, blocks, bytes].
+
+    Outputs stand in groups of 8, inputs in sub-blocks of 32, of which a block has S: 1 of bf16, 2 of fp8, 4 of the
+    others. Outputs are padded with zeros to a multiple of 16, inputs to one of 32·S. A block begins with 512 bytes of
+    numbers, 16 of each lane of a warp: lane 4r + c has, of output r of the group, inputs 32j + 8c … +7 of each sub-block
+    j, one after the other: what `mma.m16n8k16` wants of A in two steps. Any two groups make a tile: what belongs together
+    (gate and up, both halves of a head) meets in one lane, whichever groups it stands in. Scales follow the numbers of
+    their block, as `packing_formats` says; what is of a whole output is in `outer`, float32 [groups, 8 + …].
+
+    Raises ModelError for a weight that this cannot hold exactly.
     """
-    assert data.dtype == torch.bfloat16, data.dtype
-    outputs, inputs = data.shape
-    whole = data.new_zeros(-(-outputs // TILE) * TILE, -(-inputs // BLOCK) * BLOCK)
-    whole[:outputs, :inputs] = data
-    return whole.view(-1, GROUP, whole.shape[1] // BLOCK, BLOCK).transpose(1, 2).contiguous()
+    assert not weight.packed, "packed twice"
+    if weight.format == "bf16":
+        return replace(weight, data=_stacked(weight, _bf16), packed=True)
+    if weight.format not in {"fp8", "mxfp4", "nvfp4", "int4"}:
+        raise ModelError(f"the kernels take no weights in {weight.format}: use --dtype bfloat16 or --device cpu")
+    ready = formats.prepared(weight)
+    layout = LAYOUTS[name_of(replace(ready, packed=True))]
+    data = _stacked(ready, lambda matrix: _slabs(matrix, layout))
+    return replace(ready, data=data, scales=None, zeros=None, outer=formats.factors(ready), packed=True)
+
+
+def restore(weight: "QTensor", outputs: slice = slice(None)) -> "QTensor":
+    """Return the `outputs` (from a multiple of 8) of a packed weight row by row again, number by number the same.
+
+    What `packing_formats.prepared` changes stays changed.
+    """
+    assert weight.packed, "stands row by row"
+    start, stop, step = outputs.indices(weight.shape[-2])
+    assert (start % GROUP, step) == (0, 1), outputs
+    shape = (*weight.shape[:-2], stop - start, weight.shape[-1])
+    if weight.format == "bf16":
+        return replace(weight, data=_rows(weight, start, stop), shape=shape, packed=False)
+    groups = slice(start // GROUP, -(-stop // GROUP))
+    outer = None if weight.outer is None else weight.outer[..., groups, :]
+    part = replace(weight, data=weight.data[..., groups, :, :], outer=outer, shape=shape)
+    return replace(LAYOUTS[name_of(weight)].restore(part, part.data), shape=shape, packed=False)
 
 
 def unpack(weight: "QTensor", outputs: slice = slice(None), scratch: Tensor | None = None) -> Tensor:
@@ -38,6 +101,7 @@ def unpack(weight: "QTensor", outputs: slice = slice(None), scratch: Tensor | No
     They are put in `scratch` [numbers], if given, which holds at least as many as their blocks.
     """
     assert weight.packed, "stands row by row"
+    assert weight.format == "bf16", weight.format
     start, stop, step = outputs.indices(weight.shape[0])
     assert start % GROUP == 0, start
     assert step == 1, step
@@ -46,3 +110,41 @@ def unpack(weight: "QTensor", outputs: slice = slice(None), scratch: Tensor | No
         scratch = weight.data.new_empty(found.numel())
     rows = scratch[: found.numel()].view(found.shape).copy_(found).view(-1, weight.data.shape[1] * BLOCK)
     return rows[: stop - start, : weight.shape[1]]
+
+
+def _stacked(weight: "QTensor", packed: Callable[["QTensor"], Tensor]) -> Tensor:
+    if len(weight.shape) == 2:  # noqa: PLR2004  # a matrix
+        return packed(weight)
+    parts = (packed(weight.expert(index)) for index in range(weight.shape[0]))
+    first = next(parts)
+    whole = first.new_empty(weight.shape[0], *first.shape)
+    whole[0] = first
+    for index, part in enumerate(parts, 1):
+        whole[index] = part
+    return whole
+
+
+def _bf16(weight: "QTensor") -> Tensor:
+    """bfloat16 [groups, blocks, 8, 32]."""
+    outputs, inputs = weight.shape
+    whole = weight.data.new_zeros(-(-outputs // TILE) * TILE, -(-inputs // BLOCK) * BLOCK)
+    whole[:outputs, :inputs] = weight.data
+    return whole.view(-1, GROUP, whole.shape[1] // BLOCK, BLOCK).transpose(1, 2).contiguous()
+
+
+def _rows(weight: "QTensor", start: int, stop: int) -> Tensor:
+    """bfloat16 [.., stop − start, in], a copy."""
+    found = weight.data[..., start // GROUP : -(-stop // GROUP), :, :, :].transpose(-3, -2)
+    rows = found.reshape(*found.shape[:-4], -1, found.shape[-2] * BLOCK)
+    return rows[..., : stop - start, : weight.shape[-1]].contiguous()
+
+
+def _slabs(weight: "QTensor", layout: Layout) -> Tensor:
+    """uint8 [groups, blocks, bytes]."""
+    outputs, inputs = weight.shape
+    groups, blocks = -(-outputs // TILE) * TILE // GROUP, -(-inputs // layout.inputs)
+    whole = torch.empty(groups, blocks, layout.nbytes, dtype=torch.uint8, device=weight.data.device)
+    for start in range(0, outputs, _SLAB):
+        part = layout.pack(weight, start, min(start + _SLAB, outputs))
+        whole[start // GROUP : start // GROUP + len(part)] = part
+    return whole

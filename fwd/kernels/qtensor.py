@@ -54,18 +54,18 @@ class QTensor:
         return cls(data.contiguous(), PLAIN[data.dtype], tuple(data.shape))
 
     def pack(self) -> "QTensor":
-        """Return the same weight, which is bfloat16, in the order that kernels stream it."""
-        assert not self.packed, "packed twice"
-        return replace(self, data=packing.pack(self.data), packed=True)
+        """Return the same weight in the order that kernels stream it; raises ModelError for one they do not take."""
+        return packing.pack(self)
 
     def dequantize(self, outputs: slice = slice(None)) -> Tensor:
         """Return the matrix, or some of its outputs, in float32 (a copy unless it is float32 already)."""
         start, stop, step = outputs.indices(self.shape[-2])
         assert step == 1, step
+        if self.packed:
+            first = start - start % packing.GROUP
+            return packing.restore(self, slice(first, stop)).dequantize(slice(start - first, None))
         if self.scales is not None:
             return dequantize(self, start, stop)
-        if self.packed:
-            return packing.unpack(self, outputs).float()
         return (self.data.to_dense() if self.data.is_mkldnn else self.data)[..., start:stop, :].float()
 
     def expert(self, index: int) -> "QTensor":

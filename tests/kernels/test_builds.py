@@ -59,7 +59,7 @@ def test_the_table_says_what_blocks_take():
 
 def test_a_launch_that_takes_more_is_refused():
     with pytest.raises(KernelError, match="20480 bytes of shared memory, it may take 10240"):
-        HostLauncher().launch(Kernel("gemv.cu", "linear_1x8"), (1, 1, 1), 256, 20480, *[None] * 4, 1, 32, 16)
+        HostLauncher().launch(Kernel("gemv.cu", "linear_1x8"), (1, 1, 1), 256, 20480, *[None] * 5, 1, 32, 16)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)

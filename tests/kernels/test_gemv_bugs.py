@@ -38,15 +38,15 @@ def qkv_error(execution):
 
 PLANTED = {
     "the bias of the first tile": (
-        "gemv.cu",
-        "fwd::to_float(bias[output])",
-        "fwd::to_float(bias[m])",
+        "gemv_bodies.cuh",
+        "to_float(bias[output])",
+        "to_float(bias[m])",
         linear_error,
     ),
     "gate and up exchanged": (
-        "gemv.cu",
-        "float gate = fwd::round_bf16(sum), up = fwd::shuffle_xor(gate, 8);",
-        "float up = fwd::round_bf16(sum), gate = fwd::shuffle_xor(up, 8);",
+        "gemv_bodies.cuh",
+        "float gate = round_bf16(sum), up = shuffle_xor(gate, 8);",
+        "float up = round_bf16(sum), gate = shuffle_xor(up, 8);",
         linear_error,
     ),
     "no barrier before sums are added": (
@@ -119,7 +119,7 @@ def seen(error, execution):
 
 
 def test_a_kernel_that_does_not_wait_for_the_one_before_is_found(execution):
-    launcher = execution.mutant("gemv.cu", "    fwd::grid_dependency_wait();\n", "")
+    launcher = execution.mutant("gemv_bodies.cuh", "    grid_dependency_wait();\n", "")
     chance = Chance(19)
     with pytest.raises(KernelError, match="grid_dependency_wait"):
         gemv.linear(launcher, chance(1, 64), chance.matrix(16, 64).pack(), chance(1, 16))

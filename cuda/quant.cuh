@@ -1,0 +1,92 @@
+// Weights as they are streamed, and the bf16 that are made of them: one struct a format, what the kernels of gemv.cuh
+// are generic over. Layouts are those of fwd/kernels/packing.py.
+//
+// A lane has 16 bytes of a block, 4·kSub numbers of one output; numbers_of gives 8 of a sub-block of 32 inputs. They
+// are bf16 times a power of two that `kFactor` or `factors` take back at the end. Every number and every product
+// with its scale is exact in bf16, subnormals of a format included: bits are put where bf16 has them, and one product
+// by a power of two, which also carries the scale, makes a normal number of them.
+#pragma once
+
+#include "common.cuh"
+
+namespace fwd::gemv {
+
+FWD_INLINE int group_row() { return threadIdx.x % 32 / 4; }   // the output of a group that this lane has
+FWD_INLINE int quarter() { return threadIdx.x % 4; }          // and which 8 of 32 inputs
+
+// From a lane's 16 bytes of a block to the word of its output behind the numbers, and of its half of 32 inputs there.
+FWD_INLINE int word_of_row() { return 512 + group_row() * 4 - int(threadIdx.x % 32) * 16; }
+FWD_INLINE int word_of_half() { return 512 + group_row() * 8 + quarter() / 2 * 4 - int(threadIdx.x % 32) * 16; }
+
+FWD_INLINE uint32_t rotated(uint32_t word, int left) { return __funnelshift_l(word, word, left); }
+
+FWD_INLINE uint32_t word_of(const uint4& words, int sub) {
+    return sub == 0 ? words.x : sub == 1 ? words.y : sub == 2 ? words.z : words.w;
+}
+
+// Eight e2m1 of a word as bf16 at sign, two lowest bits of the exponent, highest of the mantissa: times 2^-126.
+// No four shifts bring four pairs to those bits; three do, the fourth pair takes two.
+FWD_INLINE void spread_e2m1(uint32_t word, uint32_t (&pairs)[4]) {
+    pairs[0] = word & 0x81C081C0u;
+    pairs[1] = rotated(word, 6) & 0x81C081C0u;
+    pairs[2] = rotated(word, 28) & 0x81C081C0u;
+    pairs[3] = (rotated(word, 2) & 0x80C080C0u) | (rotated(word, 26) & 0x01000100u);
+}
+
+// What the formats have unless they say otherwise.
+struct Plain {
+    static constexpr int kSteps = 4;            // blocks of a tile that a warp has under way
+    static constexpr int kSpan = 0;             // sub-blocks whose sum is multiplied by a scale; 0: weights are
+    static constexpr bool kCells = false;       // a float of 8 outputs and 128 inputs, beside the stream
+    static constexpr bool kFactors = false;     // a float of each output
+    static constexpr bool kScaled = true;       // sums are multiplied by that, or by
+    static constexpr float kFactor = 1.0f;
+    FWD_INLINE static int pitch(int) { return 0; }  // floats of a group
+};
+
+struct Bf16 : Plain {
+    static constexpr int kSub = 1, kBytes = 512, kSteps = 8;
+    static constexpr bool kScaled = false;
+
+    struct Held {
+        uint4 words;
+
+        FWD_INLINE void fetch(const unsigned char* lane) { words = load_stream(lane); }
+        FWD_INLINE void numbers_of(int, uint32_t (&pairs)[4]) const {
+            pairs[0] = words.x, pairs[1] = words.y, pairs[2] = words.z, pairs[3] = words.w;
+        }
+        FWD_INLINE float scale_of(int) const { return 1.0f; }
+    };
+};
+
+// A word of four scales behind the numbers: sub-blocks 0 and 2 in place, 1 and 3 eight bits above.
+struct Scaled4 {
+    uint4 words;
+    uint32_t scales;
+
+    FWD_INLINE uint32_t half_of(int sub) const { return sub % 2 == 0 ? scales : rotated(scales, 24); }
+    FWD_INLINE void scaled(int sub, uint32_t factors, uint32_t (&pairs)[4]) const {
+        spread_e2m1(word_of(words, sub), pairs);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            pairs[i] = sub < 2 ? mul_bf16x2_low(pairs[i], factors) : mul_bf16x2_high(pairs[i], factors);
+    }
+    FWD_INLINE float scale_of(int) const { return 1.0f; }
+};
+
+// The factor 2^(s − 127 + 126 − 60) is an exponent of bf16.
+struct Mxfp4 : Plain {
+    static constexpr int kSub = 4, kBytes = 544;
+    static constexpr float kFactor = 0x1p60f;
+
+    struct Held : Scaled4 {
+        FWD_INLINE void fetch(const unsigned char* lane) {
+            words = load_stream(lane), scales = load_stream_4(lane + word_of_row());
+        }
+        FWD_INLINE void numbers_of(int sub, uint32_t (&pairs)[4]) const {
+            scaled(sub, half_of(sub) & 0x7F807F80u, pairs);
+        }
+    };
+};
+
+}  // namespace fwd::gemv
