@@ -15,7 +15,7 @@ from fwd.models.positions import MAX_CONTEXT, extended, read_rope, read_windows
 from fwd.models.quantization import read_from
 from fwd.models.safetensors import INDEX, SINGLE, Entry, headers, list_files, read_json
 from fwd.models.schemes import parse_quantization
-from fwd.models.spec import EMBEDDING, HEAD, LAYER, Dtype, ModelSpec
+from fwd.models.spec import EMBEDDING, HEAD, LAYER, Dtype, ModelSpec, parts
 
 MAX_PARAMETERS = 1 << 43
 MAX_LAYER_EXPERTS = 1 << 18  # experts of all layers
@@ -23,6 +23,7 @@ _MAX_CONFIG_BYTES = 1 << 20
 _CONTEXT = "max_position_embeddings"
 _SHARED = ("dtype", "torch_dtype", "tie_word_embeddings")  # that may stand beside a text_config
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # by their names in safetensors
+_PLAIN = {*_DTYPES, "F8_E4M3"}  # of which one number is one of the matrix
 
 
 def read_spec(folder: Path) -> ModelSpec:
@@ -81,7 +82,9 @@ def parse_spec(
     if files:
         _check_layers(spec, files)
         spec = replace(spec, tied=spec.tied or _tied_outside(config, known, files))
-    return _bounded(replace(spec, quantization=read_from(scheme, files) if files else scheme))
+    spec = _bounded(replace(spec, quantization=read_from(scheme, files) if files else scheme))
+    _check_shapes(spec, files or {})
+    return spec
 
 
 def _read(name: str, known: Architecture, fields: Fields, embedding: Entry | None) -> ModelSpec:
@@ -176,6 +179,18 @@ def _check_layers(spec: ModelSpec, files: Mapping[str, Entry]) -> None:
     if found and absent is not None:
         path = files[min(found)].path
         raise ModelError(f"{path.parent} holds no layer {absent}, but {counted}")
+
+
+def _check_shapes(spec: ModelSpec, files: Mapping[str, Entry]) -> None:
+    """The first of the matrices that stand above each other, where one number of the files is one of the matrix.
+
+    Whatever else is wrong loading says as it comes to it; here sizes of a config are refused that are not the files'.
+    """
+    for part in parts(spec):
+        name, shape = f"{spec.prefix}{part.module}.weight", (part.heights[0], part.inputs)
+        entry = files.get(name)
+        if entry is not None and entry.dtype in _PLAIN and entry.shape != shape:
+            raise ModelError(f"{entry.path}: {name} has shape {list(entry.shape)}, expected {list(shape)}")
 
 
 def _tied_outside(config: Mapping[str, Any], known: Architecture, files: Mapping[str, Entry]) -> bool:

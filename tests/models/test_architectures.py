@@ -104,9 +104,10 @@ def test_a_head_that_is_tied_outside_the_text_model_is_tied_where_the_files_have
     config = config_of(name, tie_word_embeddings=False) | {"tie_word_embeddings": True}
     layers = [f"language_model.model.layers.{index}.input_layernorm.weight" for index in range(4)]
     files = {name: Entry(Path("file"), "BF16", (64,), 0, 128) for name in layers}
+    head = Entry(Path("file"), "BF16", (260, 64), 128, 128 + 260 * 64 * 2)
     assert parse_spec(config, files=files).tied
     assert not parse_spec(config | {"tie_word_embeddings": False}, files=files).tied
-    assert not parse_spec(config, files=files | {"language_model.lm_head.weight": files[layers[0]]}).tied
+    assert not parse_spec(config, files=files | {"language_model.lm_head.weight": head}).tied
 
 
 def test_experts_and_latents_of_deepseek():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -314,6 +315,27 @@ def test_layers_of_the_files_that_the_config_does_not_count(layers, named):
     assert parse((0, 1)).layers == 2
     with pytest.raises(ModelError, match=named):
         parse(layers)
+
+
+@pytest.mark.parametrize(
+    ("size", "value", "named"),
+    [
+        ("vocab_size", 261, "embed_tokens.weight has shape [260, 64], expected [261, 64]"),
+        ("intermediate_size", 1 << 22, "gate_proj.weight has shape [96, 64], expected [4194304, 64]"),
+        ("num_attention_heads", 8, "q_proj.weight has shape [64, 64], expected [128, 64]"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3"])
+def test_sizes_that_are_not_the_files_are_refused_with_the_headers(size, value, named, dtype):
+    layer = {"self_attn.q_proj": (64, 64), "mlp.gate_proj": (96, 64), "mlp.down_proj": (64, 96)}
+    shapes = {f"model.layers.{index}.{module}": shape for index in range(2) for module, shape in layer.items()}
+    shapes |= {"model.embed_tokens": (260, 64)}
+    files = {f"{name}.weight": Entry(Path("file"), dtype, shape, 0, 0) for name, shape in shapes.items()}
+    files |= {f"{name}.weight_scale": Entry(Path("file"), "F32", (1,), 0, 4) for name in shapes}
+    config = {**BASE, "head_dim": 16}
+    assert parse_spec(config, files=files).vocab == 260
+    with pytest.raises(ModelError, match=re.escape(named)):
+        parse_spec(config | {size: value}, files=files)
 
 
 def test_the_spec_needs_no_torch():
