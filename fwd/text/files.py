@@ -1,5 +1,6 @@
 """Reading the JSON files of a model folder."""
 
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from fwd.errors import ModelError
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file; `ModelError` names the file that is missing or unreadable."""
+    """Read a UTF-8 file; `ModelError` names the file that is missing or unreadable, or that could hang when read."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ModelError(f"{path}: what stands there is no file")
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from error

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import os
 import shutil
 
 import msgspec
@@ -126,6 +127,15 @@ def test_the_hash_names_the_content(copy, chatml_folder):
     assert before == Tokenizer.load(chatml_folder.path).hash
     (copy / "tokenizer.json").write_bytes((copy / "tokenizer.json").read_bytes() + b"\n")
     assert Tokenizer.load(copy).hash != before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"])
+def test_what_is_no_file_neither_hangs_nor_fills_the_memory(copy, name):
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (copy / name).unlink(missing_ok=True)
+        make(copy / name)
+        with pytest.raises(ModelError, match=f"{name}: what stands there is no file"):
+            Tokenizer.load(copy)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
