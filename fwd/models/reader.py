@@ -47,7 +47,8 @@ class Reader:
     def read(self, ranges: Iterable[Range]) -> None:
         """Read ranges; each is a tensor, or a part of one that begins some whole leaves in."""
         parts = deque(part for one in ranges for part in _split(one))
-        helpers = [self._pool.submit(self._work, parts) for _ in range(min(THREADS, len(parts)) - 1)]
+        wanted = min(THREADS, len(parts), 1 + sum(part.length for part in parts) // LEAF)
+        helpers = [self._pool.submit(self._work, parts) for _ in range(wanted - 1)]
         try:
             self._work(parts, self._report)
         finally:
@@ -78,10 +79,9 @@ class Reader:
         self._ahead.reach(self.done)
 
     def _work(self, parts: deque[Range], report: Callable[[], None] = lambda: None) -> None:
-        scratch = memoryview(bytearray(STEP))
         try:
             for part in _popped(parts):
-                self._leaves[part.shard.path][part.begin] = _read_leaf(part, scratch)
+                self._leaves[part.shard.path][part.begin] = _read_leaf(part)
                 with self._lock:
                     self.done += part.length
                 report()
@@ -186,12 +186,12 @@ def _popped(parts: deque[Range]) -> Iterator[Range]:
             yield parts.popleft()
 
 
-def _read_leaf(part: Range, scratch: memoryview) -> bytes:
+def _read_leaf(part: Range) -> bytes:
     """Read a range and return its SHA-256."""
-    leaf = hashlib.sha256()
+    leaf, scratch = hashlib.sha256(), memoryview(b"" if part.into else bytearray(min(STEP, part.length)))
     for start in range(0, part.length, STEP):
         length = min(STEP, part.length - start)
-        step = scratch[:length] if part.into is None else part.into[start : start + length]
+        step = part.into[start : start + length] if part.into else scratch[:length]
         _fill(part.shard, part.begin + start, step)
         leaf.update(step)
     return leaf.digest()
