@@ -69,15 +69,20 @@ struct Staged {
 template <int kColumns, int kReads>
 struct Direct {
     static constexpr int kBatch = kReads;
-    const bf16* place[kColumns];
-    int last;  // from this lane's first
+    const bf16* x;
+    uint32_t place[kColumns], last[kColumns];  // bytes from there
 
-    FWD_INLINE Direct(const bf16* x, int rows, int inputs) : last(inputs - 8 - lane_index() % 4 * 8) {
+    FWD_INLINE Direct(const bf16* x, int rows, int inputs) : x(x) {
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c)
-            place[c] = x + int64_t{row_of(c, rows)} * inputs + lane_index() % 4 * 8;
+        for (int c = 0; c < kColumns; ++c) {
+            uint32_t row = row_of(c, rows) * inputs * 2;
+            place[c] = row + lane_index() % 4 * 16, last[c] = row + inputs * 2 - 16;
+        }
     }
-    FWD_INLINE uint4 at(int column, int block) const { return load_global(place[column] + min(block * kInputs, last)); }
+    FWD_INLINE uint4 at(int column, int block) const {
+        uint32_t offset = min(place[column] + block * (2 * kInputs), last[column]);
+        return load_global(reinterpret_cast<const unsigned char*>(x) + offset);
+    }
 };
 
 // ---- the weights: registers that are filled again as soon as they are used, across tiles ----

@@ -481,6 +481,17 @@ FWD_INLINE void grid_barrier(unsigned* state FWD_SITE) {
 
 // ---- arithmetic ----
 
+// (a & mask) | more: one instruction also where both are constants.
+FWD_INLINE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t more) {
+#ifdef FWD_HOST
+    return (a & mask) | more;
+#else
+    uint32_t value;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(value) : "r"(a), "r"(mask), "r"(more));
+    return value;
+#endif
+}
+
 // Two bf16 at once, each rounded to nearest; subnormals count, whatever is done to those of floats.
 FWD_INLINE uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
 #ifdef FWD_HOST

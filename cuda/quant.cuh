@@ -89,4 +89,100 @@ struct Mxfp4 : Plain {
     };
 };
 
+// The factor scale·2^117: of its 16 bits the highest are alike for all scales.
+struct Nvfp4 : Plain {
+    static constexpr int kSub = 4, kBytes = 576;
+    static constexpr bool kFactors = true;
+    FWD_INLINE static int pitch(int) { return 8; }
+
+    struct Held : Scaled4 {
+        FWD_INLINE void fetch(const unsigned char* lane) {
+            words = load_stream(lane), scales = load_stream_4(lane + word_of_half());
+        }
+        FWD_INLINE void numbers_of(int sub, uint32_t (&pairs)[4]) const {
+            scaled(sub, and_or(half_of(sub), 0x0FF00FF0u, 0x70007000u), pairs);
+        }
+    };
+};
+
+// Four e4m3 of a word as bf16 at sign, four lowest bits of the exponent, three highest of the mantissa: times 2^-120.
+struct Fp8 : Plain {
+    static constexpr int kSub = 2, kBytes = 512, kSpan = 2;
+    static constexpr bool kCells = true, kFactors = true;
+    FWD_INLINE static int pitch(int inputs) { return 8 + (inputs + 127) / 128; }
+
+    struct Held {
+        uint4 words;
+        float cell;
+
+        FWD_INLINE void fetch(const unsigned char* lane) { words = load_stream(lane); }
+        FWD_INLINE static void spread(uint32_t word, uint32_t& first, uint32_t& second) {
+            first = mul_bf16x2(word & 0x87F087F0u, 0x7B807B80u);
+            second = mul_bf16x2((rotated(word, 28) & 0x87808780u) | (rotated(word, 4) & 0x00700070u), 0x7B807B80u);
+        }
+        FWD_INLINE void numbers_of(int sub, uint32_t (&pairs)[4]) const {
+            spread(word_of(words, 2 * sub), pairs[0], pairs[1]);
+            spread(word_of(words, 2 * sub + 1), pairs[2], pairs[3]);
+        }
+        FWD_INLINE float scale_of(int) const { return cell; }
+    };
+};
+
+// Nibbles q as 128 + q, less 128 + zero: a bf16 has ones from 128 to 256.
+FWD_INLINE void spread_int4(uint32_t word, uint32_t zero, uint32_t (&pairs)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = sub_bf16x2(and_or(word >> 4 * i, 0x000F000Fu, 0x43004300u), zero);
+}
+// A byte of zero points as 128 + zero, twice.
+FWD_INLINE uint32_t zero_of(uint32_t zeros, int byte) { return __byte_perm(zeros, 0x43u, 0x4040u | byte | byte << 8); }
+// 16 bits, the exponent's 6 from −32 on, are a positive scale: those of float16, and of bfloat16 in that range.
+FWD_INLINE float int4_scale(uint32_t bits) { return __uint_as_float((bits << 13) + (95u << 23)); }
+
+template <int kGroup>
+struct Int4;
+
+template <>
+struct Int4<32> : Plain {
+    static constexpr int kSub = 4, kBytes = 608, kSpan = 1, kSteps = 2;  // four would spill
+    static constexpr bool kScaled = false;
+
+    struct Held {
+        uint4 words;
+        uint32_t scales[2], zeros;
+
+        FWD_INLINE void fetch(const unsigned char* lane) {
+            words = load_stream(lane);
+            const unsigned char* row = lane + word_of_row();
+            scales[0] = load_stream_4(row), scales[1] = load_stream_4(row + 32), zeros = load_stream_4(row + 64);
+        }
+        FWD_INLINE void numbers_of(int sub, uint32_t (&pairs)[4]) const {
+            spread_int4(word_of(words, sub), zero_of(zeros, sub), pairs);
+        }
+        FWD_INLINE float scale_of(int sub) const {
+            return int4_scale(sub % 2 == 0 ? scales[sub / 2] & 0xFFFFu : scales[sub / 2] >> 16);
+        }
+    };
+};
+
+template <>
+struct Int4<128> : Plain {
+    static constexpr int kSub = 4, kBytes = 544, kSpan = 4;
+    static constexpr bool kScaled = false;
+
+    struct Held {
+        uint4 words;
+        uint32_t row;  // scale, zero
+
+        FWD_INLINE void fetch(const unsigned char* lane) {
+            words = load_stream(lane), row = load_stream_4(lane + word_of_row());
+        }
+        FWD_INLINE void numbers_of(int sub, uint32_t (&pairs)[4]) const {
+            spread_int4(word_of(words, sub), zero_of(row, 2), pairs);
+        }
+        FWD_INLINE float scale_of(int) const { return int4_scale(row & 0xFFFFu); }
+    };
+};
+using Int4By32 = Int4<32>;
+using Int4By128 = Int4<128>;
+
 }  // namespace fwd::gemv

@@ -20,6 +20,12 @@ class Bound(NamedTuple):
 
 
 _STAGED = Bound(128, SHARED_LIMIT)  # as many normed rows as fit
+_QUANTISED = {
+    "linear_1x8": Bound(128, 10240),
+    "linear_1x16": Bound(128, 20480),
+    "gate_up_8": _STAGED,
+    "gate_up_16": _STAGED,
+}
 
 BUILDS: dict[str, dict[str, Bound]] = {  # file in `cuda/` → kernel
     "gemv.cu": {
@@ -33,12 +39,11 @@ BUILDS: dict[str, dict[str, Bound]] = {  # file in `cuda/` → kernel
         "head_8": _STAGED,
         "head_16": _STAGED,
     },
-    "gemv_mxfp4.cu": {
-        "linear_1x8": Bound(128, 10240),
-        "linear_1x16": Bound(128, 20480),
-        "gate_up_8": _STAGED,
-        "gate_up_16": _STAGED,
-    },
+    "gemv_fp8.cu": {**_QUANTISED, "head_8": _STAGED, "head_16": _STAGED},
+    "gemv_mxfp4.cu": _QUANTISED,
+    "gemv_nvfp4.cu": _QUANTISED,
+    "gemv_int4_32.cu": _QUANTISED,
+    "gemv_int4_128.cu": _QUANTISED,
     "qkv.cu": {"qkv_paired_8": _STAGED, "qkv_paired_16": _STAGED, "qkv_whole_8": _STAGED, "qkv_whole_16": _STAGED},
     "paged_attention.cu": {
         "decode_attention_bf16_64": Bound(168, 66560),

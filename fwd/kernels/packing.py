@@ -1,4 +1,4 @@
-"""The order in which kernels stream a matrix, in each format that they take: numbers first, their scales behind them."""
+"""The order in which kernels stream a matrix, in each format that they take."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fwd.errors import ModelError
 from fwd.kernels import packing_formats as formats
+from fwd.kernels.preparing import prepared
 
 if TYPE_CHECKING:
     from fwd.kernels.qtensor import QTensor
@@ -40,7 +41,11 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {
+    "fp8": Layout(2, 0, formats.pack_fp8, formats.restore_fp8),
     "mxfp4": Layout(4, 32, formats.pack_mxfp4, formats.restore_mxfp4),
+    "nvfp4": Layout(4, 64, formats.pack_nvfp4, formats.restore_nvfp4),
+    "int4_32": Layout(4, 96, formats.pack_int4_32, formats.restore_int4_32),
+    "int4_128": Layout(4, 32, formats.pack_int4_128, formats.restore_int4_128),
 }
 
 
@@ -60,10 +65,15 @@ def pack(weight: "QTensor") -> "QTensor":
 
     Outputs stand in groups of 8, inputs in sub-blocks of 32, of which a block has S: 1 of bf16, 2 of fp8, 4 of the
     others. Outputs are padded with zeros to a multiple of 16, inputs to one of 32·S. A block begins with 512 bytes of
-    numbers, 16 of each lane of a warp: lane 4r + c has, of output r of the group, inputs 32j + 8c … +7 of each sub-block
-    j, one after the other: what `mma.m16n8k16` wants of A in two steps. Any two groups make a tile: what belongs together
-    (gate and up, both halves of a head) meets in one lane, whichever groups it stands in. Scales follow the numbers of
-    their block, as `packing_formats` says; what is of a whole output is in `outer`, float32 [groups, 8 + …].
+    numbers, 16 of each lane of a warp: lane 4r + c has, of output r of the group, inputs 32j + 8c … +7 of each
+    sub-block j, one after the other: what `mma.m16n8k16` wants of A in two steps. Any two groups make a tile: what
+    belongs together (gate and up, both halves of a head) meets in one lane, whichever groups it stands in. Scales
+    follow the numbers of their block, as `packing_formats` says; what is of whole outputs is in `outer`, float32
+    [groups, 8 + …].
+
+    So bfloat16 stands as [groups, blocks, 8, 32]: with B blocks a group, weight [o, i] begins at byte
+
+        (o // 8)·B·512 + (i // 32)·512 + (o % 8)·64 + (i % 32)·2.
 
     Raises ModelError for a weight that this cannot hold exactly.
     """
@@ -72,7 +82,7 @@ def pack(weight: "QTensor") -> "QTensor":
         return replace(weight, data=_stacked(weight, _bf16), packed=True)
     if weight.format not in {"fp8", "mxfp4", "nvfp4", "int4"}:
         raise ModelError(f"the kernels take no weights in {weight.format}: use --dtype bfloat16 or --device cpu")
-    ready = formats.prepared(weight)
+    ready = prepared(weight)
     layout = LAYOUTS[name_of(replace(ready, packed=True))]
     data = _stacked(ready, lambda matrix: _slabs(matrix, layout))
     return replace(ready, data=data, scales=None, zeros=None, outer=formats.factors(ready), packed=True)
@@ -81,7 +91,7 @@ def pack(weight: "QTensor") -> "QTensor":
 def restore(weight: "QTensor", outputs: slice = slice(None)) -> "QTensor":
     """Return the `outputs` (from a multiple of 8) of a packed weight row by row again, number by number the same.
 
-    What `packing_formats.prepared` changes stays changed.
+    What `preparing.prepared` changes stays changed.
     """
     assert weight.packed, "stands row by row"
     start, stop, step = outputs.indices(weight.shape[-2])
@@ -113,7 +123,7 @@ def unpack(weight: "QTensor", outputs: slice = slice(None), scratch: Tensor | No
 
 
 def _stacked(weight: "QTensor", packed: Callable[["QTensor"], Tensor]) -> Tensor:
-    if len(weight.shape) == 2:  # noqa: PLR2004  # a matrix
+    if len(weight.shape) == 2:  # a matrix
         return packed(weight)
     parts = (packed(weight.expert(index)) for index in range(weight.shape[0]))
     first = next(parts)

@@ -1,7 +1,7 @@
 """Where the bits of narrow numbers stand in a 32-bit word, so that few instructions make bf16 of them (cuda/quant.cuh).
 
-A kernel gets its i-th pair of numbers, those of inputs 2i and 2i + 1, by rotating the word to the left and masking, then
-an `or` of what it got; both halves of a word are alike.
+A kernel gets its i-th pair of numbers, those of inputs 2i and 2i + 1, by rotating the word to the left and masking,
+then an `or` of what it got; both halves of a word are alike.
 """
 
 from typing import NamedTuple
