@@ -55,7 +55,11 @@ class Checkpoint:
         self._total = sum(shard.size for shard in self.shards) + self._sums.total
         self._progress = progress
         self._reader = Reader(self.shards, self._report)
-        self._report()
+        try:
+            self._report()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self

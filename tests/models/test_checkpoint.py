@@ -285,6 +285,19 @@ def test_a_refusal_leaves_no_file_open(folder, random_bytes):
     assert set(Path("/proc/self/fd").iterdir()) <= before
 
 
+def test_a_progress_that_fails_leaves_no_file_open_and_no_thread(folder, random_bytes):
+    write_shards(folder, random_bytes)
+    before, threads = set(Path("/proc/self/fd").iterdir()), threading.active_count()
+
+    def gone(_done, _total):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        Checkpoint(folder, gone)
+    assert set(Path("/proc/self/fd").iterdir()) <= before
+    assert threading.active_count() <= threads
+
+
 def test_no_tensor_is_allocated_before_its_shape_is_that_of_the_file(folder, random_bytes, monkeypatch):
     write_shards(folder, random_bytes)
     with opened(folder) as checkpoint:
