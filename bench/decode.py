@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import roofline
 from gpu import cards
+from gpu.configs import MODELS
 from gpu.report import Report, options, run
 from gpu.serving import Served, model_folder, prompt, serving
-from gpu.shapes import MODELS, spec
+from gpu.shapes import spec
 from gpu.streams import Run, by_http, by_socket
 
 HTTP_GOAL = 0.98  # of the engine's own rate (DESIGN §6)

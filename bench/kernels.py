@@ -12,8 +12,9 @@ import roofline
 import torch
 from gpu import cards, timing
 from gpu.cases import Case, Cases
+from gpu.configs import DENSE
 from gpu.report import Report, options, run
-from gpu.shapes import MODELS, spec
+from gpu.shapes import spec
 
 from fwd.kernels.ops import Draw
 
@@ -115,7 +116,7 @@ def measure(bench: Bench, model: str, cases: Cases, points: Points) -> None:
 def main() -> int:
     """Measure, print, save."""
     parser = options(__doc__, ("cuda", "host"))
-    parser.add_argument("--model", choices=MODELS, help="one of those that are measured")
+    parser.add_argument("--model", choices=DENSE, help="one of those that are measured")
     roofline.add_option(parser)
     chosen = parser.parse_args()
     gpu = cards.describe() if chosen.device == "cuda" else None

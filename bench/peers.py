@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import roofline
 from gpu import cards
+from gpu.configs import DENSE
 from gpu.report import Report, options, run
 from gpu.serving import model_folder, prompt, serving
-from gpu.shapes import MODELS, spec
+from gpu.shapes import spec
 from gpu.streams import by_socket
 
 PEERS = {"transformers": "gpu.hugging", "torch.compile": "gpu.decoder"}
@@ -99,7 +100,7 @@ def flashinfer(report: Report) -> None:
 def main() -> int:
     """Measure, print, save."""
     parser = options(__doc__, ("cuda", "host", "cpu"))
-    parser.add_argument("model", choices=MODELS, nargs="?", default="llama-1b")
+    parser.add_argument("model", choices=DENSE, nargs="?", default="llama-1b")
     parser.add_argument("--seconds", type=float, default=500.0, help="for everything")
     roofline.add_option(parser)
     chosen = parser.parse_args()

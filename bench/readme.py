@@ -9,7 +9,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- numbers: python bench/readme.py -->\n", "<!-- end of numbers -->\n"
 Row = tuple[str, str, str]
-KINDS = ("bench", "front", "cache", "load")
+KINDS = ("bench", "front", "cache", "load", "model")
 GPU_ROWS = {"read bandwidth, cold", "bf16 matrix rate", "dependent launch, one more kernel in a graph"}
 
 
@@ -39,7 +39,7 @@ def newest_gpu() -> dict[str, Any] | None:
 
 def rows(sources: dict[str, dict[str, Any] | None]) -> list[Row]:
     """What was measured, the value, what it is to be seen against."""
-    bench, front, cache, load, gpu = (sources[what] for what in (*KINDS, "gpu"))
+    bench, front, cache, load, model, gpu = (sources[what] for what in (*KINDS, "gpu"))
     found: list[Row] = []
     if bench:
         start = bench["startup"]
@@ -60,7 +60,7 @@ def rows(sources: dict[str, dict[str, Any] | None]) -> list[Row]:
                 continue
             label = f"front CPU a token event, fake engine, {way}, {streams} at once"
             found.append((label, f"{run['us_per_event']:.1f} µs", f"≤ {front['target_us']:.0f} µs"))
-    for part, source in ((cache_rows, cache), (load_rows, load), (gpu_rows, gpu)):
+    for part, source in ((cache_rows, cache), (load_rows, load), (gpu_rows, gpu), (model_rows, model)):
         found += part(source) if source else []
     return found
 
@@ -82,6 +82,19 @@ def gpu_row(number: dict[str, Any]) -> Row:
     """The ceiling and the share behind the value."""
     against = f"{number['share']:.0%} of {number['against']}, {number['ceiling']:,.4g}" if number["ceiling"] else ""
     return f"GPU: {number['name']}", f"{number['value']:,.4g} {number['unit']}", against
+
+
+def model_rows(model: dict[str, Any]) -> list[Row]:
+    """What each GPU is predicted to do with one row: a sum, and by which constants."""
+    found = []
+    for gpu, known in model["constants"].items():
+        numbers = [number for number in model["numbers"] if (number["gpu"], number["rows"]) == (gpu, 1)]
+        rates = ", ".join(f"{number['model']} {number['value']:,.0f}" for number in numbers)
+        label = f"predicted, not measured: tokens/s of one row at {model['context']:,} tokens on {gpu.upper()}"
+        bandwidth, launch = known["bandwidth"], known["launch"]
+        against = f"{bandwidth['value'] / 1e12:.2f} TB/s {bandwidth['origin']}, "
+        found.append((label, rates, f"{against}{launch['value'] * 1e6:.1f} µs a launch {launch['origin']}"))
+    return found
 
 
 def cache_rows(cache: dict[str, Any]) -> list[Row]:
@@ -137,7 +150,9 @@ def table() -> str:
 
 
 def origin(source: dict[str, Any]) -> str:
-    """What a result was measured on."""
+    """What a result was measured on, or how it was predicted."""
+    if source.get("predicted"):
+        return f"no measurement: {source['formula']}; commit {source['commit']}; {source['when'][:10]}."
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
     gpu = f"{source['gpu']['name']}, driver {source['gpu']['driver']}; " if source.get("gpu") else ""
     return (

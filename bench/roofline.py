@@ -23,6 +23,7 @@ from fwd.kernels.launch import Launcher
 
 READ = "read bandwidth, cold"  # the numbers that other benches ask for
 MATMUL = "bf16 matrix rate"
+EDGE = "dependent launch, one more kernel in a graph"
 EDGE_GOAL = 1.0  # µs: what a step's budget assumes for the better of its two cases
 TINY_L2 = 1 << 16
 
@@ -110,7 +111,7 @@ def edges(report: Report, device: str, scale: Scale) -> None:
         if dependent and not launcher.dependent:
             report.skip("dependent launch", f"launches are plain on {launcher.name}")
             continue
-        _edge(report, f"{'dependent' if dependent else 'plain'} launch, one more kernel in a graph", found)
+        _edge(report, EDGE if dependent else "plain launch, one more kernel in a graph", found)
 
 
 def meetings(report: Report, device: str, scale: Scale) -> None:

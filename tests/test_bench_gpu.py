@@ -12,7 +12,7 @@ import pytest
 import readme
 import torch
 from click.testing import CliRunner
-from gpu import cards, checkpoint, report, shapes, streams, timing
+from gpu import cards, checkpoint, configs, report, shapes, streams, timing
 from gpu.decoder import Decoder
 from transformers import AutoModelForCausalLM
 
@@ -77,7 +77,7 @@ def ceilings(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("name", shapes.MODELS)
+@pytest.mark.parametrize("name", configs.DENSE)
 @pytest.mark.parametrize("context", [1, 129, 400])
 def test_kernels_together_read_what_a_step_must_read(name, context):
     model = shapes.spec(name)
@@ -89,7 +89,7 @@ def test_kernels_together_read_what_a_step_must_read(name, context):
 
 @pytest.mark.parametrize("name", ["llama-1b", "llama-8b"])
 def test_the_bytes_are_those_of_fwd_plan(name, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(shapes.MODELS[name]))
+    (tmp_path / "config.json").write_text(json.dumps(configs.MODELS[name]))
     result = CliRunner().invoke(main, ["plan", str(tmp_path), "--gpu", "h200", "--context", "4096", "--json"])
     assert result.exit_code == 0, result.output
     found = {row["rows"]: row["bytes"] for row in json.loads(result.stdout)["ceilings"]}

@@ -35,9 +35,14 @@ SHEETS = {
 }
 
 
+def key(name: str) -> str:
+    """Which of `SHEETS` a device is by its name; empty for one that is not in the table."""
+    return next((key for key in SHEETS if key in name), "")
+
+
 def sheet(name: str) -> Sheet | None:
     """The data sheet of a device by its name; None for one that is not in the table."""
-    return next((sheet for key, sheet in SHEETS.items() if key in name), None)
+    return SHEETS.get(key(name))
 
 
 def describe() -> dict[str, Any]:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from fwd.models.spec import ModelSpec
-from gpu.shapes import MODELS, spec
+from gpu.configs import MODELS
+from gpu.shapes import spec
 
 SEED = 20261124
 END = "<|end|>"

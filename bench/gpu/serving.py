@@ -17,7 +17,8 @@ from fwd.cli.private import Private, private_daemon
 from fwd.errors import EngineError
 from fwd.protocol.client import Client
 from fwd.protocol.messages import EngineInfo
-from gpu.shapes import MODELS, spec
+from gpu.configs import MODELS
+from gpu.shapes import spec
 from gpu.streams import MODEL
 
 SHM = Path("/dev/shm")
