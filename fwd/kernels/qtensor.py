@@ -135,7 +135,7 @@ def fold(weight: QTensor, parts: int) -> QTensor:
     count, outputs, inputs = weight.shape
     fitted = _with_rows(weight, common_rows([weight.block[0]] * parts, [outputs] * parts))
     folded = _each(replace(fitted, groups=None), lambda tensor: tensor.reshape(count // parts, -1, *tensor.shape[2:]))
-    groups = None if weight.groups is None else weight.groups[::parts].contiguous()
+    groups = None if weight.groups is None else weight.groups[::parts].clone()  # a view would keep all of them
     return replace(folded, shape=(count // parts, parts * outputs, inputs), groups=groups)
 
 

@@ -111,5 +111,13 @@ class Weights:
         found = formats.stacked(self.checkpoint, self.spec.quantization, full, shape, order)
         if found is None:
             taken = self.checkpoint.take((full,), ((count, inputs, len(order)),), self.dtype)
-            found = QTensor.plain(taken.transpose(1, 2)[:, order])
+            found = QTensor.plain(_turned(taken, order))
         return found.to(self.ops.device)
+
+
+def _turned(experts: Tensor, order: Tensor) -> Tensor:
+    """Return [experts, inputs, outputs] as [experts, outputs, inputs] in place, since a layer of them is gigabytes."""
+    turned = experts.view(len(experts), len(order), -1)
+    for into, one in zip(turned, experts, strict=True):
+        into.copy_(one.t()[order])
+    return turned

@@ -17,6 +17,7 @@ FORMATS = {
     "nvfp4-modelopt-older": "nvfp4",
     "int4-compressed-zeros": "int4",
     "gptq": "int4",
+    "gptq-order": "int4",
     "awq": "int4",
 }
 
