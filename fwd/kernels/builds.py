@@ -26,6 +26,7 @@ _QUANTISED = {
     "gate_up_8": _STAGED,
     "gate_up_16": _STAGED,
 }
+_WHOLE = {"qkv_whole_8": _STAGED, "qkv_whole_16": _STAGED}
 
 BUILDS: dict[str, dict[str, Bound]] = {  # file in `cuda/` → kernel
     "gemv.cu": {
@@ -44,7 +45,12 @@ BUILDS: dict[str, dict[str, Bound]] = {  # file in `cuda/` → kernel
     "gemv_nvfp4.cu": _QUANTISED,
     "gemv_int4_32.cu": _QUANTISED,
     "gemv_int4_128.cu": _QUANTISED,
-    "qkv.cu": {"qkv_paired_8": _STAGED, "qkv_paired_16": _STAGED, "qkv_whole_8": _STAGED, "qkv_whole_16": _STAGED},
+    "qkv.cu": {"qkv_paired_8": _STAGED, "qkv_paired_16": _STAGED, **_WHOLE},
+    "qkv_fp8.cu": _WHOLE,
+    "qkv_mxfp4.cu": _WHOLE,
+    "qkv_nvfp4.cu": _WHOLE,
+    "qkv_int4_32.cu": _WHOLE,
+    "qkv_int4_128.cu": _WHOLE,
     "paged_attention.cu": {
         "decode_attention_bf16_64": Bound(168, 66560),
         "decode_attention_bf16_128": Bound(248, 99200),

@@ -1,4 +1,4 @@
-"""The matrix-vector kernels (`cuda/gemv.cu`, `cuda/qkv.cu`): 1–16 rows, bfloat16, over packed weights."""
+"""The matrix-vector kernels (`cuda/gemv*.cu`, `cuda/qkv*.cu`): 1–16 rows, bfloat16, over packed weights."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,16 +67,17 @@ def qkv(
     assert len(rows.positions) == len(slots) == count, (len(rows.positions), len(slots), count)
     q = launcher.empty((count, heads, layer.head_dim), torch.bfloat16)
     q_norm, k_norm = layer.q_norm, layer.k_norm
-    name = "qkv_whole" if q_norm or kv.key_scales is not None else "qkv_paired"
-    for part in parts(count, inputs, launcher.shared_limit):
+    whole = layer.weight.format != "bf16" or q_norm is not None or kv.key_scales is not None
+    name, block = "qkv_whole" if whole else "qkv_paired", inputs_of(layer.weight)
+    for part in parts(count, inputs, launcher.shared_limit, block):
         at_once = part.stop - part.start
-        shared = staged_bytes(at_once, inputs)
+        shared = staged_bytes(at_once, inputs, block)
         launcher.launch(
-            Kernel("qkv.cu", f"{name}_{_columns(at_once) * _COLUMN}"),
+            Kernel(_source("qkv", layer.weight), f"{name}_{_columns(at_once) * _COLUMN}"),
             (blocks(layer.weight.shape[0] // TILE, launcher, shared), 1, 1),
             _THREADS,
             shared,
-            *(hidden[part], layer.norm.weight, layer.norm.eps, layer.weight.data, layer.bias),
+            *(hidden[part], layer.norm.weight, layer.norm.eps, layer.weight.data, layer.weight.outer, layer.bias),
             *(q_norm.weight if q_norm else None, q_norm.eps if q_norm else 0.0),
             *(k_norm.weight if k_norm else None, k_norm.eps if k_norm else 0.0),
             *(rope, rows.positions[part], slots[part], kv.keys, kv.values, kv.key_scales, kv.value_scales),
@@ -99,7 +100,7 @@ def linear(launcher: Launcher, x: Tensor, weight: QTensor, residual: Tensor, bia
     shared = 2 * _WARPS * wide * columns * _SUMS
     resident = 1 if wide * columns > _RESIDENT else _RESIDENT
     launcher.launch(
-        Kernel(_source(weight), f"linear_{wide}x{columns * _COLUMN}"),
+        Kernel(_source("gemv", weight), f"linear_{wide}x{columns * _COLUMN}"),
         (blocks(-(-outputs // (wide * TILE)), launcher, shared, resident), 1, 1),
         _THREADS,
         shared,
@@ -211,7 +212,7 @@ def _normed(launcher: Launcher, name: str, hidden: Tensor, norm: Norm, weight: Q
         at_once = part.stop - part.start
         shared = staged_bytes(at_once, inputs, block)
         launcher.launch(
-            Kernel(_source(weight), f"{name}_{_columns(at_once) * _COLUMN}"),
+            Kernel(_source("gemv", weight), f"{name}_{_columns(at_once) * _COLUMN}"),
             (blocks(-(-weight.shape[0] // TILE), launcher, shared), 1, 1),
             _THREADS,
             shared,
@@ -220,8 +221,8 @@ def _normed(launcher: Launcher, name: str, hidden: Tensor, norm: Norm, weight: Q
         )
 
 
-def _source(weight: QTensor) -> str:
-    return "gemv.cu" if weight.format == "bf16" else f"gemv_{name_of(weight)}.cu"
+def _source(family: str, weight: QTensor) -> str:
+    return f"{family}.cu" if weight.format == "bf16" else f"{family}_{name_of(weight)}.cu"
 
 
 def _columns(rows: int) -> int:

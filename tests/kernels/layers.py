@@ -46,16 +46,16 @@ class Chance:
 
 
 class Layer:
-    """A random attention input on a device, its reference, and where `count` rows go."""
+    """A random attention input on a device, its reference, and where `count` rows go; `weight` replaces its matrix."""
 
-    def __init__(self, shape, count, seed, device="cpu"):
+    def __init__(self, shape, count, seed, device="cpu", weight=None):
         chance = Chance(seed, device)
         hidden, self.heads, kv_heads, dim, biased, normed, self.fp8 = shape
         width = (self.heads + 2 * kv_heads) * dim
         self.hidden = chance(count, hidden)
         self.plain = QKV(
             chance.norm(hidden),
-            chance.matrix(width, hidden),
+            chance.matrix(width, hidden) if weight is None else weight.to(torch.device(device)),
             chance(width) if biased else None,
             chance.norm(dim) if normed else None,
             chance.norm(dim) if normed else None,
