@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Generic, TypeVar, cast
 
-import structlog
 import torch
 import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
@@ -13,17 +12,15 @@ from fwd.kernels.kv import KV, KVCache, LatentKV
 from fwd.kernels.ops import Ops
 from fwd.kernels.rows import Rows
 from fwd.models import cache as caches
-from fwd.models.checkpoint import Checkpoint
 from fwd.models.formats import drop_biases
 from fwd.models.layout import KVFormat
 from fwd.models.quantization import is_needless
 from fwd.models.rope import rope_table
+from fwd.models.source import Source
 from fwd.models.spec import EMBEDDING, HEAD, LAYER, ModelSpec
 from fwd.models.weights import Weights
 
 LAST_NORM = "model.norm.weight"
-
-log = structlog.get_logger("fwd.models")
 
 Layer = TypeVar("Layer")
 Cells = TypeVar("Cells", KV, LatentKV)
@@ -33,9 +30,7 @@ Execution = TypeVar("Execution", bound=Ops)
 class Decoder(ABC, Generic[Layer, Cells, Execution]):
     """A decoder of one family; see `fwd.models.model.Model` for the methods' contract."""
 
-    def __init__(
-        self, spec: ModelSpec, ops: Execution, dtype: torch.dtype, checkpoint: Checkpoint, context: int
-    ) -> None:
+    def __init__(self, spec: ModelSpec, ops: Execution, dtype: torch.dtype, checkpoint: Source, context: int) -> None:
         self.spec, self.ops, self.dtype = spec, ops, dtype
         weights = Weights(spec, ops, checkpoint, dtype)
         embedding = weights.table(EMBEDDING, spec.vocab, spec.hidden)
@@ -77,12 +72,10 @@ class Decoder(ABC, Generic[Layer, Cells, Execution]):
         padded = _padded(hidden, len(hidden) + -len(hidden) % self.ops.row_block)
         return self.ops.head(padded, self.last_norm, self.head)[: len(hidden)]
 
-    def _keep(self, checkpoint: Checkpoint) -> dict[str, int]:
+    def _keep(self, checkpoint: Source) -> dict[str, int]:
         """Leave layers that predict further tokens in the files, for the speculation side: bytes by prefix."""
         for index in range(self.spec.layers, self.spec.layers + self.spec.mtp):
             checkpoint.keep(self.spec.prefix + LAYER.format(index))
-        if self.spec.mtp > len(checkpoint.kept):
-            log.info("mtp_layers_absent", announced=self.spec.mtp, found=len(checkpoint.kept))
         return dict(checkpoint.kept)
 
     def _needless(self, name: str) -> bool:

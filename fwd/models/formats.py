@@ -12,15 +12,15 @@ from torch import Tensor
 
 from fwd.errors import ModelError
 from fwd.kernels.qtensor import QTensor, concat, fold
-from fwd.models.checkpoint import Checkpoint
 from fwd.models.modules import Modules
 from fwd.models.quantization import LAYOUTS, Quantization, Stored
+from fwd.models.source import Source
 
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the nibble of a word that holds each of its 8 outputs
 
 
 def linear(
-    checkpoint: Checkpoint, quantization: Quantization, modules: Sequence[str], outputs: Sequence[int], inputs: int
+    checkpoint: Source, quantization: Quantization, modules: Sequence[str], outputs: Sequence[int], inputs: int
 ) -> QTensor | None:
     """Return the matrices [outputs[i], inputs] of modules one above the other; None where they are plain.
 
@@ -41,7 +41,7 @@ def linear(
 
 
 def experts(
-    checkpoint: Checkpoint, quantization: Quantization, modules: Sequence[Sequence[str]], outputs: int, inputs: int
+    checkpoint: Source, quantization: Quantization, modules: Sequence[Sequence[str]], outputs: int, inputs: int
 ) -> QTensor | None:
     """Return [experts, parts·outputs, inputs]: the matrices [outputs, inputs] of each expert's modules, as `linear`."""
     names = [name for own in modules for name in own]
@@ -52,7 +52,7 @@ def experts(
 
 
 def stacked(
-    checkpoint: Checkpoint, quantization: Quantization, module: str, shape: tuple[int, int, int], order: Tensor
+    checkpoint: Source, quantization: Quantization, module: str, shape: tuple[int, int, int], order: Tensor
 ) -> QTensor | None:
     """Return the matrices of `shape` [experts, outputs, inputs] of a module that holds all experts of a layer.
 
@@ -71,22 +71,21 @@ def stacked(
     return found
 
 
-def drop_biases(checkpoint: Checkpoint, quantization: Quantization) -> None:
+def drop_biases(checkpoint: Source, quantization: Quantization) -> None:
     """Take the biases that writers of GPTQ give to all matrices, where a model has none: they are zero.
 
     Raises ModelError for one that is not.
     """
     for name in checkpoint.left():
         stored = (quantization.modules or {}).get(name.removesuffix(".bias")) if name.endswith(".bias") else None
-        if isinstance(stored, Stored) and stored.layout in {"gptq", "gptq_v2"} and checkpoint.raw(name).any():
-            raise ModelError(
-                f"{checkpoint.entries[name].path}: {name} is not zero, but this architecture has no such bias"
-            )
+        if isinstance(stored, Stored) and stored.layout in {"gptq", "gptq_v2"}:
+            found = checkpoint.raw(name).unsqueeze(0)
+            if any(values.any() for _, values in checkpoint.values((name,), found)):
+                path = checkpoint.entries[name].path
+                raise ModelError(f"{path}: {name} is not zero, but this architecture has no such bias")
 
 
-def _common(
-    checkpoint: Checkpoint, quantization: Quantization, modules: Sequence[str], inputs: int
-) -> list[Stored] | None:
+def _common(checkpoint: Source, quantization: Quantization, modules: Sequence[str], inputs: int) -> list[Stored] | None:
     """The format of each of some modules, which is the same but for the heights of its blocks; None: all plain."""
     stored = [quantization.format_of(module) for module in modules]
     kinds = [each and (each.layout, each.block[1] or inputs, each.zeros, each.groups, each.scale) for each in stored]
@@ -180,7 +179,7 @@ def _int4_packed(modules: Modules) -> QTensor:
     n, k = modules.outputs, modules.inputs
     columns = _ceil(k, modules.stored.block[1])
     shapes = modules.take(".weight_shape", (2,))
-    modules.check(".weight_shape", shapes != torch.tensor([n, k]), f"is not [{n}, {k}]")
+    modules.check(".weight_shape", shapes, {f"is not [{n}, {k}]": lambda found: found != torch.tensor([n, k])})
     data = modules.take(".weight_packed", (n, _ceil(k, 8))).view(torch.uint8)[..., : k // 2].contiguous()
     scales = modules.scales(".weight_scale", (n, columns), signed=True)
     zeros = None

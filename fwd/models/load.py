@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 
 from fwd.kernels.device import Shape
@@ -15,15 +16,19 @@ from fwd.models.dense import Dense
 from fwd.models.gpt_oss import GptOss
 from fwd.models.model import Model
 from fwd.models.moe import Moe
+from fwd.models.rehearsal import rehearse
+from fwd.models.source import Source
 from fwd.models.spec import ITEMSIZE, Family, ModelSpec
 
-FAMILIES: dict[Family, Callable[[ModelSpec, Any, torch.dtype, Checkpoint, int], Model]] = {
+FAMILIES: dict[Family, Callable[[ModelSpec, Any, torch.dtype, Source, int], Model]] = {
     "deepseek": DeepSeek,
     "dense": Dense,
     "gpt_oss": GptOss,
     "moe": Moe,
 }  # `kernels.device.check` has refused what an execution of the ops does not take
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+log = structlog.get_logger("fwd.models")
 
 
 def load(
@@ -39,11 +44,14 @@ def load(
     Raises ModelError for anything wrong with the folder, and what `fwd.kernels.select` raises for the device.
     """
     spec = run_spec(read_spec(folder), dtype)
-    ops = select(resolve(device, shape(spec)))
+    kind, family, numbers = resolve(device, shape(spec)), FAMILIES[spec.family], _DTYPES[spec.dtype]
+    rehearse(folder, lambda rehearsal, unpacked: family(spec, unpacked, numbers, rehearsal, 1))
+    ops = select(kind)
     with Checkpoint(folder, progress) as checkpoint:
-        return FAMILIES[spec.family](
-            spec, ops, _DTYPES[spec.dtype], checkpoint, min(context or spec.max_context, spec.max_context)
-        )
+        model = family(spec, ops, numbers, checkpoint, min(context or spec.max_context, spec.max_context))
+    if spec.mtp > len(model.kept):
+        log.info("mtp_layers_absent", announced=spec.mtp, found=len(model.kept))
+    return model
 
 
 def shape(spec: ModelSpec) -> Shape:

@@ -1,6 +1,6 @@
 """The tensors of quantised modules as files hold them: taken together, and checked before anything is made of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fwd.errors import ModelError
 from fwd.kernels.qtensor import QTensor
-from fwd.models.checkpoint import DTYPES, Checkpoint
 from fwd.models.quantization import LAYOUTS, Stored
+from fwd.models.source import DTYPES, Source
 
 _LARGEST = {"fp8": 448.0, "mxfp4": 6.0, "nvfp4": 6.0, "int4": 16.0}  # numbers (of int4: minus their zeros)
 
@@ -18,7 +18,7 @@ _LARGEST = {"fp8": 448.0, "mxfp4": 6.0, "nvfp4": 6.0, "int4": 16.0}  # numbers (
 class Modules:
     """Modules of one shape and format, each with tensors of its own."""
 
-    checkpoint: Checkpoint
+    checkpoint: Source
     names: Sequence[str]
     stored: Stored
     outputs: int
@@ -30,11 +30,19 @@ class Modules:
         shape = entry.shape if entry.shape in shapes else shapes[0]
         return self.checkpoint.stack([name + suffix for name in self.names], shape, DTYPES[entry.dtype])
 
-    def check(self, suffix: str, wrong: Tensor, reason: str) -> None:
-        """Raise ModelError for the first module that is `wrong`: bool [modules, …]."""
-        bad = wrong.reshape(len(self.names), -1).any(1).tolist()
+    def check(self, suffix: str, found: Tensor, wrong: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+        """Raise ModelError for the first module that a test finds wrong, by its reason.
+
+        Tests get the values of some of the modules of `found` [modules, …] and return bool [some modules, …].
+        """
+        for names, values in self.checkpoint.values([name + suffix for name in self.names], found):
+            for reason, test in wrong.items():
+                self._refuse(names, test(values), reason)
+
+    def _refuse(self, names: Sequence[str], wrong: Tensor, reason: str) -> None:
+        bad = wrong.reshape(len(names), -1).any(1).tolist()
         if any(bad):
-            name = self.names[bad.index(True)] + suffix
+            name = names[bad.index(True)]
             raise ModelError(f"{self.checkpoint.entries[name].path}: {name} {reason}")
 
     def has(self, suffix: str) -> bool:
@@ -44,43 +52,50 @@ class Modules:
     def scales(self, suffix: str, *shapes: tuple[int, ...], signed: bool = False) -> Tensor:
         """Return scales as they are stored: finite, and so is what they are of the largest number."""
         found = self.take(suffix, *shapes)
-        wide = found.float()
-        self.check(suffix, ~(wide * _LARGEST[self.stored.format]).isfinite(), "holds a scale that is not finite")
+        largest = _LARGEST[self.stored.format]
+        wrong = {"holds a scale that is not finite": lambda scales: ~(scales.float() * largest).isfinite()}
         if not signed:
-            self.check(suffix, wide < 0, "holds a negative scale")
+            wrong["holds a negative scale"] = lambda scales: scales.float() < 0
+        self.check(suffix, found, wrong)
         return found
 
     def powers(self, suffix: str, shape: tuple[int, ...]) -> Tensor:
         """Return scales that are powers of two: uint8, 2^(s − 127)."""
         found = self.take(suffix, shape).view(torch.uint8)
-        self.check(suffix, found > 252, "holds a scale that is NaN or makes weights infinite")
+        self.check(suffix, found, {"holds a scale that is NaN or makes weights infinite": lambda codes: codes > 252})
         return found
 
     def outer(self, suffix: str, *, divides: bool) -> Tensor:
         """Return one factor a module as float32 [modules, outputs]."""
         found = self.take(suffix, (), (1,)).reshape(-1, 1)
         largest = 448.0 * _LARGEST[self.stored.format]
-        extreme = largest / found if divides else largest * found
-        wrong = ~(extreme.isfinite() & (extreme > 0))
-        self.check(suffix, wrong, "is no scale: it must be positive and leave weights finite")
+
+        def wrong(factors: Tensor) -> Tensor:
+            extreme = largest / factors if divides else largest * factors
+            return ~(extreme.isfinite() & (extreme > 0))
+
+        self.check(suffix, found, {"is no scale: it must be positive and leave weights finite": wrong})
         return found.expand(-1, self.outputs).contiguous()
 
     def order(self, suffix: str, columns: int) -> Tensor | None:
         """Return the column of scales of each input, int32 [modules, inputs]; None where they stand in order."""
         found = self.take(suffix, (self.inputs,))
-        self.check(suffix, (found < 0) | (found >= columns), f"holds a group that is not among {columns}")
-        if self.stored.groups:
-            return found
-        straight = torch.arange(self.inputs) // (self.stored.block[1] or self.inputs)
-        self.check(suffix, found != straight, "is out of order, though the config has no activation order (desc_act)")
-        return None
+        wrong = {f"holds a group that is not among {columns}": lambda order: (order < 0) | (order >= columns)}
+        if not self.stored.groups:
+            straight = torch.arange(self.inputs) // (self.stored.block[1] or self.inputs)
+            reason = "is out of order, though the config has no activation order (desc_act)"
+            wrong[reason] = lambda order: order != straight
+        self.check(suffix, found, wrong)
+        return found if self.stored.groups else None
 
     def check_order(self, orders: Sequence[Tensor], parts: int) -> None:
         """Raise ModelError where not all of `parts` modules, which become one matrix, have the same order of inputs."""
         if len(orders):
             suffix = next(name for name in LAYOUTS[self.stored.layout].extras if name.endswith("g_idx"))
-            wrong = torch.stack([each != orders[index - index % parts] for index, each in enumerate(orders)])
-            self.check(suffix, wrong, "is another order than that of a matrix with which this one is fused")
+            names = [name + suffix for name in self.names]
+            found = torch.cat([values for _, values in self.checkpoint.values(names, torch.stack(list(orders)))])
+            wrong = found != found[::parts].repeat_interleave(parts, dim=0)
+            self._refuse(names, wrong, "is another order than that of a matrix with which this one is fused")
 
     def matrix(self, data: Tensor, scales: Tensor, **fields: Tensor | bool | None) -> QTensor:
         """Return what stands in `data` and `scales`: [modules, outputs, inputs]."""

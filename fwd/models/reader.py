@@ -118,8 +118,7 @@ class ReadAhead:
             for begin in range(0, shard.size, ASKED):
                 if not self._wait(before + begin):
                     return
-                with contextlib.suppress(OSError):  # it is advice
-                    os.posix_fadvise(shard.fd, begin, ASKED, os.POSIX_FADV_WILLNEED)
+                ask(shard, begin, begin + ASKED)
             before += shard.size
 
     def _wait(self, place: int) -> bool:
@@ -165,7 +164,7 @@ class Sums:
             if self._stop.is_set():
                 break
             step = scratch[: shard.size - begin]
-            _fill(shard, begin, step)
+            fill(shard, begin, step)
             total.update(step)
             with self._lock:
                 self.done += len(step)
@@ -192,13 +191,20 @@ def _read_leaf(part: Range) -> bytes:
     for start in range(0, part.length, STEP):
         length = min(STEP, part.length - start)
         step = part.into[start : start + length] if part.into else scratch[:length]
-        _fill(part.shard, part.begin + start, step)
+        fill(part.shard, part.begin + start, step)
         leaf.update(step)
     return leaf.digest()
 
 
-def _fill(shard: Shard, begin: int, into: memoryview) -> None:
-    """Read as many bytes as `into` has."""
+def ask(shard: Shard, begin: int, end: int) -> None:
+    """Ask the disk for a range that is wanted soon."""
+    for start in range(begin, end, ASKED):
+        with contextlib.suppress(OSError):  # it is advice
+            os.posix_fadvise(shard.fd, start, min(ASKED, end - start), os.POSIX_FADV_WILLNEED)
+
+
+def fill(shard: Shard, begin: int, into: memoryview) -> None:
+    """Read as many bytes as `into` has. Raises ModelError for what the disk says."""
     while into:
         try:
             count = os.preadv(shard.fd, [into], begin)

@@ -10,7 +10,7 @@ from fwd.errors import ModelError
 from fwd.kernels.ops import QKV, Norm, Ops
 from fwd.kernels.qtensor import QTensor
 from fwd.models import formats
-from fwd.models.checkpoint import Checkpoint
+from fwd.models.source import Source
 from fwd.models.spec import ModelSpec
 
 INPUT_NORM = "input_layernorm.weight"
@@ -24,7 +24,7 @@ class Weights:
 
     spec: ModelSpec
     ops: Ops
-    checkpoint: Checkpoint
+    checkpoint: Source
     dtype: torch.dtype
 
     def under(self, prefix: str, names: Sequence[str]) -> tuple[str, ...]:

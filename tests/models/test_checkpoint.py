@@ -16,7 +16,8 @@ from raw_files import FILES, header, raw, write, write_index, write_shards
 from fwd.errors import ModelError
 from fwd.models import checkpoint as module
 from fwd.models import reader
-from fwd.models.checkpoint import DTYPES, Checkpoint
+from fwd.models.checkpoint import Checkpoint
+from fwd.models.source import DTYPES
 
 EXPERTS = 9
 
