@@ -85,6 +85,30 @@ struct Direct {
     }
 };
 
+// ---- products ----
+
+// A tile's sub-block. Eight inputs of a lane are two steps of 16: any order of inputs will do that weights and rows
+// share. `span` are the sums of inputs that have a scale in common, where products are scaled and not weights.
+template <class Format, int kColumns>
+FWD_INLINE void accumulate(float (&sums)[kColumns][4], float (&span)[kColumns][4], const typename Format::Held& first,
+                           const typename Format::Held& second, int sub, const uint4 (&x)[kColumns]) {
+    uint32_t low[4], high[4];
+    first.numbers_of(sub, low), second.numbers_of(sub, high);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+        float(&to)[4] = Format::kSpan ? span[c] : sums[c];
+        if (Format::kSpan && sub % Format::kSpan == 0) to[0] = to[1] = to[2] = to[3] = 0.0f;
+        mma_m16n8k16_bf16(to, {low[0], high[0], low[1], high[1]}, {x[c].x, x[c].y});
+        mma_m16n8k16_bf16(to, {low[2], high[2], low[3], high[3]}, {x[c].z, x[c].w});
+        if constexpr (Format::kSpan > 0) {
+            if (sub % Format::kSpan != Format::kSpan - 1) continue;
+            float lower = first.scale_of(sub), upper = second.scale_of(sub), *all = sums[c];
+            all[0] = fmaf(to[0], lower, all[0]), all[1] = fmaf(to[1], lower, all[1]);
+            all[2] = fmaf(to[2], upper, all[2]), all[3] = fmaf(to[3], upper, all[3]);
+        }
+    }
+}
+
 // ---- the weights: registers that are filled again as soon as they are used, across tiles ----
 
 // A packed matrix, or a stack of them one after the other: groups are counted on.
@@ -138,30 +162,12 @@ struct Weights {
             if constexpr (Format::kCells) held[step][group].cell = cells[group][step * (kWarps / 2)];
         }
     }
-    // Eight inputs of a lane are two steps of 16: any order of inputs will do that weights and rows share. `span` are
-    // the sums of inputs that have a scale in common, where products are scaled and not weights.
     template <int kColumns>
     FWD_INLINE void accumulate(float (&sums)[kWide][kColumns][4], float (&span)[kWide][kColumns][4], int step, int sub,
                                const uint4 (&x)[kColumns]) const {
 #pragma unroll
-        for (int w = 0; w < kWide; ++w) {
-            const typename Format::Held &first = held[step][2 * w], &second = held[step][2 * w + 1];
-            uint32_t low[4], high[4];
-            first.numbers_of(sub, low), second.numbers_of(sub, high);
-#pragma unroll
-            for (int c = 0; c < kColumns; ++c) {
-                float(&to)[4] = Format::kSpan ? span[w][c] : sums[w][c];
-                if (Format::kSpan && sub % Format::kSpan == 0) to[0] = to[1] = to[2] = to[3] = 0.0f;
-                mma_m16n8k16_bf16(to, {low[0], high[0], low[1], high[1]}, {x[c].x, x[c].y});
-                mma_m16n8k16_bf16(to, {low[2], high[2], low[3], high[3]}, {x[c].z, x[c].w});
-                if constexpr (Format::kSpan > 0) {
-                    if (sub % Format::kSpan != Format::kSpan - 1) continue;
-                    float lower = first.scale_of(sub), upper = second.scale_of(sub), *all = sums[w][c];
-                    all[0] = fmaf(to[0], lower, all[0]), all[1] = fmaf(to[1], lower, all[1]);
-                    all[2] = fmaf(to[2], upper, all[2]), all[3] = fmaf(to[3], upper, all[3]);
-                }
-            }
-        }
+        for (int w = 0; w < kWide; ++w)
+            gemv::accumulate<Format>(sums[w], span[w], held[step][2 * w], held[step][2 * w + 1], sub, x);
     }
     FWD_INLINE void advance() {
 #pragma unroll

@@ -8,7 +8,7 @@ launchers refuse a launch with more dynamic shared memory.
 from typing import NamedTuple
 
 ARCHES = ("sm_90a", "sm_100a")  # H100 and H200; B200
-MAX_BUILDS = 150  # kernels × arches: what a first start without a cache has to compile
+MAX_BUILDS = 220  # kernels × arches: what a first start without a cache has to compile; six formats of experts
 SHARED_LIMIT = 232448  # bytes of dynamic shared memory that a block can have
 
 
@@ -27,6 +27,7 @@ _QUANTISED = {
     "gate_up_16": _STAGED,
 }
 _WHOLE = {"qkv_whole_8": _STAGED, "qkv_whole_16": _STAGED}
+_UNPACK = Bound(64)
 
 BUILDS: dict[str, dict[str, Bound]] = {  # file in `cuda/` → kernel
     "gemv.cu": {
@@ -51,6 +52,18 @@ BUILDS: dict[str, dict[str, Bound]] = {  # file in `cuda/` → kernel
     "qkv_nvfp4.cu": _WHOLE,
     "qkv_int4_32.cu": _WHOLE,
     "qkv_int4_128.cu": _WHOLE,
+    "route.cu": {"route": _STAGED},
+    **{
+        f"experts_{name}.cu": {"expert_gate_up": Bound(128, 10496), "expert_down": Bound(128, SHARED_LIMIT)}
+        for name in ("bf16", "fp8", "mxfp4", "nvfp4", "int4_32", "int4_128")
+    },
+    "unpack.cu": {
+        "unpack_fp8": _UNPACK,
+        "unpack_mxfp4": _UNPACK,
+        "unpack_nvfp4": _UNPACK,
+        "unpack_int4_32": _UNPACK,
+        "unpack_int4_128": _UNPACK,
+    },
     "paged_attention.cu": {
         "decode_attention_bf16_64": Bound(168, 66560),
         "decode_attention_bf16_128": Bound(248, 99200),

@@ -1,0 +1,133 @@
+// The bodies of the kernels of experts_*.cu, generic over the format of the weights: rows 1–16, one launch each.
+#pragma once
+
+#include "experts.cuh"
+
+namespace fwd::experts {
+
+constexpr float kAlpha = 1.702f, kLimit = 7.0f;  // of the clamped activation
+
+FWD_INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// What is not a number stays none.
+FWD_INLINE float activated(float gate, float up, bool clamped) {
+    if (!clamped) return gate * sigmoid(gate) * up;
+    gate = gate > kLimit ? kLimit : gate;
+    up = up > kLimit ? kLimit : up < -kLimit ? -kLimit : up;
+    return gate * sigmoid(kAlpha * gate) * (up + 1.0f);
+}
+
+// out [visits, width] and shared_out [rows, shared_width]: outputs m and m ^ 8 of a tile are gate and up of one place.
+template <class Format, int kColumns>
+FWD_INLINE void gate_up(const bf16* x, gemv::Packed weight, const float* bias, gemv::Packed shared_weight,
+                        const int* table, bf16* out, bf16* shared_out, int rows, int top_k, int inputs, int width,
+                        int shared_width, int clamped, unsigned char* shared) {
+    grid_dependency_trigger();
+    constexpr int kRows = 8 * kColumns, kFloats = kWarps * kRows * kPitch + kEarly;
+    Work<Format, kColumns, false> work({weight, bias, x, top_k, inputs, 2 * width, true},
+                                       {shared_weight, nullptr, x, 1, inputs, 2 * shared_width, true},
+                                       {table, rows * top_k}, rows);
+    grid_dependency_wait();
+    work.open();
+    float* memory = reinterpret_cast<float*>(shared);
+    Parts parts{memory, memory + kWarps * kRows * kPitch, kRows};
+    run<Format, kColumns, 2>(work, parts, kFloats, [&](const Unit& unit, const Parts& parts) {
+        Item item = work.item(unit.begin);
+        bool own = item.expert >= 0;
+        for (int at = threadIdx.x; at / 32 * 32 < item.count * kTile; at += kThreads) {
+            int place = at / kTile, m = at % kTile;
+            float gate = parts.template value<Format>(min(place, item.count - 1), 0, m), up = shuffle_xor(gate, 8);
+            if (m >= 8 || place >= item.count) continue;
+            int64_t row = own ? work.table.visit(item.first + place) : item.first + place;
+            bf16* to = own ? out + row * width : shared_out + row * shared_width;
+            to[unit.tile * 8 + m] = to_bf16(activated(gate, up, own && clamped));
+        }
+    });
+}
+
+// How a row's visits are summed, in shared memory: of each visit where its sums stand, which item's, what they weigh.
+struct Choices {
+    int* positions;
+    int* items;
+    float* weights;
+
+    FWD_INLINE Choices(float* memory, int visits)
+        : positions(reinterpret_cast<int*>(memory)),
+          items(positions + visits),
+          weights(reinterpret_cast<float*>(items + visits)) {}
+    template <class Work>
+    FWD_INLINE void fill(const Work& work, const int* experts, const float* given, int visits) const {
+        for (int visit = threadIdx.x; visit < visits; visit += kThreads) {
+            bool on = experts[visit] >= 0;
+            positions[visit] = on ? work.table.position(visit) + (work.shared_items ? work.rows : 0) : -1;
+            items[visit] = on ? work.table.item_of(visit) + work.shared_items : 0;
+            weights[visit] = given[visit];
+        }
+    }
+};
+
+// residual [rows, outputs] += Σ weightₖ·(downₖ·activeₖ + biasₖ) + shared, in that order in float32, rounded once. Where the
+// shared expert is in another format, `beside` [rows, outputs] holds what it gives: made by a launch without others.
+template <class Format>
+FWD_INLINE void down(const bf16* active, const bf16* shared_active, gemv::Packed weight, const float* bias,
+                     gemv::Packed shared_weight, const int* table, const int* experts, const float* weights,
+                     bf16* residual, float* beside, int rows, int top_k, int inputs, int shared_inputs, int outputs,
+                     unsigned char* shared) {
+    grid_dependency_trigger();
+    bool routed = weight.data;
+    Work<Format, 1, true> work({weight, bias, active, 1, inputs, outputs, false},
+                               {shared_weight, nullptr, shared_active, 1, shared_inputs, outputs, false},
+                               {table, rows * top_k}, rows);
+    grid_dependency_wait();
+    work.open();
+    int visits = routed ? rows * top_k : 0, positions = visits + (work.shared_items ? rows : 0);
+    float* memory = reinterpret_cast<float*>(shared);
+    Choices choices(memory, visits);
+    Parts parts{memory + 3 * visits, memory + 3 * visits + kWarps * positions * kPitch, positions};
+    choices.fill(work, experts, weights, visits);  // read behind the first barrier
+    int row = threadIdx.x / kTile, m = threadIdx.x % kTile;
+    run<Format, 1, 1>(work, parts, 0, [&](const Unit& unit, const Parts& parts) {
+        int output = unit.tile * kTile + m;
+        if (row >= rows || output >= outputs) return;
+        int64_t place = int64_t{row} * outputs + output;
+        float sum = 0.0f;
+        for (int visit = row * top_k; visit < (row + 1) * top_k && routed; ++visit) {
+            if (choices.positions[visit] < 0) break;
+            sum += choices.weights[visit] *
+                   parts.template value<Format>(choices.positions[visit], choices.items[visit], m);
+        }
+        if (work.shared_items) sum += parts.template value<Format>(row, row / 8, m);
+        if (!routed) {
+            beside[place] = sum;
+            return;
+        }
+        if (beside) sum += beside[place];
+        residual[place] = to_bf16(sum + to_float(residual[place]));
+    });
+}
+
+}  // namespace fwd::experts
+
+#define FWD_EXPERT_GATE_UP(Format)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(fwd::experts::kThreads, fwd::experts::kResident)                      \
+        expert_gate_up(const fwd::bf16* x, const void* weight, const float* factors, const float* bias,                \
+                       const void* shared_weight, const float* shared_factors, const int* table, fwd::bf16* out,       \
+                       fwd::bf16* shared_out, int rows, int top_k, int inputs, int width, int shared_width,            \
+                       int clamped) {                                                                                  \
+        FWD_SHARED(shared);                                                                                            \
+        fwd::experts::gate_up<fwd::gemv::Format, 1>(x, {weight, factors}, bias, {shared_weight, shared_factors},       \
+                                                    table, out, shared_out, rows, top_k, inputs, width, shared_width, \
+                                                    clamped, shared);                                                  \
+    }
+
+#define FWD_EXPERT_DOWN(Format)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(fwd::experts::kThreads, fwd::experts::kResident)                     \
+        expert_down(const fwd::bf16* active, const fwd::bf16* shared_active, const void* weight, const float* factors, \
+                    const float* bias, const void* shared_weight, const float* shared_factors, const int* table,      \
+                    const int* experts, const float* weights, fwd::bf16* residual, float* beside, int rows, int top_k, \
+                    int inputs, int shared_inputs, int outputs) {                                                     \
+        FWD_SHARED(shared);                                                                                           \
+        fwd::experts::down<fwd::gemv::Format>(active, shared_active, {weight, factors}, bias,                         \
+                                              {shared_weight, shared_factors}, table, experts, weights, residual,     \
+                                              beside, rows, top_k, inputs, shared_inputs, outputs, shared);           \
+    }

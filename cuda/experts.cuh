@@ -1,0 +1,318 @@
+// The experts of a step over the union of what its rows visit: an expert's weights are read once for up to 8·kColumns
+// rows, which are the columns of the tensor cores' products.
+//
+// Work comes in units, which the blocks of a grid of any size take in turn: an output tile and the items of the union
+// that it is computed for. A warp has every eighth block of each item's inputs, and the weights of all its items pass
+// through the same registers, which are filled again as soon as they are used. A visit's sum depends on the row, the
+// expert and nothing else: the parts of the warps are kept apart and added in the order of the warps.
+#pragma once
+
+#include "gemv.cuh"
+
+namespace fwd::experts {
+
+using gemv::kInputs;
+using gemv::kPitch;
+using gemv::kResident;
+using gemv::kThreads;
+using gemv::kTile;
+using gemv::kWarps;
+using gemv::lane_index;
+using gemv::warp_index;
+
+constexpr int kEarly = 2 * kTile;  // floats of an item that are there before its sums: biases, factors
+
+// Rows `first` … of the visits in order go to `expert`; the shared one has number −1 and the rows themselves.
+struct Item {
+    int expert, first, count;
+};
+
+// What `route` leaves: fwd.kernels.expert_kernels.Workspace says where.
+struct Table {
+    const int* memory;
+    int visits;  // that it has room for
+
+    FWD_INLINE int items() const { return memory[0]; }
+    FWD_INLINE Item item(int index) const {
+        uint4 found = load_global(memory + 4 + 4 * index);
+        return {int(found.x), int(found.y), int(found.z)};
+    }
+    FWD_INLINE int visit(int position) const { return memory[4 + 4 * visits + position]; }
+    FWD_INLINE int position(int visit) const { return memory[4 + 5 * visits + visit]; }
+    FWD_INLINE int item_of(int visit) const { return memory[4 + 6 * visits + visit]; }
+};
+
+// Matrices of one shape, one after the other, and the rows they are multiplied with. A tile is two groups of 8 outputs:
+// `stride`·tile and `apart` behind it.
+template <class Format>
+struct Stack {
+    const unsigned char* data;
+    const float* factors;
+    const float* bias;  // [matrices, outputs] or null
+    const bf16* x;
+    int visits;  // of a row of x
+    int inputs, outputs, blocks, groups, pitch, stride, apart, tiles;
+
+    FWD_INLINE Stack(gemv::Packed packed, const float* bias, const bf16* x, int visits, int inputs, int outputs,
+                     bool halves)
+        : data(static_cast<const unsigned char*>(packed.data)),
+          factors(packed.factors),
+          bias(bias),
+          x(x),
+          visits(visits),
+          inputs(inputs),
+          outputs(outputs),
+          blocks(gemv::blocks_of<Format>(inputs)),
+          groups((outputs + kTile - 1) / kTile * 2),
+          pitch(Format::pitch(inputs)),
+          stride(halves ? 1 : 2),
+          apart(halves ? outputs / 16 : 1),
+          tiles(halves ? outputs / 16 : groups / 2) {}
+    FWD_INLINE int group(int tile, int which) const { return tile * stride + which * apart; }
+    FWD_INLINE int output(int tile, int m) const { return group(tile, m / 8) * 8 + m % 8; }
+};
+
+struct Unit {
+    int tile, begin, end;  // items
+};
+
+// kWhole: a unit is a tile with all items of the union; else with one. Those of the shared expert come first.
+template <class Format, int kColumns, bool kWhole>
+struct Work {
+    static constexpr int kRows = 8 * kColumns;
+    Stack<Format> routed, shared;
+    Table table;
+    int rows, shared_items, items, units;
+
+    FWD_INLINE Work(const Stack<Format>& routed, const Stack<Format>& shared, Table table, int rows)
+        : routed(routed), shared(shared), table(table), rows(rows) {
+        shared_items = shared.data ? (rows + kRows - 1) / kRows : 0;
+        items = units = 0;
+    }
+    // Behind the wait: the table is another kernel's.
+    FWD_INLINE void open() {
+        int found = routed.data ? table.items() : 0;
+        items = shared_items + found;
+        units = kWhole ? routed.tiles : shared_items * shared.tiles + found * routed.tiles;
+    }
+    FWD_INLINE Unit unit(int index) const {
+        if (kWhole) return {index, 0, items};
+        int before = shared_items * shared.tiles, rest = index - before;
+        bool first = rest < 0;
+        int tiles = first ? shared.tiles : routed.tiles, place = first ? index : rest;
+        int item = place / tiles;
+        return {place - item * tiles, (first ? 0 : shared_items) + item, (first ? 0 : shared_items) + item + 1};
+    }
+    FWD_INLINE Item item(int index) const {
+        if (index >= shared_items) return table.item(index - shared_items);
+        return {-1, index * kRows, min(kRows, rows - index * kRows)};
+    }
+    FWD_INLINE Stack<Format> stack(bool is_shared) const {  // field by field: no register has an address
+        Stack<Format> found = routed;
+        if (is_shared) found = shared;
+        return found;
+    }
+    FWD_INLINE int blocks(int index) const { return index < shared_items ? shared.blocks : routed.blocks; }
+    // Where the sums of an item stand in the parts of a warp.
+    FWD_INLINE int base(const Item& item) const {
+        return kWhole ? item.first + (item.expert < 0 || shared_items == 0 ? 0 : rows) : 0;
+    }
+};
+
+// The weights on their way: always one turn of `kDepth` blocks ahead of the sums.
+template <class Format, class Work>
+struct Stream {
+    static constexpr int kDepth = Format::kSteps, kBytes = Format::kBytes;
+    typename Format::Held held[kDepth][2];
+    const unsigned char* next[2];
+    const float* cells[2];
+    Unit unit;
+    int index, item;
+    int left;  // blocks of the item from this warp's next on
+
+    FWD_INLINE Stream(const Work& work) {
+        enter(work, blockIdx.x);
+#pragma unroll
+        for (int step = 0; step < kDepth; ++step) fetch(work, step);
+        turn(work);
+    }
+    FWD_INLINE void enter(const Work& work, int wanted) {
+        index = wanted;
+        unit = {0, 0, 0};
+        if (index < work.units) unit = work.unit(index);
+        item = unit.begin;
+        if (item < unit.end) aim(work);
+    }
+    FWD_INLINE void aim(const Work& work) {
+        const Stack<Format> stack = work.stack(item < work.shared_items);
+        int expert = max(work.item(item).expert, 0);
+#pragma unroll
+        for (int which = 0; which < 2; ++which) {
+            int64_t place = int64_t{expert} * stack.groups + stack.group(unit.tile, which);
+            next[which] = stack.data + (place * stack.blocks + warp_index()) * kBytes + lane_index() * 16;
+            if constexpr (Format::kCells) cells[which] = stack.factors + place * stack.pitch + 8 + warp_index() / 2;
+        }
+        left = stack.blocks - warp_index();
+    }
+    FWD_INLINE void fetch(const Work& work, int step) {
+        if (item >= unit.end) return;
+#pragma unroll
+        for (int which = 0; which < 2; ++which) {
+            if (left > 0) {
+                held[step][which].fetch(next[which]);
+                if constexpr (Format::kCells) held[step][which].cell = *cells[which];
+            }
+            next[which] += kWarps * kBytes;
+            if constexpr (Format::kCells) cells[which] += kWarps / 2;
+        }
+        left -= kWarps;
+        if (left <= -warp_index() && ++item < unit.end) aim(work);
+    }
+    FWD_INLINE void turn(const Work& work) {
+        if (item >= unit.end && index < work.units) enter(work, index + gridDim.x);
+    }
+};
+
+// The rows that visit an item; past the last one, that one: its sums go nowhere. Inputs past the last: weights are 0.
+template <int kColumns>
+struct Visitors {
+    const unsigned char* x;
+    uint32_t place[kColumns], last[kColumns];  // bytes
+
+    template <class Work>
+    FWD_INLINE void aim(const Work& work, const Item& item) {
+        const auto stack = work.stack(item.expert < 0);
+        x = reinterpret_cast<const unsigned char*>(stack.x);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+            int position = item.first + min(8 * c + lane_index() / 4, item.count - 1);
+            uint32_t row = item.expert < 0 ? position : work.table.visit(position) / stack.visits;
+            place[c] = row * stack.inputs * 2 + lane_index() % 4 * 16;
+            last[c] = row * stack.inputs * 2 + stack.inputs * 2 - 16;
+        }
+    }
+    FWD_INLINE uint4 at(int column, int sub) const {
+        return load_global(x + min(place[column] + sub * (2 * kInputs), last[column]));
+    }
+};
+
+// A warp's block of one item.
+template <class Format, int kColumns>
+FWD_INLINE void multiply(float (&sums)[kColumns][4], const typename Format::Held (&held)[2],
+                         const Visitors<kColumns>& rows, int block) {
+    constexpr int kSub = Format::kSub, kReads = kColumns < 4 ? 4 / kColumns < kSub ? 4 / kColumns : kSub : 1;
+    float span[kColumns][4];
+    uint4 x[kReads][kColumns];
+#pragma unroll
+    for (int sub = 0; sub < kSub; ++sub) {
+        if (sub % kReads == 0) {
+#pragma unroll
+            for (int j = 0; j < kReads; ++j)
+#pragma unroll
+                for (int c = 0; c < kColumns; ++c) x[j][c] = rows.at(c, block * kSub + sub + j);
+        }
+        gemv::accumulate<Format>(sums, span, held[0], held[1], sub, x[sub % kReads]);
+    }
+}
+
+template <int kColumns>
+FWD_INLINE void clear(float (&sums)[kColumns][4]) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) sums[c][0] = sums[c][1] = sums[c][2] = sums[c][3] = 0.0f;
+}
+
+// The sums of `count` visits where all warps find them: own [visits][kPitch].
+template <int kColumns>
+FWD_INLINE void store_sums(float* own, const float (&sums)[kColumns][4], int count) {
+    int group = lane_index() / 4, pair = lane_index() % 4 * 2;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+        float* to = own + (8 * c + pair) * kPitch + group;
+        if (8 * c + pair < count) to[0] = sums[c][0], to[8] = sums[c][2];
+        if (8 * c + pair + 1 < count) to[kPitch] = sums[c][1], to[kPitch + 8] = sums[c][3];
+    }
+}
+
+// Parts of sums, biases and factors of a unit: floats of shared memory.
+struct Parts {
+    float* sums;   // [kWarps][positions][kPitch]
+    float* early;  // [items][kEarly]
+    int positions;
+
+    FWD_INLINE float* of(int warp, int position) const { return sums + (warp * positions + position) * kPitch; }
+    // Output m of a visit of the unit's item, with its bias.
+    template <class Format>
+    FWD_INLINE float value(int position, int item, int m) const {
+        float sum = of(0, position)[m];
+#pragma unroll
+        for (int warp = 1; warp < kWarps; ++warp) sum += of(warp, position)[m];
+        if constexpr (Format::kFactors) sum *= early[item * kEarly + kTile + m];
+        if constexpr (Format::kScaled && !Format::kFactors) sum *= Format::kFactor;
+        return sum + early[item * kEarly + m];
+    }
+};
+
+// Biases and factors of a unit start on their way.
+template <class Format, class Work>
+FWD_INLINE void fetch_early(const Work& work, const Unit& unit, const Parts& parts) {
+    for (int at = threadIdx.x; at < (unit.end - unit.begin) * kTile; at += kThreads) {
+        int index = unit.begin + at / kTile, m = at % kTile;
+        const Stack<Format> stack = work.stack(index < work.shared_items);
+        int64_t expert = max(work.item(index).expert, 0);
+        int output = stack.output(unit.tile, m);
+        bool biased = stack.bias && output < stack.outputs;
+        float* to = parts.early + at / kTile * kEarly + m;
+        const void* from = biased ? static_cast<const void*>(stack.bias + expert * stack.outputs + output) : stack.data;
+        cp_async_4_zfill(to, from, biased);
+        if constexpr (Format::kFactors) {
+            int64_t group = expert * stack.groups + stack.group(unit.tile, m / 8);
+            cp_async_4_zfill(to + kTile, stack.factors + group * stack.pitch + m % 8, true);
+        }
+    }
+    cp_async_commit();
+}
+
+// All units of this block: when the parts of one are there, put(unit, parts). `kTurns` parts take turns.
+template <class Format, int kColumns, int kTurns, class Work, class Put>
+FWD_INLINE void run(const Work& work, Parts parts, int floats, Put put) {
+    Stream<Format, Work> stream(work);
+    Visitors<kColumns> rows;
+    int used = 0;
+    for (int index = blockIdx.x; index < work.units; index += gridDim.x) {
+        Unit unit = work.unit(index);
+        fetch_early<Format>(work, unit, parts);
+        float sums[kColumns][4];
+        clear(sums);
+        int at = unit.begin, block = warp_index(), blocks = 0;
+        Item item{};
+        auto aim = [&] {
+            item = work.item(at), blocks = work.blocks(at);
+            rows.aim(work, item);
+        };
+        if (at < unit.end) aim();
+        while (at < unit.end) {
+#pragma unroll
+            for (int step = 0; step < stream.kDepth; ++step) {
+                bool on = at < unit.end;
+                if (on && block < blocks) multiply<Format>(sums, stream.held[step], rows, block);
+                stream.fetch(work, step);
+                block += kWarps;
+                if (on && block - warp_index() >= blocks) {
+                    store_sums(parts.of(warp_index(), work.base(item)), sums, item.count);
+                    clear(sums);
+                    block = warp_index();
+                    if (++at < unit.end) aim();
+                }
+            }
+            stream.turn(work);
+        }
+        cp_async_wait<0>();
+        block_barrier();
+        put(unit, parts);
+        if (kTurns == 1) block_barrier();
+        int step = used ? -floats : floats;
+        if (kTurns == 2) parts.sums += step, parts.early += step, used = !used;
+    }
+}
+
+}  // namespace fwd::experts

@@ -1,0 +1,5 @@
+// The experts of a step over weights in bf16.
+#include "expert_bodies.cuh"
+
+FWD_EXPERT_GATE_UP(Bf16)
+FWD_EXPERT_DOWN(Bf16)

@@ -1,0 +1,5 @@
+// The experts of a step over weights in int4 of group 32.
+#include "expert_bodies.cuh"
+
+FWD_EXPERT_GATE_UP(Int4By32)
+FWD_EXPERT_DOWN(Int4By32)

@@ -1,0 +1,5 @@
+// The experts of a step over weights in MXFP4.
+#include "expert_bodies.cuh"
+
+FWD_EXPERT_GATE_UP(Mxfp4)
+FWD_EXPERT_DOWN(Mxfp4)

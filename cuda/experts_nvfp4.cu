@@ -1,0 +1,5 @@
+// The experts of a step over weights in NVFP4.
+#include "expert_bodies.cuh"
+
+FWD_EXPERT_GATE_UP(Nvfp4)
+FWD_EXPERT_DOWN(Nvfp4)
