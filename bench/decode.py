@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 import roofline
 from gpu import cards
-from gpu.configs import MODELS
+from gpu.configs import TRUE, tiny
 from gpu.report import Report, options, run
 from gpu.serving import Served, model_folder, prompt, serving
-from gpu.shapes import spec
+from gpu.shapes import spec, step_bytes
 from gpu.streams import Run, by_http, by_socket
 
 HTTP_GOAL = 0.98  # of the engine's own rate (DESIGN §6)
 PREFILL_GOAL = 0.6  # of the measured matrix rate
-ROWS_GOAL = 1.1  # a step of 8 rows over one of 1
+DENSE = (1.1, "goal")  # a step of 8 rows over one of 1; experts are read by the rows that choose them
 
 
 class Points(NamedTuple):
@@ -32,7 +32,7 @@ class Points(NamedTuple):
     rounds: int
 
 
-TINY = Points((32, 96), (1, 2), 64, 2)
+TINY = Points((32, 96), (1, 2), 64, 1)
 QUICK = Points((128, 4096), (1, 8), 256, 3)
 WHOLE = Points((128, 4096, 32 << 10, 128 << 10), (1, 2, 4, 8), 256, 5)
 
@@ -40,10 +40,16 @@ WHOLE = Points((128, 4096, 32 << 10, 128 << 10), (1, 2, 4, 8), 256, 5)
 class Job(NamedTuple):
     """A model on a device, and how many seconds it may take."""
 
-    name: str
+    model: str
     device: str
     seconds: float
     points: Points
+    skewed: bool  # its routers prefer some experts
+
+    @property
+    def name(self) -> str:
+        """Of its numbers."""
+        return f"{self.model}-skewed" if self.skewed else self.model
 
 
 class Bench:
@@ -51,14 +57,13 @@ class Bench:
 
     def __init__(self, report: Report, job: Job, served: Served, limits: dict[str, float]) -> None:
         self.report, self.served = report, served
-        self.name, _, _, self.points = job
-        self.spec = spec(job.name)
+        self.job, self.name, self.points, self.spec = job, job.name, job.points, spec(job.model)
         self.bandwidth, self.matmul = limits.get(roofline.READ, 0.0), limits.get(roofline.MATMUL, 0.0)
         self.steps: dict[tuple[int, int], float] = {}
 
     def point(self, context: int, rows: int) -> None:
         """Prefill the prompts, which stay in the cache, then decode after them in turns through socket and HTTP."""
-        prompts = [prompt(self.name, row, context) for row in range(rows)]
+        prompts = [prompt(self.job.model, row, context) for row in range(rows)]
         for row, ids in enumerate(prompts):
             self._prefill(row, ids)
         tokens, served = self.points.tokens, self.served
@@ -76,7 +81,10 @@ class Bench:
             one, many = self.steps.get((context, 1)), self.steps.get((context, most))
             if one and many:
                 name = f"{self.name}, context {context}: step of {most} rows over step of 1"
-                self.report.add(name, "×", [many / one], ceiling=ROWS_GOAL, against="goal", lower=True)
+                goal, against = (
+                    (self._bytes(most, context) / self._bytes(1, context), "bytes") if self.spec.moe else DENSE
+                )
+                self.report.add(name, "×", [many / one], ceiling=goal, against=against, lower=True)
 
     def _prefill(self, row: int, ids: Sequence[int]) -> None:
         """Read a prompt; its new tokens give the rate of prefill, against the parameters they are multiplied with."""
@@ -95,10 +103,15 @@ class Bench:
             fresh=fresh,
         )
 
+    def _bytes(self, rows: int, context: int) -> int:
+        """Of a step in the middle of the answers."""
+        return step_bytes(self.spec, rows, context + self.points.tokens // 2, skewed=self.job.skewed)
+
     def _decoded(self, context: int, rows: int, runs: dict[str, list[Run]]) -> None:
-        size = self.spec.step_bytes(rows, context + self.points.tokens // 2, "bfloat16")
+        size = self._bytes(rows, context)
         ceiling = rows * self.bandwidth / size
         label = f"{self.name}, context {context}, rows {rows}"
+        print(f"{label}: a step must read {size:,} bytes")
         engine = [run.engine_tokens_per_s for run in runs["socket"]]
         facts = {"model": self.name, "context": context, "rows": rows, "step_bytes": size}
         for way, found in {"engine": engine, **{way: _rates(each) for way, each in runs.items()}}.items():
@@ -130,27 +143,28 @@ def combinations(points: Points, capacity: int, report: Report, seconds: float) 
 
 def measure(report: Report, job: Job, limits: dict[str, float]) -> None:
     """One daemon: its start, then all points that it holds."""
-    name, device, seconds, points = job
+    points = job.points
     with (
-        model_folder(name, device) as folder,
-        memory(report, name) as note,
-        serving(folder, device, max(points.rows)) as served,
+        model_folder(job.model, job.device, skewed=job.skewed) as folder,
+        memory(report, job.name) as note,
+        serving(folder, job.device, max(points.rows)) as served,
     ):
-        start(report, name, served)
+        start(report, job, served)
         bench = Bench(report, job, served, limits)
-        for context, rows in combinations(points, served.engine.pages * served.engine.page_size, report, seconds):
+        capacity = served.engine.pages * served.engine.page_size
+        for context, rows in combinations(points, capacity, report, job.seconds):
             with report.part(f"context {context}, rows {rows}"):
                 bench.point(context, rows)
         bench.verify_cost()
         note(sum(served.engine.memory.values()))
 
 
-def start(report: Report, name: str, served: Served) -> None:
+def start(report: Report, job: Job, served: Served) -> None:
     """From exec to the first token, the load included."""
     report.note(engine={key: getattr(served.engine, key) for key in served.engine.__struct_fields__})
-    first = by_socket(served.client, [prompt(name, 99, 8)], 2)
-    report.add(f"{name}, start to ready", "s", [served.ready_s])
-    report.add(f"{name}, start to first token", "s", [first.began + first.first_token_s - served.daemon.started])
+    first = by_socket(served.client, [prompt(job.model, 99, 8)], 2)
+    report.add(f"{job.name}, start to ready", "s", [served.ready_s])
+    report.add(f"{job.name}, start to first token", "s", [first.began + first.first_token_s - served.daemon.started])
     report.skip("GPU idle share", "it needs a trace of the engine's own process")
 
 
@@ -174,16 +188,18 @@ def memory(report: Report, name: str) -> Iterator[Callable[[int], None]]:
 def main() -> int:
     """Measure, print, save."""
     parser = options(__doc__, ("cuda", "host", "cpu"))
-    parser.add_argument("model", choices=MODELS, nargs="?", default="llama-1b")
+    parser.add_argument("model", choices=TRUE, nargs="?", default="llama-1b")
+    parser.add_argument("--skewed", action="store_true", help="routers that prefer some experts")
     parser.add_argument("--seconds", type=float, default=420.0, help="begin no further point after so many")
     roofline.add_option(parser)
     chosen = parser.parse_args()
     gpu = cards.describe() if chosen.device == "cuda" else None
     points = TINY if chosen.tiny else QUICK if chosen.quick else WHOLE
-    name = "tiny" if chosen.tiny else chosen.model
-    report = Report(f"decode-{name}", chosen, gpu)
-    with report.part(name):
-        measure(report, Job(name, chosen.device, chosen.seconds, points), roofline.limits(report, chosen))
+    model = tiny(chosen.model) if chosen.tiny else chosen.model
+    job = Job(model, chosen.device, chosen.seconds, points, chosen.skewed)
+    report = Report(f"decode-{job.name}", chosen, gpu)
+    with report.part(job.name):
+        measure(report, job, roofline.limits(report, chosen))
     return report.finish()
 
 

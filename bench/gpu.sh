@@ -4,9 +4,10 @@
 #   bench/gpu.sh [--quick] [--dry] [--only PART]… [--out DIR]
 #
 # Runs the tests that need a GPU, then roofline.py, kernels.py, decode.py and peers.py, each in calls of under nine
-# minutes, and leaves one JSON in DIR (bench/results), also where a part failed. --quick is over in three minutes: tests,
-# a small roofline, decode of the 1B model. --dry runs tiny shapes without a GPU. The GPU's clocks, power limit and modes
-# are left as they are.
+# minutes, and leaves one JSON in DIR (bench/results), also where a part failed. Quantised and sparse models are decoded
+# in the layouts they are published in, with random weights; of two the routers prefer some experts. --quick is over in
+# three minutes: tests, a small roofline, decode of the 1B model. --dry runs tiny shapes without a GPU. The GPU's clocks,
+# power limit and modes are left as they are.
 #
 # PYTHON is the interpreter (python3), with torch and CuPy. FWD_WHEELS is a folder of pure wheels that it lacks, which
 # are put beside it for this run. FWD_COMMIT names the commit where the checkout has no repository.
@@ -39,8 +40,9 @@ done
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
 began=$SECONDS
-total=$((${#quick[@]} ? 170 : 7200)) # seconds for everything
-longest=530                          # seconds for one call
+total=$((${#quick[@]} ? 170 : 10800)) # seconds for everything
+longest=530                           # seconds for one call
+sparse=(gpt-oss-20b gpt-oss-120b qwen3-30b-a3b qwen3-30b-a3b-fp8 glm-4.7-flash)
 
 # Run one part; keep its exit code, its time and the end of what it said. Its seconds are bounded by what is left.
 part() { # NAME SECONDS COMMAND…
@@ -100,7 +102,12 @@ fi
 bench decode-llama-1b "$longest" decode.py llama-1b "${device[@]}" "${limits[@]}"
 if ((!${#quick[@]})); then
     if ((!${#dry[@]})); then
-        bench decode-llama-8b "$longest" decode.py llama-8b "${device[@]}" "${limits[@]}"
+        for model in llama-8b llama-8b-fp8 llama-8b-nvfp4 "${sparse[@]}"; do
+            bench "decode-$model" "$longest" decode.py "$model" "${device[@]}" "${limits[@]}"
+        done
+        for model in gpt-oss-120b qwen3-30b-a3b; do
+            bench "decode-$model-skewed" "$longest" decode.py "$model" --skewed "${device[@]}" "${limits[@]}"
+        done
         bench peers-llama-8b "$longest" peers.py llama-8b "${device[@]}" "${limits[@]}"
     fi
     bench peers-llama-1b "$longest" peers.py llama-1b "${device[@]}" "${limits[@]}"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import readme
 import roofline
 from gpu import cards
-from gpu.configs import MODELS
+from gpu.configs import TRUE
 from gpu.report import RESULTS, facts
 from gpu.shapes import launches, spec
 
@@ -28,7 +28,6 @@ from fwd.errors import ConfigError
 
 CONTEXT = 4096
 FORMULA = "seconds of a step = bytes / bandwidth + launches · seconds of a launch"
-TRUE = tuple(name for name in MODELS if name != "tiny")
 
 
 class Constant(NamedTuple):
@@ -80,7 +79,7 @@ def measured(gpu: str) -> dict[str, dict[str, Any]]:
 def _rests(known: dict[str, dict[str, Any]], bandwidth: float) -> Iterator[float]:
     """What is left for each launch of the steps of one row that were measured."""
     for number in known.values():
-        if number.get("way") == "engine" and number["rows"] == 1 and number["model"] in MODELS:
+        if number.get("way") == "engine" and number["rows"] == 1 and number["model"] in TRUE:
             seconds = 1 / number["value"] - number["step_bytes"] / bandwidth
             yield seconds / launches(spec(number["model"]))
 

@@ -77,7 +77,7 @@ def ceilings(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("name", configs.DENSE)
+@pytest.mark.parametrize("name", [*configs.DENSE, "tiny"])
 @pytest.mark.parametrize("context", [1, 129, 400])
 def test_kernels_together_read_what_a_step_must_read(name, context):
     model = shapes.spec(name)
@@ -203,7 +203,7 @@ def test_decode_runs_dry(tmp_path, ceilings):
     assert {(number["context"], number["rows"]) for number in decoded} == {(32, 1), (32, 2), (96, 1), (96, 2)}
     assert {number["way"] for number in decoded} == {"socket", "http", "engine"}
     for number in decoded:
-        size = shapes.spec("tiny").step_bytes(number["rows"], number["context"] + 32, "bfloat16")
+        size = shapes.step_bytes(shapes.spec("tiny"), number["rows"], number["context"] + 32)
         assert number["step_bytes"] == size
         assert number["ceiling"] == pytest.approx(number["rows"] * 1e10 / size)
     assert any("prefill" in number["name"] for number in found["numbers"])

@@ -1,4 +1,4 @@
-"""A model folder with true shapes and random weights: `python -m gpu.checkpoint MODEL FOLDER [--device cuda]`.
+"""A model folder with true shapes and random weights: `python -m gpu.checkpoint MODEL FOLDER`.
 
 Weights are drawn on the device and go to one safetensors file, tensor by tensor. Every token of the tokenizer but the
 first 256, which are the bytes, is a word of its own.
@@ -7,16 +7,17 @@ first 256, which are the bytes, is a word of its own.
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fwd.models.spec import ModelSpec
+from fwd.models.checkpoint import DTYPES
 from gpu.configs import MODELS
 from gpu.shapes import spec
+from gpu.tensors import Drawn, tensors
 
 SEED = 20261124
 END = "<|end|>"
@@ -24,58 +25,36 @@ SLICE = 64 << 20  # numbers drawn at once
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def shapes(model: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor, as transformers names them."""
-    q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    yield "model.embed_tokens.weight", (model.vocab, model.hidden)
-    for layer in range(model.layers):
-        at = f"model.layers.{layer}."
-        yield f"{at}input_layernorm.weight", (model.hidden,)
-        yield f"{at}self_attn.q_proj.weight", (q, model.hidden)
-        yield f"{at}self_attn.k_proj.weight", (kv, model.hidden)
-        yield f"{at}self_attn.v_proj.weight", (kv, model.hidden)
-        yield f"{at}self_attn.o_proj.weight", (model.hidden, q)
-        yield f"{at}post_attention_layernorm.weight", (model.hidden,)
-        yield f"{at}mlp.gate_proj.weight", (model.intermediate, model.hidden)
-        yield f"{at}mlp.up_proj.weight", (model.intermediate, model.hidden)
-        yield f"{at}mlp.down_proj.weight", (model.hidden, model.intermediate)
-    yield "model.norm.weight", (model.hidden,)
-    if not model.tied:
-        yield "lm_head.weight", (model.vocab, model.hidden)
-
-
-def write(name: str, folder: Path, device: str) -> int:
+def write(name: str, folder: Path, device: str, *, skewed: bool = False) -> int:
     """Write the folder; return the bytes of its weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(MODELS[name], indent=1))
     _write_tokenizer(folder, MODELS[name]["vocab_size"])
-    return _write_weights(folder / "model.safetensors", dict(shapes(spec(name))), device)
+    return _write_weights(folder / "model.safetensors", list(tensors(spec(name), skewed=skewed)), device)
 
 
-def _write_weights(path: Path, tensors: dict[str, tuple[int, ...]], device: str) -> int:
+def _write_weights(path: Path, drawn: Sequence[Drawn], device: str) -> int:
     header, end = {}, 0
-    for name, shape in tensors.items():
-        begin, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    for tensor in drawn:
+        begin, end = end, end + DTYPES[tensor.dtype].itemsize * math.prod(tensor.shape)
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 64)
     generator = torch.Generator(device).manual_seed(SEED)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for shape in tensors.values():
-            for piece in _drawn(shape, generator):
+        for tensor in drawn:
+            for piece in _pieces(tensor, generator):
                 file.write(memoryview(piece.view(torch.uint8).cpu().numpy()))
     return end
 
 
-def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """A tensor in pieces of its flat numbers: norms near 1, matrices that keep the size of what they multiply."""
-    mean, deviation = (1.0, 0.02) if len(shape) == 1 else (0.0, shape[-1] ** -0.5)
-    left = math.prod(shape)
+def _pieces(tensor: Drawn, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """A tensor in pieces of its flat numbers."""
+    left = math.prod(tensor.shape)
     while left:
         count = min(left, SLICE)
-        drawn = torch.randn(count, generator=generator, device=generator.device)
-        yield (drawn * deviation + mean).to(torch.bfloat16)
+        yield tensor.draw(count, generator).to(DTYPES[tensor.dtype])
         left -= count
 
 
@@ -113,8 +92,9 @@ def main() -> None:
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--skewed", action="store_true", help="routers that prefer some experts")
     chosen = parser.parse_args()
-    print(write(chosen.model, chosen.folder, chosen.device))
+    print(write(chosen.model, chosen.folder, chosen.device, skewed=chosen.skewed))
 
 
 if __name__ == "__main__":

@@ -58,18 +58,6 @@ _LLAMA_70B: Config = {  # meta-llama/Llama-3.3-70B
     "num_hidden_layers": 80,
     "num_attention_heads": 64,
 }
-_TINY: Config = {
-    **_LLAMA,
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "vocab_size": 512,
-    "max_position_embeddings": 512,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-}
 # As NVIDIA publishes Llama with ModelOpt: everything but the head.
 _FP8: Config = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}}
 _NVFP4: Config = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}}
@@ -162,7 +150,7 @@ _GLM: Config = {  # zai-org/GLM-4.7-Flash
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
 }
 
-MODELS: Mapping[str, Config] = MappingProxyType(
+TRUE: Mapping[str, Config] = MappingProxyType(
     {
         "llama-1b": _LLAMA_1B,
         "llama-8b": _LLAMA_8B,
@@ -175,7 +163,46 @@ MODELS: Mapping[str, Config] = MappingProxyType(
         "qwen3-30b-a3b": _QWEN3_MOE,
         "qwen3-30b-a3b-fp8": _QWEN3_MOE | _BLOCKS,
         "glm-4.7-flash": _GLM,
-        "tiny": _TINY,
     }
 )
-DENSE = ("llama-1b", "llama-8b", "tiny")  # in bfloat16: those that every bench and every peer takes
+DENSE = ("llama-1b", "llama-8b")  # in bfloat16: those that every bench and every peer takes
+
+# What dry runs take of each: other sizes, of gpt-oss none that is a multiple of 128, and a plain rotation.
+_SHRUNK: Config = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "moe_intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "sliding_window": 32,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "q_lora_rank": 96,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 48,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+_ODD = {"hidden_size": 160, "intermediate_size": 96}
+
+
+def _shrunk(config: Config) -> Config:
+    sizes = {name: size for name, size in _SHRUNK.items() if name in config}
+    heads = {"num_key_value_heads": 4 if "q_lora_rank" in config else 2}
+    return config | sizes | heads | (_ODD if "num_local_experts" in config else {})
+
+
+def tiny(name: str) -> str:
+    """The shrunken twin of a model."""
+    return "tiny" if name in DENSE else f"tiny-{name}"
+
+
+MODELS: Mapping[str, Config] = MappingProxyType(
+    {**TRUE, **{tiny(name): _shrunk(config) for name, config in TRUE.items() if name != "llama-1b"}}
+)

@@ -14,6 +14,7 @@ from pathlib import Path
 from fwd.cli.bench.http import free_port
 from fwd.cli.common import wait_ready
 from fwd.cli.private import Private, private_daemon
+from fwd.engine.memory import available
 from fwd.errors import EngineError
 from fwd.protocol.client import Client
 from fwd.protocol.messages import EngineInfo
@@ -23,6 +24,7 @@ from gpu.streams import MODEL
 
 SHM = Path("/dev/shm")
 SEED = 20261124
+ROOM = 4 << 30  # bytes for all else: of memory for who draws and who loads, layer by layer
 QUEUE = 1 << 22  # tokens that may wait: many prompts of 128k at once
 WORDS = 300  # the first id that is a word in every tokenizer here
 
@@ -39,14 +41,15 @@ class Served:
 
 
 @contextlib.contextmanager
-def model_folder(name: str, device: str) -> Iterator[Path]:
-    """A folder with random weights, in memory where it fits twice; drawn by a process of its own."""
-    size = 2 * spec(name).weight_bytes()
-    place = SHM if SHM.is_dir() and shutil.disk_usage(SHM).free > size else None
+def model_folder(name: str, device: str, *, skewed: bool = False) -> Iterator[Path]:
+    """A folder with random weights, in memory where there is room; drawn by a process of its own."""
+    size = spec(name).weight_bytes() + ROOM
+    place = SHM if SHM.is_dir() and min(shutil.disk_usage(SHM).free, available() - ROOM) > size else None
     with tempfile.TemporaryDirectory(prefix="fwd-bench-", dir=place) as folder:
         target = Path(folder) / name
         drawn = "cuda" if device == "cuda" else "cpu"
         command = [sys.executable, "-m", "gpu.checkpoint", name, str(target), "--device", drawn]
+        command += ["--skewed"] if skewed else []
         done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
         if done.returncode:
             raise EngineError(f"no checkpoint: {done.stderr.strip()[-500:]}")
