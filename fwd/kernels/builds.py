@@ -28,6 +28,7 @@ _QUANTISED = {
 }
 _WHOLE = {"qkv_whole_8": _STAGED, "qkv_whole_16": _STAGED}
 _UNPACK = Bound(64)
+_DOWN, _QUERY = Bound(128, SHARED_LIMIT), Bound(232, SHARED_LIMIT)
 
 BUILDS: dict[str, dict[str, Bound]] = {  # file in `cuda/` → kernel
     "gemv.cu": {
@@ -64,6 +65,24 @@ BUILDS: dict[str, dict[str, Bound]] = {  # file in `cuda/` → kernel
         "unpack_int4_32": _UNPACK,
         "unpack_int4_128": _UNPACK,
     },
+    "latent_qkv.cu": {
+        "latent_down_8": _DOWN,
+        "latent_down_16": _DOWN,
+        "latent_query_8": _QUERY,
+        "latent_query_16": _QUERY,
+        "latent_rows": Bound(56),
+    },
+    **{
+        f"latent_qkv_{name}.cu": {"latent_down_16": _DOWN, "latent_query_16": _QUERY}
+        for name in ("fp8", "mxfp4", "nvfp4", "int4_32", "int4_128")
+    },
+    "latent_attention.cu": {
+        "latent_attention_bf16_16": Bound(240, 168256),
+        "latent_attention_bf16_32": Bound(255, 189056),
+        "latent_attention_fp8_16": Bound(240, 178496),
+        "latent_attention_fp8_32": Bound(255, 199296),
+    },
+    "latent_value.cu": {"latent_value": Bound(216, 12800)},
     "paged_attention.cu": {
         "decode_attention_bf16_64": Bound(168, 66560),
         "decode_attention_bf16_128": Bound(248, 99200),

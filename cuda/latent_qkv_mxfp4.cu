@@ -1,0 +1,6 @@
+// The attention input of a layer that keeps latents over weights in MXFP4.
+#include "latent_qkv.cuh"
+
+FWD_LATENT_DOWN(latent_down_16, Mxfp4, 2)
+
+FWD_LATENT_QUERY(latent_query_16, Mxfp4, 2)
