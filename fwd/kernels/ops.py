@@ -76,6 +76,7 @@ class Router:
     top_groups: int = 1
     normalize: bool = False
     scale: float = 1.0
+    ahead: QTensor | None = None  # what the next layer begins with: a device may fetch some of it meanwhile
 
 
 class Routed(NamedTuple):
