@@ -1,0 +1,91 @@
+"""Instructions a weight: the table is of the kernels that there are, within budgets, and what a disassembly shows."""
+
+import json
+
+import instructions
+import pytest
+
+from fwd.kernels.builds import ARCHES
+from fwd.kernels.jit import Jit
+
+# Multiprocessors · 128 · clock / weights a second, rounded: see the research of issue 6.
+BUDGETS = {
+    "sm_90a": {"bf16": 12.4, "fp8": 6.2, "mxfp4": 3.3, "nvfp4": 3.5, "int4_32": 3.7, "int4_128": 3.3},
+    "sm_100a": {"bf16": 9.1, "fp8": 4.6, "mxfp4": 2.4, "nvfp4": 2.6, "int4_32": 2.7, "int4_128": 2.4},
+}
+# Sixteen rows, and a B200 for a few of eight, take up to this much longer than the weights of four bits take to read.
+OVER = {"sm_90a": 1.15, "sm_100a": 1.5}
+SASS = """
+		Function : linear_1x8
+	.headerflags	@"EF_CUDA_SM90"
+        /*0000*/                   S2R R0, SR_TID.X ;                       /* 0x0000000000007919 */
+                                                                            /* 0x000fe20000000800 */
+        /*0010*/              @!P1 BRA 0x70 ;                               /* 0x0000000000007919 */
+        /*0020*/                   LOP3.LUT R5, R20, 0x81c081c0, RZ, 0xc0, !PT ;
+        /*0030*/                   HMMA.16816.F32.BF16 R8, R4, R16, R8 ;
+        /*0040*/                   HMMA.16816.F32.BF16 R8, R4, R18, R8 ;
+        /*0050*/               @P0 BRA 0x20 ;
+        /*0060*/               @P2 BRA 0x0 ;
+        /*0070*/                   BRA 0x70;
+"""
+
+
+@pytest.fixture(scope="module")
+def table():
+    return json.loads(instructions.TABLE.read_text())
+
+
+def test_the_table_is_of_the_kernels_that_stream_weights(table):
+    names = {source: set(kernels) for source, kernels in instructions.wanted().items()}
+    assert set(table) == set(ARCHES)
+    for arch in ARCHES:
+        found = {source: set(kernels) for source, kernels in table[arch].items()}
+        assert found == names, "run bench/instructions.py --write"
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_budgets_are_those_of_the_cards(arch):
+    for name, most in BUDGETS[arch].items():
+        assert instructions.budget(arch, instructions.BITS[name]) == pytest.approx(most, abs=0.06)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_matrix_vector_kernels_take_what_is_issued_while_weights_are_read(arch, table):
+    for source, kernels in table[arch].items():
+        name = instructions.format_of(source)
+        most = BUDGETS[arch][name]
+        for kernel, count in kernels.items():
+            if not source.startswith(("gemv", "qkv")):
+                continue
+            exact = arch == "sm_90a" and not kernel.endswith("16")
+            assert count <= most * (1 if exact else OVER[arch]), f"{arch} {source} {kernel}: {count} of {most}"
+
+
+def test_mxfp4_stays_in_the_budget_of_hopper(table):
+    for kernel, count in table["sm_90a"]["gemv_mxfp4.cu"].items():
+        assert count <= 3.3, kernel
+
+
+def test_the_shortest_loop_of_all_products_is_counted():
+    body = instructions.loop(SASS)
+    assert [line.split()[0] for line in body] == ["LOP3.LUT", "HMMA.16816.F32.BF16", "HMMA.16816.F32.BF16", "@P0"]
+    assert instructions.per_weight("linear_1x8", body) == 4 / 16
+    assert instructions.per_weight("linear_1x16", body) == 4 / 8
+    assert instructions.loop("nothing") == []
+
+
+def test_files_are_known_by_their_format():
+    found = [instructions.format_of(file) for file in ("gemv.cu", "qkv_int4_128.cu", "experts_bf16.cu", "gemv_fp8.cu")]
+    assert found == ["bf16", "int4_128", "bf16", "fp8"]
+
+
+def test_the_table_is_what_a_disassembly_shows(request, table):
+    if (disassembler := instructions.tool()) is None:
+        pytest.skip(f"{instructions.TOOL} is not here: set CUDA_HOME, or install triton")
+    found = instructions.counts(Jit(request.config.cache.mkdir("fwd")), disassembler)
+    for arch, files in found.items():
+        for source, kernels in files.items():
+            for kernel, count in kernels.items():
+                told = table[arch][source][kernel]
+                apart = f"{arch} {source} {kernel}: {count}, {told} in the table: run bench/instructions.py --write"
+                assert count == pytest.approx(told, rel=instructions.MARGIN), apart
