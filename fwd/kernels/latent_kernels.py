@@ -26,6 +26,7 @@ _THREADS = 256
 _KEYS = 64  # of a tile
 _VALUES = 128  # of a block
 _COLUMN = 8  # rows
+_SECOND = 2 * 8 * 8 * 20 * 4  # bytes of the sums of a second column of rows (`kSums` of gemv.cuh)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -261,13 +262,13 @@ def _launches(
     assert x.dtype == torch.bfloat16, x.dtype
     assert x.is_contiguous(), x.stride()
     assert inputs == weight.shape[1] == len(norm.weight), (inputs, weight.shape, len(norm.weight))
-    block, widest = inputs_of(weight), weight.format != "bf16"  # quantised: one kernel, for any rows
+    block, wide = inputs_of(weight), weight.format != "bf16"  # quantised: one kernel, for 16 rows and fewer
     found = []
-    for part in gemv.parts(count, inputs, launcher.shared_limit, block):
+    for part in gemv.parts(count, inputs, launcher.shared_limit - _SECOND * wide, block):
         at_once = part.stop - part.start
-        shared = gemv.staged_bytes(at_once, inputs, block)
+        shared = gemv.staged_bytes(at_once, inputs, block) + (_SECOND if wide and at_once <= _COLUMN else 0)
         blocks = gemv.blocks(-(-weight.shape[0] // TILE), launcher, shared, resident)
-        found.append((part, f"{name}_{16 if widest or at_once > _COLUMN else 8}", (blocks, 1, 1), shared))
+        found.append((part, f"{name}_{16 if wide or at_once > _COLUMN else 8}", (blocks, 1, 1), shared))
     return found
 
 

@@ -1,0 +1,402 @@
+"""The kernels over latents: the reference's numbers, and a row's bits from nothing but the row."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from agreement import difference, same_bits
+from contexts import on
+from latent_contexts import Context, Layer, Shape, attend, cache_on, hidden_of, reference, trimmed, written
+from weights import quantised
+
+from fwd.errors import KernelError
+from fwd.kernels import latent_kernels as latents
+from fwd.kernels import packing
+from fwd.kernels.builds import shared_bound
+from fwd.kernels.host import HostLauncher
+from fwd.kernels.qtensor import QTensor
+from fwd.kernels.reference import Reference
+from fwd.kernels.rows import Cells, Rows
+
+# Queries of latents, weights of cells, sums of pieces and what is summed of latents are rounded to bf16 before tensor
+# cores take them: each of the four adds some 3e-6. What was seen most is 1.3e-5.
+BOUND = 2e-5
+EXACT = 1e-6  # of what is rounded where the reference rounds, its sums taken in another order
+SHAPES = [
+    Shape("bf16", 64, 4, 32, 32, 16, 8, 16),
+    Shape("bf16", 72, 3, 0, 48, 8, 16, 24, page=16),  # no query latent
+    Shape("bf16", 136, 5, 24, 112, 24, 24, 40),  # a head ends within a tile
+    Shape("bf16", 256, 20, 96, 512, 192, 64, 256, page=12),
+    Shape("bf16", 64, 128, 40, 64, 16, 8, 16),
+    Shape("fp8", 64, 4, 32, 32, 16, 8, 16),
+    Shape("fp8", 2880, 3, 16, 272, 8, 16, 20),  # a ragged block
+    Shape("fp8", 72, 20, 0, 512, 24, 64, 136, page=16),
+]
+LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 261)
+SHORT = (1, 65)  # of layers that are wide
+SMALL = SHAPES[0]
+FEW = [SHAPES[0], SHAPES[1], SHAPES[6]]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_agree_with_the_reference(execution, shape):
+    lengths = SHORT if shape.heads * shape.latent > 8000 else LENGTHS
+    layer, context = Layer(shape), Context(shape, lengths)
+    hidden, rows = hidden_of(shape, len(lengths)), context.last_rows()
+    q, out, *cells = execution.everywhere(lambda launcher: attend(launcher, layer, hidden, rows, context.kv))
+    wanted_q, wanted, *wanted_cells = reference(layer, hidden, rows, context.kv)
+    assert difference(q, wanted_q) < EXACT
+    assert max(difference(*pair) for pair in zip(cells, wanted_cells, strict=True)) < EXACT * (50 if shape.kv == "fp8" else 1)
+    assert difference(out, wanted) < BOUND, shape
+
+
+@pytest.mark.parametrize("form", ["fp8", "mxfp4", "nvfp4", "int4", "int4-128"])
+def test_weights_of_any_format_agree_with_the_reference(execution, form):
+    shape = Shape("bf16", 256, 3, 128, 48, 24, 16, 24)
+    layer, context = Layer(shape), Context(shape, (3, 70))
+    block = {"fp8": (8, 128), "int4-128": (1, 128)}.get(form)
+    layer.plain = replace(
+        layer.plain, down=matrix(form, *layer.plain.down.shape, block), query=matrix(form, *layer.plain.query.shape, block)
+    )
+    hidden, rows = hidden_of(shape, 2), context.last_rows()
+    q, out, *cells = execution.everywhere(lambda launcher: attend(launcher, layer, hidden, rows, context.kv))
+    unpacked = [QTensor.plain(packing.restore(weight.pack()).dequantize()) for weight in (layer.plain.down, layer.plain.query)]
+    layer.plain = replace(layer.plain, down=unpacked[0], query=unpacked[1])
+    wanted = reference(layer, hidden, rows, context.kv)
+    for found, other in zip((q, *cells), (wanted[0], *wanted[2:]), strict=True):
+        assert difference(found, other) < EXACT, form
+    assert difference(out, wanted[1]) < BOUND
+
+
+def matrix(form, outputs, inputs, block):
+    """A weight of about unit gain."""
+    if form != "int4-128":
+        return quantised(form, outputs, inputs, block=block)
+    weight = quantised("int4", outputs, inputs)
+    return replace(weight, block=(1, 128), scales=weight.scales[:, :: 4].contiguous())
+
+
+@pytest.mark.parametrize("shape", FEW, ids=str)
+def test_a_row_has_the_same_bits_in_any_company_at_any_place(execution, shape):
+    chance, lengths = random.Random(11), [random.Random(10).choice((1, 3, 66, 140, 300, 517)) for _ in range(16)]
+    layer = Layer(shape)
+    here, there = (Context(shape, lengths, places=places) for places in (3, 4))
+    hidden = hidden_of(shape, 16)
+    whole = attend(execution.launcher, layer, hidden, here.last_rows(), here.kv)
+    for count, context in ((1, there), (2, here), (5, there), (9, here), (16, there)):
+        order = chance.sample(range(16), count)
+        rows = context.rows([(line, lengths[line] - 1) for line in order])
+        part = attend(execution.launcher, layer, hidden[order], rows, context.kv)
+        for found, all_of_it in zip(part, whole, strict=True):
+            assert same_bits(found, all_of_it[order]), (shape, count, order)
+
+
+def test_the_number_of_blocks_does_not_matter():
+    shape, lengths = SHAPES[5], (1, 300, 64, 130)
+    layer, context = Layer(shape), Context(shape, lengths)
+    hidden, rows = hidden_of(shape, 4), context.last_rows()
+    one, *others = (
+        attend(HostLauncher(7, multiprocessors=count), layer, hidden, rows, context.kv) for count in (1, 3, 64)
+    )
+    assert all(same_bits(*pair) for other in others for pair in zip(one, other, strict=True))
+
+
+def test_padding_rows_are_zero_write_nothing_and_a_row_of_nan_disturbs_no_other(execution):
+    shape = SHAPES[1]
+    layer, context = Layer(shape), Context(shape, (5, 90, 200))
+    rows = context.rows([(-1, 7), (0, 4), (1, 89), (-1, 0), (2, 199)])
+    hidden = hidden_of(shape, 5)
+    _, healthy, *cells = attend(execution.launcher, layer, hidden, rows, context.kv)
+    assert not healthy[[0, 3]].any()
+    hidden[2, 3] = torch.nan
+    _, ill, *others = attend(execution.launcher, layer, hidden, rows, context.kv)
+    assert same_bits(ill[[0, 1, 3, 4]], healthy[[0, 1, 3, 4]])
+    assert ill[2].isnan().all()
+    assert all(same_bits(a[[0, 2]], b[[0, 2]]) for a, b in zip(cells, others, strict=True))
+
+
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
+def test_a_context_of_thousands(execution, kv):
+    shape = replace(SMALL, kv=kv, page=16)
+    layer, context = Layer(shape, positions=5000), Context(shape, (4500,))
+    assert latents.piece_count(4500) == 36
+    hidden, rows = hidden_of(shape, 2), context.rows([(0, 4499), (0, 4095)])
+    _, found, *_ = execution.everywhere(lambda launcher: attend(launcher, layer, hidden, rows, context.kv), count=2)
+    assert difference(found, reference(layer, hidden, rows, context.kv)[1]) < BOUND
+
+
+# ---- pieces ----
+
+
+def test_pieces_cover_any_context():
+    for length in [*range(1, 5000), 32767, 32768, 32769, 131072, 1 << 20, (1 << 20) + 1, (1 << 27) - 1]:
+        piece, count = latents.piece_length(length), latents.piece_count(length)
+        assert piece % 64 == 0
+        assert (count - 1) * piece < length <= count * piece
+        assert count <= (64 if length <= 16384 else 128)
+    assert [latents.piece_length(x) for x in (1, 4096, 4097, 8193, 16385, 32768, 32769)] == [
+        *(64, 64, 128, 192, 256, 256, 320)
+    ]
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 1000, 4097, 8300, 16500, 33000])
+def test_the_kernel_cuts_a_context_as_stated(execution, length):
+    """Where all scores are 0, the total of a piece is the number of its keys."""
+    shape = Shape("bf16", 64, 1, 0, 16, 8, 8, 16, page=64)
+    layer, context, launcher = Layer(shape, positions=length), Context(shape, (length,)), execution.launcher
+    packed, device = layer.packed(launcher.device), launcher.device
+    workspace = latents.Workspace.new(launcher, packed)
+    rows, kv, rope = on(device, context.last_rows()), cache_on(device, context.kv), on(device, layer.rope)
+    hidden = torch.zeros(1, 64, dtype=torch.bfloat16, device=device)
+    q = latents.latent_qkv(launcher, workspace, hidden, packed, rope, rows=rows, kv=kv)
+    latents.decode_latent_attention(launcher, workspace, q, packed, rows=rows, kv=kv)
+    piece, count = latents.piece_length(length), latents.piece_count(length)
+    totals = [min(piece, length - start) for start in range(0, length, piece)]
+    assert workspace.marks[0, 0, :count, 1].tolist() == totals
+
+
+# ---- trees ----
+
+PARENTS = (-1, 0, 0, 1, 1, 2, 5, 3, -1)  # rows below row 0 at positions base + depth; the last row is another sequence
+DEPTHS = (0, 1, 1, 2, 2, 2, 3, 3)
+
+
+def tree(shape, base):
+    """A tree over a context of `base` known tokens, each draft in a cell that the block table does not name there."""
+    context = Context(shape, (base + 1, 30), spare=12)
+    spare = (context.spare[:, None].long() * shape.page + torch.arange(shape.page)).flatten()[: len(DEPTHS)]
+    rows = context.rows([*((0, base) for _ in DEPTHS), (1, 29)])
+    rows.positions[: len(DEPTHS)] += torch.tensor(DEPTHS)
+    rows.parents[:] = torch.tensor(PARENTS)
+    rows.cells[0].slots[1 : len(DEPTHS)] = spare[1:]
+    return context, rows
+
+
+def branch(row):
+    """The rows from the root to a row."""
+    return [*branch(PARENTS[row]), row] if PARENTS[row] >= 0 else [row]
+
+
+@pytest.mark.parametrize("base", [0, 13, 62, 126])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[6]], ids=str)
+def test_drafts_of_a_tree_agree_with_the_reference(execution, shape, base):
+    layer, (context, rows) = Layer(shape), tree(shape, base)
+    hidden = hidden_of(shape, len(PARENTS))
+    _, found, *_ = execution.everywhere(lambda launcher: attend(launcher, layer, hidden, rows, context.kv), count=2)
+    assert difference(found, reference(layer, hidden, rows, context.kv)[1]) < BOUND, (shape, base)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[6]], ids=str)
+def test_an_accepted_branch_had_the_bits_of_the_plain_chain(execution, shape):
+    base, layer = 62, Layer(shape)
+    context, rows = tree(shape, base)
+    hidden = hidden_of(shape, len(PARENTS))
+    drafted = attend(execution.launcher, layer, hidden, rows, context.kv)[1]
+    for leaf in (4, 6, 7):
+        chain = branch(leaf)
+        plain = Context(shape, (base + len(chain), 30), spare=12)
+        steps = plain.rows([(0, base + depth) for depth in range(len(chain))])
+        found = attend(execution.launcher, layer, hidden[chain], steps, plain.kv)[1]
+        assert same_bits(found, drafted[chain]), leaf
+
+
+# ---- prefill chunks on a GPU ----
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[5], SHAPES[6]], ids=str)
+def test_a_chunk_agrees_with_the_reference(execution, shape):
+    """Rows at its beginning and end are padding; what the products give is the library's."""
+    size, first, end = 24, 26, 41  # of chunk 1
+    layer, context = Layer(shape), Context(shape, (end,))
+    positions = torch.arange(size, 2 * size)
+    live = (positions >= first) & (positions < end)
+    slots = torch.where(live, context.cell(0, positions.clamp(max=end - 1)), -1)
+    rows = Rows(positions, torch.where(live, 0, -1), torch.full_like(positions, -1), (Cells(slots, context.tables),), chunk=1)
+    hidden, device = hidden_of(shape, size), execution.launcher.device
+    down, q = products(layer, hidden)
+
+    def run(launcher):
+        packed, kv, moved = layer.packed(device), cache_on(device, context.kv), on(device, rows)
+        turned = latents.latent_rows(
+            launcher, on(device, down), on(device, q), packed, on(device, layer.rope), rows=moved, kv=kv
+        )
+        workspace = latents.Workspace.new(launcher, packed)
+        out = latents.prefill_latent_attention(launcher, workspace, turned, packed, rows=moved, kv=kv)
+        return turned[live], out[live], *written(kv, moved)
+
+    found = execution.everywhere(run, count=2)
+    ops, kv = Reference(), cache_on("cpu", context.kv)
+    wanted_q = ops.latent_qkv(hidden, layer.plain, layer.rope, rows, kv)
+    wanted = ops.prefill_latent_attention(wanted_q, layer.plain, rows, kv)
+    assert difference(found[0], wanted_q[live]) < EXACT
+    assert difference(found[1], wanted[live]) < BOUND
+    assert max(difference(*pair) for pair in zip(found[2:], written(kv, rows), strict=True)) < 1e-5
+
+
+def products(layer, hidden):
+    """What the library's products give a chunk: `down` and q before its rotation."""
+
+    def normed(x, norm):
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), None, norm.eps) * norm.weight
+
+    plain, x = layer.plain, normed(hidden, layer.plain.norm)
+    down = x @ plain.down.data.T
+    narrow = x if plain.q_norm is None else normed(down[:, : layer.shape.rank], plain.q_norm)
+    return down, (narrow @ plain.query.data.T).view(len(x), layer.shape.heads, -1)
+
+
+# ---- what is taken ----
+
+
+def test_what_is_not_taken_is_said():
+    assert latents.supports(20, 768, 512, 192, 64) is None
+    assert latents.supports(128, 0, 512, 128, 64) is None
+    assert "129 heads" in latents.supports(129, 0, 512, 128, 64)
+    assert "kv_lora_rank 520" in latents.supports(8, 0, 520, 128, 64)
+    assert "kv_lora_rank 40" in latents.supports(8, 0, 40, 128, 64)
+    assert "qk_rope_head_dim 12" in latents.supports(8, 0, 64, 128, 12)
+    assert "qk_nope_head_dim 20" in latents.supports(8, 0, 64, 20, 8)
+    assert "q_lora_rank 20" in latents.supports(8, 20, 64, 16, 8)
+
+
+@pytest.mark.parametrize("shape", FEW, ids=str)
+def test_a_workspace_takes_what_is_said(shape):
+    workspace = latents.Workspace.new(HostLauncher(), Layer(shape).plain)
+    tensors = (getattr(workspace, name) for name in workspace.__slots__)
+    expected = latents.workspace_bytes(shape.heads, shape.rank, shape.latent, shape.nope, shape.rope)
+    assert sum(tensor.nbytes for tensor in tensors) == expected
+
+
+def test_the_table_says_what_blocks_take():
+    for kv, size in (("bf16", 2), ("fp8", 1)):
+        for sixteens in (1, 2):
+            name = f"latent_attention_{kv}_{16 * sixteens}"
+            assert shared_bound("latent_attention.cu", name) == latents.shared_bytes(sixteens, size)
+    assert shared_bound("latent_value.cu", "latent_value") == latents.VALUE_SHARED
+
+
+def test_rows_of_a_block_fill_the_device():
+    assert [latents.rows_at_once(rows, 40, 132) for rows in (1, 3, 4, 8, 16)] == [1, 1, 2, 4, 8]
+    assert latents.rows_at_once(16, 256, 132) == 8
+
+
+# ---- bugs that must be seen ----
+
+KERNELS = ("latent_down_8", "latent_query_8", "latent_attention_bf16_16", "latent_attention_fp8_16", "latent_value")
+QKV, ITEMS, ATTENTION, VALUE = "latent_qkv.cuh", "latent_items.cuh", "latent_attention.cu", "latent_value.cu"
+BUGS = {
+    "rows of up_key exchanged": (QKV, "keys + (n + pair + 1) * latent", "keys + (n + pair) * latent"),
+    "another head's up_key": (QKV, "int64_t{head} * nope * latent", "int64_t{heads - 1 - head} * nope * latent"),
+    "the rotated part first": (QKV, "angles.turn(of(row, head) + nope,", "angles.turn(of(row, head),"),
+    "the rotated part in the latents' place": (ATTENTION, "q + place + (rotated ? call.latent : 0)", "q + place"),
+    "a rotation backwards": (QKV, "fmaf(lower, c, -(upper * s))", "fmaf(lower, c, upper * s)"),
+    "no norm of latents": (QKV, "        normalize(x);\n", ""),
+    "a scale forgotten": (ATTENTION, "scores[i][j] * scale", "scores[i][j]"),
+    "a page too far": ("attention.cuh", "int page = position / page_size;", "int page = (position + 1) / page_size;"),
+    "a key too many": (ITEMS, "position < tag.stop ? find", "position <= tag.stop ? find"),
+    "a sibling": (ITEMS, "parent >= 0 && at > position; --at", "parent >= 0 && at > position + 1; --at"),
+    "another head's up_value": (VALUE, "int64_t{head()} * value", "int64_t{heads - 1 - head()} * value"),
+    "shares of the first piece": (VALUE, "float part = shares[i];", "float part = shares[0];"),
+    "no wait for the tile": (ATTENTION, "cp_async_wait<0>();", "cp_async_wait<1>();"),
+    "no barrier before weights are used": (ATTENTION, "call.scale);\n        block_barrier();", "call.scale);"),
+    "no barrier before shares are used": (VALUE, "kPieces);\n        block_barrier();", "kPieces);"),
+    "read before the wait": (ATTENTION, "grid_dependency_wait();\n    Loader<T, kM> loader(call);", "Loader<T, kM> loader(call);\n    grid_dependency_wait();\n    loader.cell = loader.cell;"),
+}
+"""A text of a file, and what stands there instead."""
+
+
+def is_right(execution, shape):
+    """Whether decode rows and a tree come out as they should, in every order."""
+    layer, context = Layer(shape), Context(shape, (1, 64, 300))
+    for case, rows in ((context, context.last_rows()), tree(shape, 60)):
+        hidden = hidden_of(shape, len(rows.positions))[:8]
+        rows = of_eight(rows)
+        try:
+            found = execution.everywhere(
+                lambda launcher, hidden=hidden, rows=rows, kv=case.kv: attend(launcher, layer, hidden, rows, kv)
+            )
+        except (AssertionError, KernelError):
+            return False
+        wanted = reference(layer, hidden, rows, case.kv)
+        bounds = (EXACT, BOUND, 1e-4, EXACT)
+        if not all(difference(*pair) < bound for *pair, bound in zip(found, wanted, bounds, strict=True)):
+            return False
+    return True
+
+
+def of_eight(rows):
+    """The first eight rows: what the smallest kernels take."""
+    cells = tuple(Cells(each.slots[:8], each.tables) for each in rows.cells)
+    return replace(rows, positions=rows.positions[:8], sequences=rows.sequences[:8], parents=rows.parents[:8], cells=cells)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("latents")
+
+
+def test_what_finds_bugs_passes_the_right_kernels(execution):
+    left = trimmed(execution, KERNELS) if execution.name == "host" else execution
+    assert is_right(left, SMALL)
+    assert is_right(left, SHAPES[6])
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_seen(execution, bug):
+    assert not is_right(trimmed(execution, KERNELS).mutated(*BUGS[bug]), SMALL)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        (ITEMS, "scales[key * 4 + chunk / 8]", "scales[(key ^ 1) * 4 + chunk / 8]"),
+        (ITEMS, "scales[key * 4 + chunk / 8]", "scales[key * 4]"),
+        (QKV, "+ block] = scale;", "+ block] = 1.0f;"),
+    ],
+    ids=["another cell's scale", "the first block's scale", "a scale that is not written"],
+)
+def test_a_wrong_scale_is_seen(execution, file, old, new):
+    assert not is_right(trimmed(execution, KERNELS).mutated(file, old, new), SHAPES[6])
+
+
+def test_pieces_summed_in_another_order_are_seen(execution):
+    """Latents that cancel but for their rounding: another order gives other bits."""
+    shape = replace(SMALL, heads=2)
+    layer, context = Layer(shape), Context(shape, (640 + 9,))
+    cells = context.cell(0, torch.arange(640))
+    context.kv.latents[cells] *= 1000
+    context.kv.latents[cells[320:]] = -context.kv.latents[cells[:320]]
+    rows, hidden = context.last_rows(), hidden_of(shape, 1)
+
+    def out(where):
+        return attend(where.launcher, layer, hidden, rows, context.kv)[1]
+
+    left = trimmed(execution, KERNELS)
+    old = "for (int i = 0; i < count; ++i) {"
+    wrong = left.mutated(VALUE, old, "for (int i = count - 1; i >= 0; --i) {")
+    assert same_bits(out(left), out(left))
+    assert not same_bits(out(left), out(wrong))
+
+
+def test_sanitizers_find_nothing(sanitized, tmp_path):
+    done = sanitized(f"""
+        import shutil
+        from pathlib import Path
+        from fwd.kernels import sources
+        from fwd.kernels.host import HostLauncher
+        from latent_contexts import Context, Layer, Shape, attend, hidden_of, keep_only
+        from test_latent_kernels import KERNELS, tree, of_eight
+        folder = Path({str(tmp_path / "cuda")!r})
+        shutil.copytree(sources.home(), folder, ignore=shutil.ignore_patterns("host"))
+        for path in folder.glob("latent_*.cu"):
+            keep_only(path, KERNELS)
+        shape = Shape("fp8", 72, 3, 16, 48, 24, 8, 24)
+        context = Context(shape, (1, 65, 150))
+        for case, rows in ((context, context.last_rows()), tree(shape, 60)):
+            launcher, rows = HostLauncher(sanitize=True, folder=folder), of_eight(rows)
+            attend(launcher, Layer(shape), hidden_of(shape, len(rows.positions)), rows, case.kv)
+        print("done")
+    """)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.endswith("done\n")
