@@ -77,14 +77,15 @@ def ceilings(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("name", [*configs.DENSE, "tiny"])
+@pytest.mark.parametrize("name", configs.MODELS)
 @pytest.mark.parametrize("context", [1, 129, 400])
-def test_kernels_together_read_what_a_step_must_read(name, context):
+def test_ops_together_read_what_a_step_must_read(name, context):
     model = shapes.spec(name)
     for rows in (1, 2, 8):
         for kv in ("bfloat16", "fp8"):
             work = shapes.step_work(model, rows, context, kv)
-            assert sum(launches * size for launches, size in work.values()) == model.step_bytes(rows, context, kv)
+            size = sum(launches * size for launches, size in work.values())
+            assert size == pytest.approx(model.step_bytes(rows, context, kv), abs=2 * model.layers if model.moe else 0)
 
 
 @pytest.mark.parametrize("name", ["llama-1b", "llama-8b"])
