@@ -4,24 +4,21 @@ On a GPU a prefill chunk is the library's products between own kernels; on the h
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fwd.errors import ConfigError, ModelError
-from fwd.kernels import gemv, packing, paged_attention, prefill
+from fwd.kernels import gemv, paged_attention, prefill, streams
 from fwd.kernels import sample as sampler
+from fwd.kernels.chunks import Chunks, ReferenceChunks
 from fwd.kernels.drawing import Drawing, Outcome
 from fwd.kernels.kv import KV
 from fwd.kernels.launch import Launcher
 from fwd.kernels.ops import QKV, Draw, Norm, Sampled
 from fwd.kernels.qtensor import QTensor
-from fwd.kernels.reference import Reference
 from fwd.kernels.rows import MAX_ROWS, Rows
-
-SOURCES = ("gemv.cu", "paged_attention.cu", "qkv.cu", "sample.cu")  # what a decode step is made of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +32,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocab: int
+    streams: tuple[str, ...] = ("bf16",)  # of its weights (`fwd.kernels.streams`)
     beyond: tuple[str, ...] = ()  # what no kernel takes yet, in words
 
 
@@ -53,20 +51,18 @@ def check(device: str, shape: Shape) -> None:
         raise ModelError(f"vocab_size is {shape.vocab}: the sampler takes up to {sampler.MAX_VOCAB}; use --device cpu")
 
 
+def sources(shape: Shape) -> tuple[str, ...]:
+    """Return the files that a decode step is made of."""
+    quantised = [name for name in shape.streams if name != "bf16"]
+    products = [f"{family}_{name}.cu" for family in ("gemv", "qkv") for name in quantised]
+    return ("gemv.cu", "paged_attention.cu", "qkv.cu", "sample.cu", *products)
+
+
 def workspace_bytes(shape: Shape) -> int:
     """Bytes of the workspaces that `DeviceOps` makes for a model, and of `next_ids`."""
     heads = shape.heads + 2 * shape.kv_heads
     split = paged_attention.workspace_bytes(shape.heads, shape.kv_heads, shape.head_dim)
     return gemv.Workspace.nbytes(heads, shape.head_dim) + split + sampler.workspace_bytes(shape.vocab) + 8 * MAX_ROWS
-
-
-class Chunks(Protocol):
-    """The ops of a prefill chunk over packed weights; see `fwd.kernels.ops.Ops`."""
-
-    def qkv(self, hidden: Tensor, layer: QKV, rope: Tensor, rows: Rows, kv: KV) -> Tensor: ...  # noqa: D102
-    def attention(self, q: Tensor, rows: Rows, kv: KV, sinks: Tensor | None = None) -> Tensor: ...  # noqa: D102
-    def linear(self, x: Tensor, weight: QTensor, residual: Tensor, bias: Tensor | None = None) -> Tensor: ...  # noqa: D102
-    def gate_up(self, hidden: Tensor, norm: Norm, weight: QTensor) -> Tensor: ...  # noqa: D102
 
 
 class DeviceOps:
@@ -89,12 +85,15 @@ class DeviceOps:
         self._samplers: dict[int, sampler.Workspace] = {}
 
     def pack(self, weight: QTensor) -> QTensor:
-        """Return the matrix in the order that the kernels stream it."""
-        return weight.pack()
+        """Return the matrix in the order that the kernels stream it; in bfloat16 where none streams its format."""
+        outputs, inputs = weight.shape[-2:]
+        ordered = weight.groups is not None
+        taken = streams.refusal(weight.format, weight.block, outputs, inputs, ordered=ordered) is None
+        return (weight if taken else weight.rounded()).pack()
 
     def pack_head(self, weight: QTensor) -> QTensor:
-        """Return the same of the head, which `embed` reads as well."""
-        return self.pack(weight)
+        """Return the same of the head; `embed` reads it as well where it is the embedding."""
+        return self.pack(weight if weight.format in streams.HEADS else weight.rounded())
 
     def embed(self, ids: Tensor, weight: QTensor) -> Tensor:  # noqa: D102
         return gemv.embed(self.launcher, ids, weight, self.next_ids)
@@ -147,25 +146,3 @@ class DeviceOps:
         if vocab not in self._samplers:
             self._samplers[vocab] = sampler.Workspace.new(self.launcher, vocab)
         return self._samplers[vocab]
-
-
-class ReferenceChunks:
-    """The reference over packed weights, which are unpacked for each product."""
-
-    def __init__(self) -> None:
-        self._reference = Reference()
-
-    def qkv(self, hidden: Tensor, layer: QKV, rope: Tensor, rows: Rows, kv: KV) -> Tensor:  # noqa: D102
-        return self._reference.qkv(hidden, replace(layer, weight=self._plain(layer.weight)), rope, rows, kv)
-
-    def attention(self, q: Tensor, rows: Rows, kv: KV, sinks: Tensor | None = None) -> Tensor:  # noqa: D102
-        return self._reference.prefill_attention(q, rows, kv, sinks)
-
-    def linear(self, x: Tensor, weight: QTensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: D102
-        return self._reference.linear(x, self._plain(weight), residual, bias)
-
-    def gate_up(self, hidden: Tensor, norm: Norm, weight: QTensor) -> Tensor:  # noqa: D102
-        return self._reference.gate_up(hidden, norm, self._plain(weight))
-
-    def _plain(self, weight: QTensor) -> QTensor:
-        return self._reference.pack(packing.restore(weight))

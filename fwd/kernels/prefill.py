@@ -18,6 +18,7 @@ from fwd.kernels.paged_attention import KV_DTYPES, check
 from fwd.kernels.qtensor import QTensor
 from fwd.kernels.reference import normed
 from fwd.kernels.rows import Rows
+from fwd.kernels.unpack import unpack
 
 SLAB = 16 << 20  # bytes of unpacked weights: written and read again before they leave L2 (50 MB on an H200)
 _OUTPUTS = 128  # outputs of a slab are a multiple of this, the width of the library's tiles, where there are as many
@@ -64,13 +65,14 @@ class Prefill:
 
     def _slabs(self, weight: QTensor) -> Iterator[tuple[slice, Tensor]]:
         """The matrix part by part; the one before is overwritten."""
-        for outputs in slabs(weight.shape[0], weight.shape[1], self._scratch.numel()):
-            yield outputs, packing.unpack(weight, outputs, self._scratch)
+        outputs, inputs = weight.shape
+        for part in slabs(outputs, inputs, self._scratch.numel(), packing.inputs_of(weight)):
+            yield part, unpack(self._launcher, weight, part, self._scratch)
 
 
-def slabs(outputs: int, inputs: int, numbers: int) -> list[slice]:
+def slabs(outputs: int, inputs: int, numbers: int, block: int = packing.BLOCK) -> list[slice]:
     """Cut the outputs of a matrix [outputs, inputs] into parts of up to `numbers` weights, of like size."""
-    most = numbers // (-(-inputs // 32) * 32)
+    most = numbers // (-(-inputs // block) * block)
     grain = _OUTPUTS if most >= _OUTPUTS else 8
     assert most >= grain, f"a slab of {numbers} numbers holds no {grain} outputs of {inputs} inputs"
     parts = -(-outputs // (most // grain * grain))

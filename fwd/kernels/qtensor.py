@@ -1,5 +1,6 @@
 """A weight matrix in the format it is stored in: what every op takes as its weight."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,6 +15,7 @@ from fwd.kernels.dequantize import dequantize
 Format = Literal["fp32", "fp16", "bf16", "fp8", "mxfp4", "nvfp4", "int4"]
 
 PLAIN: dict[torch.dtype, Format] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_SLAB = 1024  # outputs that are dequantised at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +69,15 @@ class QTensor:
         if self.scales is not None:
             return dequantize(self, start, stop)
         return (self.data.to_dense() if self.data.is_mkldnn else self.data)[..., start:stop, :].float()
+
+    def rounded(self) -> "QTensor":
+        """Return the weight in bfloat16, row by row."""
+        assert not self.packed, "for the reader of a checkpoint"
+        data = torch.empty(self.shape, dtype=torch.bfloat16, device=self.data.device)
+        step = max(1, _SLAB // math.prod(self.shape[:-2]))
+        for start in range(0, self.shape[-2], step):
+            data[..., start : start + step, :] = self.dequantize(slice(start, start + step))
+        return QTensor.plain(data)
 
     def expert(self, index: int) -> "QTensor":
         """Return one matrix of a stack, a view."""

@@ -9,7 +9,7 @@ from fwd.errors import ConfigError, FwdError, KernelError
 from fwd.kernels import device as kernels
 from fwd.kernels import gxx, sources
 from fwd.kernels.cuda import CudaLauncher
-from fwd.kernels.device import SOURCES, DeviceOps, Shape
+from fwd.kernels.device import DeviceOps, Shape
 from fwd.kernels.gpu import Facts, probe, usable
 from fwd.kernels.host import HostLauncher
 from fwd.kernels.jit import Jit
@@ -42,14 +42,14 @@ def resolve(device: str, shape: Shape, facts: Facts | None = None) -> Kind:
     raise ConfigError(f"unknown device {device!r}: use {', '.join(DEVICES)}")
 
 
-def select(kind: Kind) -> Ops:
-    """Return the ops of what `resolve` gave; raises KernelError where they cannot be had."""
+def select(kind: Kind, shape: Shape) -> Ops:
+    """Return the ops of what `resolve` gave for a model; raises KernelError where they cannot be had."""
     match kind:
         case "cpu":
             return Reference()
         case "host":
             with ThreadPoolExecutor() as pool:
-                list(pool.map(gxx.build, (sources.home() / source for source in SOURCES)))
+                list(pool.map(gxx.build, (sources.home() / source for source in kernels.sources(shape))))
             return DeviceOps(HostLauncher())
         case "cuda":
             return DeviceOps(CudaLauncher())

@@ -18,7 +18,8 @@ from fwd.models.model import Model
 from fwd.models.moe import Moe
 from fwd.models.rehearsal import rehearse
 from fwd.models.source import Source
-from fwd.models.spec import ITEMSIZE, Family, ModelSpec
+from fwd.models.spec import Family, ModelSpec
+from fwd.models.streamed import streams_of
 
 FAMILIES: dict[Family, Callable[[ModelSpec, Any, torch.dtype, Source, int], Model]] = {
     "deepseek": DeepSeek,
@@ -46,7 +47,7 @@ def load(
     spec = run_spec(read_spec(folder), dtype)
     kind, family, numbers = resolve(device, shape(spec)), FAMILIES[spec.family], _DTYPES[spec.dtype]
     rehearse(folder, lambda rehearsal, unpacked: family(spec, unpacked, numbers, rehearsal, 1))
-    ops = select(kind)
+    ops = select(kind, shape(spec))
     with Checkpoint(folder, progress) as checkpoint:
         model = family(spec, ops, numbers, checkpoint, min(context or spec.max_context, spec.max_context))
     if spec.mtp > len(model.kept):
@@ -64,6 +65,7 @@ def shape(spec: ModelSpec) -> Shape:
         kv_heads=spec.kv_heads,
         head_dim=spec.head_dim,
         vocab=spec.vocab,
+        streams=streams_of(spec),
         beyond=_beyond(spec),
     )
 
@@ -71,5 +73,4 @@ def shape(spec: ModelSpec) -> Shape:
 def _beyond(spec: ModelSpec) -> tuple[str, ...]:
     """What of a model no kernel executes yet."""
     kinds = {"experts": spec.moe, "latent attention": spec.mla, "sinks": spec.sinks}
-    quantised = [f"{name} weights" for name in spec.weights() if name not in ITEMSIZE]
-    return tuple(kind for kind, present in kinds.items() if present) + tuple(quantised)
+    return tuple(kind for kind, present in kinds.items() if present)

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from fwd.models.layout import CacheLayout, KVFormat, Latent, Paged, State
-from fwd.models.quantization import PLAIN, Quantization
+from fwd.models.quantization import PLAIN, Quantization, Stored
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Family = Literal["dense", "moe", "gpt_oss", "deepseek"]
@@ -125,7 +125,7 @@ class ModelSpec:
     def weights(self, *, head: bool = True) -> dict[str, int]:
         """Bytes of all weights by the format they are held in, with or without a head that is not the embedding."""
         sizes: dict[str, int] = {}
-        for part, name, size in self.held:
+        for part, name, size, _ in self.held:
             if head or part.module != HEAD:
                 sizes[name] = sizes.get(name, 0) + size * part.copies
         return sizes
@@ -143,7 +143,7 @@ class ModelSpec:
 
         Experts are those that rows visit which choose each for itself and all alike: E·(1 − (1 − k/E)^rows) of E.
         """
-        weights = sum(size * part.read(rows) for part, _, size in self.held if part.module != EMBEDDING)
+        weights = sum(size * part.read(rows) for part, _, size, _ in self.held if part.module != EMBEDDING)
         head = self.vocab * self.hidden * ITEMSIZE[self.dtype] if self.tied else 0
         embedded = rows * self.hidden * ITEMSIZE[self.dtype]
         return round(weights) + head + embedded + rows * self.kv_bytes(context, kv)
@@ -181,11 +181,12 @@ class Part(NamedTuple):
 
 
 class Held(NamedTuple):
-    """A part, the format it is held in, and the bytes of one copy."""
+    """A part, the format it is held in, the bytes of one copy, and of quantised ones what files hold, fused."""
 
     part: Part
     format: str
     nbytes: int
+    stored: Stored | None = None
 
 
 def _held(spec: ModelSpec, part: Part) -> Held:
@@ -196,7 +197,7 @@ def _held(spec: ModelSpec, part: Part) -> Held:
     fused = stored.fused(part.heights)
     if part.turned[0] and not part.stays(fused.block[0] or sum(part.heights)):
         fused = replace(fused, block=(1, fused.block[1]))
-    return Held(part, stored.format, fused.nbytes(sum(part.heights), part.inputs))
+    return Held(part, stored.format, fused.nbytes(sum(part.heights), part.inputs), fused)
 
 
 def parts(spec: ModelSpec) -> Iterator[Part]:

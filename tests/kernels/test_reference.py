@@ -7,6 +7,7 @@ import pytest
 import torch
 from blocks import DTYPES, SHAPES, Block, chunk_rows, decode_rows, same_bits, scattered_tables
 
+from fwd.kernels.device import Shape
 from fwd.kernels.select import select
 
 
@@ -125,4 +126,5 @@ def test_unpadded_rows_are_a_programming_error():
 
 
 def test_the_reference_serves_the_cpu():
-    assert select("cpu").name == "reference"
+    shape = Shape("bfloat16", hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16, vocab=301)
+    assert select("cpu", shape).name == "reference"
