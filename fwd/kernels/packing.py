@@ -18,7 +18,7 @@ GROUP = 8  # outputs
 BLOCK = 32  # inputs of a sub-block: of a block of bfloat16
 TILE = 16  # outputs of a tensor core's tile, two groups; a matrix has whole tiles
 NUMBERS = 512  # bytes of the numbers of a block
-_SLAB = 1024  # outputs that are packed at a time: what it takes beside the weight is a few times their bytes
+_SLAB = 4 << 20  # bytes of numbers that are packed at a time: what it takes beside the weight is a few times as much
 
 
 class Layout(NamedTuple):
@@ -154,7 +154,8 @@ def _slabs(weight: "QTensor", layout: Layout) -> Tensor:
     outputs, inputs = weight.shape
     groups, blocks = -(-outputs // TILE) * TILE // GROUP, -(-inputs // layout.inputs)
     whole = torch.empty(groups, blocks, layout.nbytes, dtype=torch.uint8, device=weight.data.device)
-    for start in range(0, outputs, _SLAB):
-        part = layout.pack(weight, start, min(start + _SLAB, outputs))
+    step = max(1, _SLAB // (blocks * NUMBERS * 2)) * TILE
+    for start in range(0, outputs, step):
+        part = layout.pack(weight, start, min(start + step, outputs))
         whole[start // GROUP : start // GROUP + len(part)] = part
     return whole

@@ -4,6 +4,7 @@ A kernel gets its i-th pair of numbers, those of inputs 2i and 2i + 1, by rotati
 then an `or` of what it got; both halves of a word are alike.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -54,11 +55,11 @@ NIBBLE = Spread(4, 0, False, tuple((((32 - 4 * pair) % 32, 0x000F000F),) for pai
 
 def words_of(data: Tensor, spread: Spread) -> Tensor:
     """Return int32 [..]: the words of uint8 [.., 4], numbers in the order of their inputs, the even one lower."""
-    tables = _tables(spread).to(data.device)
-    words = tables[0][data[..., 0].int()]
-    for place in range(1, 4):
-        words |= tables[place][data[..., place].int()]
-    return words
+    low, high = _tables(spread, data.device)
+    pairs = data.contiguous().view(torch.int16).int() & 0xFFFF  # [.., 2]
+    words = low.index_select(0, pairs[..., 0].flatten())
+    words |= high.index_select(0, pairs[..., 1].flatten())
+    return words.view(data.shape[:-1])
 
 
 def bytes_of(words: Tensor, spread: Spread) -> Tensor:
@@ -88,8 +89,9 @@ def _code(both: Tensor, spread: Spread) -> Tensor:
     return code | (both >> 15 & 1) << (spread.bits - 1) if spread.signed else code
 
 
-def _tables(spread: Spread) -> Tensor:
-    """int32 [4, 256]: what a byte at each place adds to the word."""
+@cache
+def _tables(spread: Spread, device: torch.device) -> tuple[Tensor, Tensor]:
+    """int32 [65536] twice: what the first two bytes add to the word, and the last two."""
     count, mask = 8 // spread.bits, (1 << spread.bits) - 1
 
     def added(place: int, byte: int) -> int:
@@ -98,7 +100,9 @@ def _tables(spread: Spread) -> Tensor:
             codes[place * count + each] = byte >> each * spread.bits & mask
         return _signed(spread.word(codes))
 
-    return torch.tensor([[added(place, byte) for byte in range(256)] for place in range(4)], dtype=torch.int32)
+    bytes_ = torch.tensor([[added(place, byte) for byte in range(256)] for place in range(4)], dtype=torch.int32)
+    low, high = (bytes_[place] | bytes_[place + 1].unsqueeze(1) for place in (0, 2))
+    return low.flatten().to(device), high.flatten().to(device)
 
 
 def _rotated(word: int, left: int) -> int:
