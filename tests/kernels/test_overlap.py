@@ -4,6 +4,7 @@ import torch
 from agreement import same_bits
 from execution import Execution
 from layers import POSITIONS, Chance, angles
+from quants import FORMS, damped
 
 from fwd.kernels.device import DeviceOps
 from fwd.kernels.drawing import FIELDS, fill_row, kinds_of, new_drawing, new_outcome
@@ -23,31 +24,36 @@ DRAWS = [
 ]
 
 
-class Model:
-    """Two random layers over a cache, in bfloat16 (plain heads) or fp8 (heads are normed)."""
+# Of each layer: what its weights are, those with 72 inputs and the others.
+PLAIN = [("bf16", "bf16")] * 2
+QUANTISED = [("mxfp4", "int4-zeros"), ("nvfp4", "fp8-block"), ("fp8-channel", "int4-128")]
 
-    def __init__(self, *, fp8):
+
+class Model:
+    """Random layers over a cache, in bfloat16 (plain heads) or fp8 (heads are normed)."""
+
+    def __init__(self, *, fp8, forms):
         chance = Chance(11)
         self.embedding = chance.matrix(VOCAB, HIDDEN).pack()
         self.last, self.rope = chance.norm(HIDDEN), torch.stack(angles(DIM), dim=1)
-        self.layers = [self.layer(chance, fp8) for _ in range(2)]
+        self.layers = [self.layer(chance, fp8, *pair) for pair in forms]
         self.tables = torch.randperm(LINES * PAGES, generator=chance.generator).int().view(LINES, PAGES)
 
-    def layer(self, chance, fp8):
+    def layer(self, chance, fp8, narrow, wide):
         width = (HEADS + 2 * KV_HEADS) * DIM
         norms = [chance.norm(DIM) if fp8 else None for _ in range(2)]
-        qkv = QKV(chance.norm(HIDDEN), chance.matrix(width, HIDDEN).pack(), None, *norms, KV_HEADS, DIM)
+        qkv = QKV(chance.norm(HIDDEN), matrix(chance, narrow, width, HIDDEN), None, *norms, KV_HEADS, DIM)
         size = (LINES * PAGES * PAGE, KV_HEADS, DIM)
         cells = [torch.zeros(size).to(torch.float8_e4m3fn if fp8 else torch.bfloat16) for _ in range(2)]
         scales = [torch.zeros(size[:2]) if fp8 else None for _ in range(2)]
-        output, gate_up = chance.matrix(HIDDEN, HEADS * DIM).pack(), chance.matrix(2 * INNER, HIDDEN).pack()
+        output, gate_up = matrix(chance, wide, HIDDEN, HEADS * DIM), matrix(chance, narrow, 2 * INNER, HIDDEN)
         return (
             qkv,
             KV(*cells, PAGE, 0, 0, *scales),
             output,
             chance.norm(HIDDEN),
             gate_up,
-            chance.matrix(HIDDEN, INNER).pack(),
+            matrix(chance, wide, HIDDEN, INNER),
         )
 
     def logits(self, ops, ids, rows):
@@ -65,9 +71,15 @@ class Model:
         return Rows(positions, sequences, torch.full_like(sequences, -1), (Cells(slots, self.tables),))
 
 
-def decoded(launcher, *, fp8):
+def matrix(chance, form, outputs, inputs):
+    if form == "bf16":
+        return chance.matrix(outputs, inputs).pack()
+    return damped(form, outputs, inputs, seed=int(torch.randint(99, (), generator=chance.generator))).pack()
+
+
+def decoded(launcher, *, fp8, forms=PLAIN):
     """Ids and log-probabilities of some steps, each of which begins with what the one before drew, and all logits."""
-    model, ops, found = Model(fp8=fp8), DeviceOps(launcher), []
+    model, ops, found = Model(fp8=fp8, forms=forms), DeviceOps(launcher), []
     drawing, outcome = new_drawing(ops.device, LINES, LINES, VOCAB), new_outcome(LINES, LINES, ops.device)
     for row, draw in enumerate(DRAWS):
         fill_row({name: getattr(drawing, name).numpy() for name in FIELDS}, row, draw, kinds_of(draw))
@@ -82,12 +94,12 @@ def decoded(launcher, *, fp8):
     return found
 
 
-def same_everywhere(folder=None):
+def same_everywhere(folder=None, forms=PLAIN):
     for fp8 in (False, True):
-        plain = decoded(HostLauncher(folder=folder), fp8=fp8)
+        plain = decoded(HostLauncher(folder=folder), fp8=fp8, forms=forms)
         assert len({tuple(ids.tolist()) for ids in plain[::3]}) > 1, "every step draws the same"
         for seed, poison in ((1, 0xFF), (2, 0x3F)):
-            overlapping = decoded(HostLauncher(seed, poison, dependent=True, folder=folder), fp8=fp8)
+            overlapping = decoded(HostLauncher(seed, poison, dependent=True, folder=folder), fp8=fp8, forms=forms)
             if not all(map(same_bits, plain, overlapping)):
                 return False
     return True
@@ -95,6 +107,12 @@ def same_everywhere(folder=None):
 
 def test_launches_that_overlap_give_the_same_bits():
     assert same_everywhere()
+
+
+def test_so_do_launches_over_quantised_weights():
+    assert same_everywhere(forms=QUANTISED)
+    kernels = {FORMS[form][2] for pair in QUANTISED for form in pair}
+    assert kernels == {"fp8", "mxfp4", "nvfp4", "int4_32", "int4_128"}
 
 
 def test_one_that_reads_too_early_is_seen(tmp_path):
