@@ -1,10 +1,11 @@
-// The bodies of the kernels of experts_*.cu, generic over the format of the weights: rows 1–16, one launch each.
+// The bodies of the kernels of experts_*.cu and chunk_experts_*.cu, generic over the format of the weights.
 #pragma once
 
 #include "experts.cuh"
 
 namespace fwd::experts {
 
+constexpr int kChunkColumns = 4;  // of 8 rows
 constexpr float kAlpha = 1.702f, kLimit = 7.0f;  // of the clamped activation
 
 FWD_INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
@@ -17,21 +18,27 @@ FWD_INLINE float activated(float gate, float up, bool clamped) {
     return gate * sigmoid(kAlpha * gate) * (up + 1.0f);
 }
 
-// out [visits, width] and shared_out [rows, shared_width]: outputs m and m ^ 8 of a tile are gate and up of one place.
-template <class Format, int kColumns>
-FWD_INLINE void gate_up(const bf16* x, gemv::Packed weight, const float* bias, gemv::Packed shared_weight,
-                        const int* table, bf16* out, bf16* shared_out, int rows, int top_k, int inputs, int width,
-                        int shared_width, int clamped, unsigned char* shared) {
-    grid_dependency_trigger();
-    constexpr int kRows = 8 * kColumns, kFloats = kWarps * kRows * kPitch + kEarly;
-    Work<Format, kColumns, false> work({weight, bias, x, top_k, inputs, 2 * width, true},
-                                       {shared_weight, nullptr, x, 1, inputs, 2 * shared_width, true},
-                                       {table, rows * top_k}, rows);
-    grid_dependency_wait();
-    work.open();
-    float* memory = reinterpret_cast<float*>(shared);
-    Parts parts{memory, memory + kWarps * kRows * kPitch, kRows};
-    run<Format, kColumns, 2>(work, parts, kFloats, [&](const Unit& unit, const Parts& parts) {
+// What the first tiles of `expert_down` want comes into L2 while the last ones of gate and up are computed: a thread
+// asks for an item's tile. In the form of `down` [experts, inputs, width], null for none.
+template <class Format, class Work>
+FWD_INLINE void prefetch_down(const Work& work, const void* down, int inputs, int width) {
+    constexpr int kItems = 4;
+    int groups = (inputs + kTile - 1) / kTile * 2, bytes = gemv::blocks_of<Format>(width) * Format::kBytes;
+    int item = work.shared_items + threadIdx.x, tile = blockIdx.x;
+    if (!down || threadIdx.x >= kItems || item >= work.items || 2 * tile >= groups) return;
+    int64_t group = int64_t{work.item(item).expert} * groups + 2 * tile;
+    prefetch_l2(static_cast<const unsigned char*>(down) + group * bytes, 2 * bytes);
+}
+
+// out [visits, width] and shared_out [rows, width]: outputs m and m ^ 8 of a tile are gate and up of one place.
+struct Activate {
+    bf16* out;
+    bf16* shared_out;
+    int width, shared_width;
+    bool clamped;
+
+    template <class Format, class Work>
+    FWD_INLINE void put(const Work& work, const Unit& unit, const Parts& parts) const {
         Item item = work.item(unit.begin);
         bool own = item.expert >= 0;
         for (int at = threadIdx.x; at / 32 * 32 < item.count * kTile; at += kThreads) {
@@ -42,7 +49,51 @@ FWD_INLINE void gate_up(const bf16* x, gemv::Packed weight, const float* bias, g
             bf16* to = own ? out + row * width : shared_out + row * shared_width;
             to[unit.tile * 8 + m] = to_bf16(activated(gate, up, own && clamped));
         }
+    }
+};
+
+// products [visits, outputs] in float32, those of the shared expert [rows, outputs] behind them.
+struct Apart {
+    float* products;
+
+    template <class Format, class Work>
+    FWD_INLINE void put(const Work& work, const Unit& unit, const Parts& parts) const {
+        Item item = work.item(unit.begin);
+        int outputs = work.routed.outputs;
+        for (int at = threadIdx.x; at < item.count * kTile; at += kThreads) {
+            int place = at / kTile, m = at % kTile, output = unit.tile * kTile + m, position = item.first + place;
+            int64_t row = item.expert < 0 ? work.table.visits + position : work.table.visit(position);
+            if (output < outputs) products[row * outputs + output] = parts.template value<Format>(place, 0, m);
+        }
+    }
+};
+
+// A unit is a tile and one item: put(work, unit, parts) takes its sums.
+template <class Format, int kColumns, class Put>
+FWD_INLINE void by_items(Work<Format, kColumns, false>& work, unsigned char* shared, Put put) {
+    constexpr int kRows = 8 * kColumns, kFloats = kWarps * kRows * kPitch + kEarly;
+    Stream<Format, Work<Format, kColumns, false>> stream(work);
+    grid_dependency_wait();
+    work.open();
+    float* memory = reinterpret_cast<float*>(shared);
+    Parts parts{memory, memory + kWarps * kRows * kPitch, kRows};
+    auto before = [](const Unit&) { return 0; };
+    run<Format, kColumns, 2>(work, stream, parts, kFloats, before,
+                             [&](const Unit& unit, const Parts& parts, int) { put(unit, parts); });
+}
+
+template <class Format>
+FWD_INLINE void gate_up(const bf16* x, gemv::Packed weight, const float* bias, gemv::Packed shared_weight,
+                        const void* down, const int* table, const Activate& activate, int rows, int top_k, int inputs,
+                        unsigned char* shared) {
+    grid_dependency_trigger();
+    Work<Format, 1, false> work({weight, bias, x, top_k, inputs, 2 * activate.width, true},
+                                {shared_weight, nullptr, x, 1, inputs, 2 * activate.shared_width, true},
+                                {table, rows * top_k}, rows);
+    by_items<Format, 1>(work, shared, [&](const Unit& unit, const Parts& parts) {
+        activate.put<Format>(work, unit, parts);
     });
+    prefetch_down<Format>(work, down, inputs, activate.width);
 }
 
 // How a row's visits are summed, in shared memory: of each visit where its sums stand, which item's, what they weigh.
@@ -75,9 +126,10 @@ FWD_INLINE void down(const bf16* active, const bf16* shared_active, gemv::Packed
                      unsigned char* shared) {
     grid_dependency_trigger();
     bool routed = weight.data;
-    Work<Format, 1, true> work({weight, bias, active, 1, inputs, outputs, false},
-                               {shared_weight, nullptr, shared_active, 1, shared_inputs, outputs, false},
-                               {table, rows * top_k}, rows);
+    using Whole = Work<Format, 1, true>;
+    Whole work({weight, bias, active, 1, inputs, outputs, false},
+               {shared_weight, nullptr, shared_active, 1, shared_inputs, outputs, false}, {table, rows * top_k}, rows);
+    Stream<Format, Whole> stream(work);
     grid_dependency_wait();
     work.open();
     int visits = routed ? rows * top_k : 0, positions = visits + (work.shared_items ? rows : 0);
@@ -86,7 +138,12 @@ FWD_INLINE void down(const bf16* active, const bf16* shared_active, gemv::Packed
     Parts parts{memory + 3 * visits, memory + 3 * visits + kWarps * positions * kPitch, positions};
     choices.fill(work, experts, weights, visits);  // read behind the first barrier
     int row = threadIdx.x / kTile, m = threadIdx.x % kTile;
-    run<Format, 1, 1>(work, parts, 0, [&](const Unit& unit, const Parts& parts) {
+    auto before = [&](const Unit& unit) {
+        int output = unit.tile * kTile + m;
+        if (!routed || row >= rows || output >= outputs) return 0.0f;
+        return to_float(residual[int64_t{row} * outputs + output]);
+    };
+    run<Format, 1, 1>(work, stream, parts, 0, before, [&](const Unit& unit, const Parts& parts, float found) {
         int output = unit.tile * kTile + m;
         if (row >= rows || output >= outputs) return;
         int64_t place = int64_t{row} * outputs + output;
@@ -102,7 +159,26 @@ FWD_INLINE void down(const bf16* active, const bf16* shared_active, gemv::Packed
             return;
         }
         if (beside) sum += beside[place];
-        residual[place] = to_bf16(sum + to_float(residual[place]));
+        residual[place] = to_bf16(sum + found);
+    });
+}
+
+// Either of both for a chunk, whose visits are too many for shared memory: down where there are `products`, which
+// `combine` sums; `visits` are those of a row of x.
+template <class Format, int kColumns>
+FWD_INLINE void chunk(const bf16* x, const bf16* shared_x, gemv::Packed weight, const float* bias,
+                      gemv::Packed shared_weight, const int* table, const Activate& activate, float* products, int rows,
+                      int top_k, int visits, int inputs, int shared_inputs, int outputs, int shared_outputs,
+                      unsigned char* shared) {
+    grid_dependency_trigger();
+    bool halves = products == nullptr;
+    Work<Format, kColumns, false> work(
+        {weight, bias, x, visits, inputs, outputs, halves},
+        {shared_weight, nullptr, shared_x, 1, shared_inputs, shared_outputs, halves}, {table, rows * top_k}, rows);
+    Apart apart{products};
+    by_items<Format, kColumns>(work, shared, [&](const Unit& unit, const Parts& parts) {
+        if (halves) activate.put<Format>(work, unit, parts);
+        else apart.put<Format>(work, unit, parts);
     });
 }
 
@@ -111,23 +187,36 @@ FWD_INLINE void down(const bf16* active, const bf16* shared_active, gemv::Packed
 #define FWD_EXPERT_GATE_UP(Format)                                                                                     \
     extern "C" __global__ void __launch_bounds__(fwd::experts::kThreads, fwd::experts::kResident)                      \
         expert_gate_up(const fwd::bf16* x, const void* weight, const float* factors, const float* bias,                \
-                       const void* shared_weight, const float* shared_factors, const int* table, fwd::bf16* out,       \
-                       fwd::bf16* shared_out, int rows, int top_k, int inputs, int width, int shared_width,            \
-                       int clamped) {                                                                                  \
+                       const void* shared_weight, const float* shared_factors, const void* down, const int* table,     \
+                       fwd::bf16* out, fwd::bf16* shared_out, int rows, int top_k, int inputs, int width,              \
+                       int shared_width, int clamped) {                                                                \
         FWD_SHARED(shared);                                                                                            \
-        fwd::experts::gate_up<fwd::gemv::Format, 1>(x, {weight, factors}, bias, {shared_weight, shared_factors},       \
-                                                    table, out, shared_out, rows, top_k, inputs, width, shared_width, \
-                                                    clamped, shared);                                                  \
+        fwd::experts::gate_up<fwd::gemv::Format>(x, {weight, factors}, bias, {shared_weight, shared_factors}, down,    \
+                                                 table, {out, shared_out, width, shared_width, clamped != 0}, rows,    \
+                                                 top_k, inputs, shared);                                               \
     }
 
-#define FWD_EXPERT_DOWN(Format)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(fwd::experts::kThreads, fwd::experts::kResident)                     \
+#define FWD_EXPERT_DOWN(Format)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(fwd::experts::kThreads, fwd::experts::kResident)                      \
         expert_down(const fwd::bf16* active, const fwd::bf16* shared_active, const void* weight, const float* factors, \
-                    const float* bias, const void* shared_weight, const float* shared_factors, const int* table,      \
+                    const float* bias, const void* shared_weight, const float* shared_factors, const int* table,       \
                     const int* experts, const float* weights, fwd::bf16* residual, float* beside, int rows, int top_k, \
-                    int inputs, int shared_inputs, int outputs) {                                                     \
-        FWD_SHARED(shared);                                                                                           \
-        fwd::experts::down<fwd::gemv::Format>(active, shared_active, {weight, factors}, bias,                         \
-                                              {shared_weight, shared_factors}, table, experts, weights, residual,     \
-                                              beside, rows, top_k, inputs, shared_inputs, outputs, shared);           \
+                    int inputs, int shared_inputs, int outputs) {                                                      \
+        FWD_SHARED(shared);                                                                                            \
+        fwd::experts::down<fwd::gemv::Format>(active, shared_active, {weight, factors}, bias,                          \
+                                              {shared_weight, shared_factors}, table, experts, weights, residual,      \
+                                              beside, rows, top_k, inputs, shared_inputs, outputs, shared);            \
+    }
+
+#define FWD_CHUNK(Format)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(fwd::experts::kThreads, 1) chunk_experts(                             \
+        const fwd::bf16* x, const fwd::bf16* shared_x, const void* weight, const float* factors, const float* bias,    \
+        const void* shared_weight, const float* shared_factors, const int* table, fwd::bf16* out,                      \
+        fwd::bf16* shared_out, float* products, int rows, int top_k, int visits, int inputs, int shared_inputs,        \
+        int outputs, int shared_outputs, int clamped) {                                                                \
+        FWD_SHARED(shared);                                                                                            \
+        fwd::experts::chunk<fwd::gemv::Format, fwd::experts::kChunkColumns>(                                           \
+            x, shared_x, {weight, factors}, bias, {shared_weight, shared_factors}, table,                              \
+            {out, shared_out, outputs / 2, shared_outputs / 2, clamped != 0}, products, rows, top_k, visits, inputs,   \
+            shared_inputs, outputs, shared_outputs, shared);                                                           \
     }

@@ -87,11 +87,11 @@ struct Work {
     FWD_INLINE Work(const Stack<Format>& routed, const Stack<Format>& shared, Table table, int rows)
         : routed(routed), shared(shared), table(table), rows(rows) {
         shared_items = shared.data ? (rows + kRows - 1) / kRows : 0;
-        items = units = 0;
+        count(0);
     }
-    // Behind the wait: the table is another kernel's.
-    FWD_INLINE void open() {
-        int found = routed.data ? table.items() : 0;
+    // Behind the wait: the table is another kernel's. Before it there is only the shared expert.
+    FWD_INLINE void open() { count(routed.data ? table.items() : 0); }
+    FWD_INLINE void count(int found) {
         items = shared_items + found;
         units = kWhole ? routed.tiles : shared_items * shared.tiles + found * routed.tiles;
     }
@@ -122,18 +122,39 @@ struct Work {
 // The weights on their way: always one turn of `kDepth` blocks ahead of the sums.
 template <class Format, class Work>
 struct Stream {
-    static constexpr int kDepth = Format::kSteps, kBytes = Format::kBytes;
-    typename Format::Held held[kDepth][2];
+    using Held = typename Format::Held;
+    static constexpr int kDepth = sizeof(Held) > 20 ? 3 : 4;  // so many registers remain; 29 KB under way and more
+    static constexpr int kBytes = Format::kBytes;
+    Held held[kDepth][2];
     const unsigned char* next[2];
     const float* cells[2];
     Unit unit;
     int index, item;
-    int left;  // blocks of the item from this warp's next on
+    int left;   // blocks of the item from this warp's next on
+    int there;  // of the first turn, before the wait
 
+    // Before the wait: what is the shared expert's.
     FWD_INLINE Stream(const Work& work) {
         enter(work, blockIdx.x);
+        there = 0;
 #pragma unroll
-        for (int step = 0; step < kDepth; ++step) fetch(work, step);
+        for (int step = 0; step < kDepth; ++step) {
+            if (item < unit.end) fetch(work, step), there = step + 1;
+        }
+    }
+    // Behind it, when the work is open: the rest of the first turn.
+    FWD_INLINE void open(const Work& work) {
+        if (there == 0) {
+            enter(work, blockIdx.x);
+        } else {
+            bool passed = item >= unit.end;
+            unit = work.unit(index);
+            if (passed && item < unit.end) aim(work);
+        }
+#pragma unroll
+        for (int step = 0; step < kDepth; ++step) {
+            if (step >= there) fetch(work, step);
+        }
         turn(work);
     }
     FWD_INLINE void enter(const Work& work, int wanted) {
@@ -199,20 +220,19 @@ struct Visitors {
 // A warp's block of one item.
 template <class Format, int kColumns>
 FWD_INLINE void multiply(float (&sums)[kColumns][4], const typename Format::Held (&held)[2],
-                         const Visitors<kColumns>& rows, int block) {
-    constexpr int kSub = Format::kSub, kReads = kColumns < 4 ? 4 / kColumns < kSub ? 4 / kColumns : kSub : 1;
+                         const Visitors<kColumns>& rows, int count, int block) {
+    constexpr int kSub = Format::kSub;
     float span[kColumns][4];
-    uint4 x[kReads][kColumns];
+    uint4 x[kSub][kColumns];  // all reads are under way at once
 #pragma unroll
-    for (int sub = 0; sub < kSub; ++sub) {
-        if (sub % kReads == 0) {
+    for (int sub = 0; sub < kSub; ++sub)
 #pragma unroll
-            for (int j = 0; j < kReads; ++j)
-#pragma unroll
-                for (int c = 0; c < kColumns; ++c) x[j][c] = rows.at(c, block * kSub + sub + j);
+        for (int c = 0; c < kColumns; ++c) {
+            x[sub][c] = make_uint4(0, 0, 0, 0);
+            if (c == 0 || 8 * c < count) x[sub][c] = rows.at(c, block * kSub + sub);
         }
-        gemv::accumulate<Format>(sums, span, held[0], held[1], sub, x[sub % kReads]);
-    }
+#pragma unroll
+    for (int sub = 0; sub < kSub; ++sub) gemv::accumulate<Format>(sums, span, held[0], held[1], sub, x[sub]);
 }
 
 template <int kColumns>
@@ -272,15 +292,17 @@ FWD_INLINE void fetch_early(const Work& work, const Unit& unit, const Parts& par
     cp_async_commit();
 }
 
-// All units of this block: when the parts of one are there, put(unit, parts). `kTurns` parts take turns.
-template <class Format, int kColumns, int kTurns, class Work, class Put>
-FWD_INLINE void run(const Work& work, Parts parts, int floats, Put put) {
-    Stream<Format, Work> stream(work);
+// All units of this block, behind the wait: what `before(unit)` found early goes to put(unit, parts, found) when the
+// parts are there. `kTurns` parts take turns, `floats` apart.
+template <class Format, int kColumns, int kTurns, class Work, class Before, class Put>
+FWD_INLINE void run(const Work& work, Stream<Format, Work>& stream, Parts parts, int floats, Before before, Put put) {
+    stream.open(work);
     Visitors<kColumns> rows;
-    int used = 0;
+    bool used = false;
     for (int index = blockIdx.x; index < work.units; index += gridDim.x) {
         Unit unit = work.unit(index);
         fetch_early<Format>(work, unit, parts);
+        auto found = before(unit);
         float sums[kColumns][4];
         clear(sums);
         int at = unit.begin, block = warp_index(), blocks = 0;
@@ -294,7 +316,7 @@ FWD_INLINE void run(const Work& work, Parts parts, int floats, Put put) {
 #pragma unroll
             for (int step = 0; step < stream.kDepth; ++step) {
                 bool on = at < unit.end;
-                if (on && block < blocks) multiply<Format>(sums, stream.held[step], rows, block);
+                if (on && block < blocks) multiply<Format>(sums, stream.held[step], rows, item.count, block);
                 stream.fetch(work, step);
                 block += kWarps;
                 if (on && block - warp_index() >= blocks) {
@@ -308,10 +330,9 @@ FWD_INLINE void run(const Work& work, Parts parts, int floats, Put put) {
         }
         cp_async_wait<0>();
         block_barrier();
-        put(unit, parts);
+        put(unit, parts, found);
         if (kTurns == 1) block_barrier();
-        int step = used ? -floats : floats;
-        if (kTurns == 2) parts.sums += step, parts.early += step, used = !used;
+        if (kTurns == 2) parts.sums += used ? -floats : floats, parts.early += used ? -floats : floats, used = !used;
     }
 }
 

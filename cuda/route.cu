@@ -178,19 +178,31 @@ FWD_INLINE void sort_visits(const int* experts, int visits, int many, int limit,
     }
 }
 
+// Weights that are needed later start on their way to L2 while memory has little to do, which is behind the wait: before
+// it the launch before this one streams its own. Block z = 1 … of all rows and tiles have `each` bytes of them in turn.
+FWD_INLINE void fetch_ahead(const unsigned char* ahead, int bytes, int each) {
+    grid_dependency_wait();
+    int64_t from = int64_t{((blockIdx.z - 1) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x} * each;
+    if (threadIdx.x == 0 && from < bytes)
+        prefetch_l2(ahead + from, static_cast<uint32_t>(min(int64_t{each}, bytes - from)));
+}
+
 }  // namespace fwd::routing
 
 // x [rows, inputs]: hidden, normed. experts, weights [rows, top_k]; table: see fwd.kernels.expert_kernels.Workspace.
-// Blocks of part y of the grid have rows 8y … 8y + 7; counters: one of each part, and one of all.
+// Blocks of part y of the grid have rows 8y … 8y + 7; counters: one of each part, and one of all. Those of z > 0 fetch
+// the first `ahead_bytes` of what is at `ahead`, immutable, `ahead_each` bytes a block.
 extern "C" __global__ void __launch_bounds__(fwd::gemv::kThreads, fwd::gemv::kResident)
     route(const fwd::bf16* hidden, const fwd::bf16* norm, float eps, const void* weight, const float* bias,
           const float* correction, const int64_t* sequences, fwd::bf16* x, int* experts, float* weights, int* table,
           float* logits, int* counters, int all_rows, int inputs, int many, int top_k, int groups, int top_groups,
-          int scoring, int normalize, float scale, int limit) {
+          int scoring, int normalize, float scale, int limit, const unsigned char* ahead, int ahead_bytes,
+          int ahead_each) {
     using namespace fwd;
     using gemv::Bf16, gemv::kThreads;
     FWD_SHARED(shared);
     grid_dependency_trigger();
+    if (blockIdx.z > 0) return routing::fetch_ahead(ahead, ahead_bytes, ahead_each);
     int first = blockIdx.y * routing::kRows, rows = min(routing::kRows, all_rows - first);
     hidden += int64_t{first} * inputs, x += int64_t{first} * inputs, logits += int64_t{first} * many;
     gemv::Neighbours<1> tiling;
@@ -217,4 +229,25 @@ extern "C" __global__ void __launch_bounds__(fwd::gemv::kThreads, fwd::gemv::kRe
     }
     if (!last_arriver(counters + gridDim.y, gridDim.y)) return;
     routing::sort_visits(experts, all_rows * top_k, many, limit, table, shared);
+}
+
+// residual [rows, outputs] += Σ weightₖ·productₖ + shared, in that order in float32, rounded once: a block has a row.
+// products: those of visits, and of rows behind them if `shared`.
+extern "C" __global__ void __launch_bounds__(fwd::gemv::kThreads)
+    combine(const float* products, const int* experts, const float* weights, fwd::bf16* residual, int rows, int top_k,
+            int outputs, int shared) {
+    using namespace fwd;
+    grid_dependency_trigger();
+    grid_dependency_wait();
+    int64_t row = blockIdx.x;
+    for (int output = threadIdx.x; output < outputs; output += gemv::kThreads) {
+        float sum = 0.0f;
+        for (int64_t visit = row * top_k; visit < (row + 1) * top_k; ++visit) {
+            if (experts[visit] < 0) break;
+            sum += weights[visit] * products[visit * outputs + output];
+        }
+        if (shared) sum += products[(int64_t{rows} * top_k + row) * outputs + output];
+        bf16* place = residual + row * outputs + output;
+        *place = to_bf16(sum + to_float(*place));
+    }
 }

@@ -1,20 +1,27 @@
-"""Mixtures of experts as kernels (`cuda/route.cu`, `cuda/experts_*.cu`): 1–16 rows, bfloat16, over packed weights."""
+"""Mixtures of experts as kernels, in bfloat16 over packed weights: decode rows, or all rows of a prefill chunk.
 
+`cuda/route.cu` chooses and sorts visits by expert; `cuda/experts_*.cu` and `cuda/chunk_experts_*.cu` take them in items
+of one expert and up to so many rows. A row has the same bits in both, and in any company.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fwd.kernels import gemv
-from fwd.kernels.launch import Kernel, Launcher
+from fwd.kernels.launch import Argument, Kernel, Launcher
 from fwd.kernels.ops import Active, Experts, Routed, Router
 from fwd.kernels.packing import TILE, name_of
 from fwd.kernels.qtensor import QTensor
 from fwd.kernels.rows import MAX_ROWS, Rows
 
 MAX_EXPERTS, MAX_TOP_K, MAX_GROUPS = 512, 32, 32
-COLUMN = 8  # rows of an item: visits of an expert that one read of its weights is for
+ITEM, CHUNK_ITEM = 8, 32  # rows of an item: visits of an expert that one read of its weights is for
 _THREADS, _WARPS = 256, 8
+_AHEAD = 16 << 20  # bytes that are fetched ahead at most: what experts of few rows leave of an L2 of 50 MB
 _PITCH = 20  # floats from the sums of a visit to those of the next
 _EARLY = 32  # floats of an item's biases and factors
 _SCORINGS = {"softmax": 0, "topk_softmax": 1, "sigmoid": 2}
@@ -30,24 +37,36 @@ class Workspace:
 
     table: Tensor  # int32 [4 + 7 · visits]
     logits: Tensor  # float32 [rows · experts]
-    beside: Tensor  # float32 [rows · hidden], for shared experts in a format of their own
+    products: (
+        Tensor  # float32 [(visits + rows) · hidden]; for decode rows, of another format's shared expert: [rows · …]
+    )
     counters: Tensor  # int32 [rows / 8 + 1]: 0 between launches
 
     @classmethod
     def of(cls, launcher: Launcher, hidden: int, experts: int, top_k: int, *, rows: int = MAX_ROWS) -> "Workspace":
-        """Return one of `workspace_bytes`."""
-        parts = -(-rows // COLUMN)
+        """Return one for steps of up to `rows` rows: `workspace_bytes`."""
         return cls(
             launcher.empty((4 + 7 * rows * top_k,), torch.int32),
             launcher.empty((rows * experts,), torch.float32),
-            launcher.empty((rows * hidden,), torch.float32),
-            torch.zeros(parts + 1, dtype=torch.int32, device=launcher.device),
+            launcher.empty((_products(rows, top_k) * hidden,), torch.float32),
+            torch.zeros(-(-rows // ITEM) + 1, dtype=torch.int32, device=launcher.device),
         )
 
 
 def workspace_bytes(hidden: int, experts: int, top_k: int, rows: int = MAX_ROWS) -> int:
     """Bytes of a `Workspace`."""
-    return 4 * (4 + 7 * rows * top_k + rows * (experts + hidden) + -(-rows // COLUMN) + 1)
+    words = 4 + 7 * rows * top_k + rows * experts + _products(rows, top_k) * hidden + -(-rows // ITEM) + 1
+    return 4 * words
+
+
+def _products(rows: int, top_k: int) -> int:
+    return rows if rows <= MAX_ROWS else rows * (top_k + 1)
+
+
+def sources(names: Iterable[str], *, chunks: bool) -> tuple[str, ...]:
+    """Return the files of a mixture whose weights are streamed as `names` say; `chunks`: those of a prefill as well."""
+    families = ("experts", "chunk_experts") if chunks else ("experts",)
+    return ("route.cu", *(f"{family}_{name}.cu" for family in families for name in names))
 
 
 def supports(*, hidden: int, intermediate: int, experts: int, top_k: int, groups: int = 1) -> str | None:
@@ -65,31 +84,53 @@ def supports(*, hidden: int, intermediate: int, experts: int, top_k: int, groups
     return None
 
 
+class Ahead(NamedTuple):
+    """How the first `nbytes` of weights come to L2 while a router chooses: by planes of as many blocks as it has.
+
+    Block i of all of them fetches bytes i·each … (i + 1)·each, as far as they are among these.
+    """
+
+    nbytes: int
+    planes: int
+    each: int
+
+    @classmethod
+    def of(cls, size: int, blocks: int, multiprocessors: int) -> "Ahead":
+        """For weights of `size` bytes, beside `blocks` blocks that choose: one on each multiprocessor that is left."""
+        nbytes = min(size, _AHEAD) // 16 * 16
+        if not nbytes:
+            return cls(0, 0, 0)
+        planes = max(1, multiprocessors // blocks - 1)
+        return cls(nbytes, planes, -(-nbytes // (16 * planes * blocks)) * 16)
+
+
 def route(launcher: Launcher, workspace: Workspace, hidden: Tensor, router: Router, rows: Rows) -> Routed:
     """See `fwd.kernels.ops.ExpertOps.route`; the table of the workspace is of these rows from here on."""
     count, inputs = hidden.shape
     experts, top_k = router.weight.shape[0], router.top_k
     _check_router(hidden, router, rows)
+    parts = -(-count // ITEM)
     assert workspace.logits.numel() >= count * experts, (count, experts)
     assert workspace.table.numel() >= 4 + 7 * count * top_k, (count, top_k)
-    parts = -(-count // COLUMN)
     assert len(workspace.counters) > parts, parts
     routed = Routed(
         launcher.empty((count, inputs), torch.bfloat16),
         launcher.empty((count, top_k), torch.int32),
         launcher.empty((count, top_k), torch.float32),
     )
-    at_once = min(count, COLUMN)
-    shared = max(gemv.staged_bytes(at_once, inputs), 4 * _WARPS * MAX_EXPERTS, 4 * (count * top_k + _WARPS))
+    shared = route_bytes(count, inputs, top_k)
+    tiles = gemv.blocks(-(-experts // TILE), launcher, shared)
+    later = None if router.ahead is None else router.ahead.data
+    ahead = Ahead.of(0 if later is None else later.nbytes, tiles * parts, launcher.multiprocessors)
     launcher.launch(
         Kernel("route.cu", "route"),
-        (gemv.blocks(-(-experts // TILE), launcher, shared), parts, 1),
+        (tiles, parts, 1 + ahead.planes),
         _THREADS,
         shared,
         *(hidden, router.norm.weight, router.norm.eps, router.weight.data, router.bias, router.correction),
         *(rows.sequences, *routed, workspace.table, workspace.logits, workspace.counters),
         *(count, inputs, experts, top_k, router.groups, router.top_groups, _SCORINGS[router.scoring]),
-        *(int(router.normalize), router.scale, COLUMN),
+        *(int(router.normalize), router.scale, _item(count), later, ahead.nbytes, ahead.each),
     )
     return routed
 
@@ -109,19 +150,42 @@ def expert_gate_up(launcher: Launcher, workspace: Workspace, routed: Routed, exp
         launcher.empty((count, top_k, width), torch.bfloat16),
         None if shared is None else launcher.empty((count, shared_width), torch.bfloat16),
     )
-    for weight, alone in _launches(own, shared):
-        given = weight if weight is own else None
-        units = (count * top_k * width if given else 0) + (count * shared_width if alone else 0)
-        size = 2 * (_WARPS * COLUMN * _PITCH + _EARLY) * 4
-        launcher.launch(
-            Kernel(_source(weight), "expert_gate_up"),
-            (gemv.blocks(units // 8, launcher, size), 1, 1),
-            _THREADS,
-            size,
-            *(routed.x, *_pointers(given), experts.gate_up_bias, *_pointers(alone), workspace.table, *active),
-            *(count, top_k, inputs, width, shared_width, int(experts.activation == "clamped")),
-        )
+    (_chunk_gate_up if count > MAX_ROWS else _step_gate_up)(launcher, workspace, routed, experts, active)
     return active
+
+
+def _step_gate_up(launcher: Launcher, workspace: Workspace, routed: Routed, experts: Experts, active: Active) -> None:
+    count, top_k, width = active.experts.shape
+    shared_width = 0 if active.shared is None else active.shared.shape[1]
+    ahead = experts.down.data if name_of(experts.down) == name_of(experts.gate_up) else None
+    for weight, alone in _launches(experts.gate_up, experts.shared_gate_up):
+        given = weight if weight is experts.gate_up else None
+        tiles = (count * top_k * width if given else 0) + (count * shared_width if alone else 0)
+        launcher.launch(
+            Kernel(f"experts_{name_of(weight)}.cu", "expert_gate_up"),
+            (gemv.blocks(tiles // 8, launcher, item_bytes(ITEM)), 1, 1),
+            _THREADS,
+            item_bytes(ITEM),
+            *(routed.x, *_pointers(given), experts.gate_up_bias, *_pointers(alone), ahead if given else None),
+            *(workspace.table, *active, count, top_k, routed.x.shape[1], width, shared_width),
+            int(experts.activation == "clamped"),
+        )
+
+
+def _chunk_gate_up(launcher: Launcher, workspace: Workspace, routed: Routed, experts: Experts, active: Active) -> None:
+    x, (count, top_k, width) = routed.x, active.experts.shape
+    shared_width = 0 if active.shared is None else active.shared.shape[1]
+    for weight, alone in _launches(experts.gate_up, experts.shared_gate_up):
+        given = weight if weight is experts.gate_up else None
+        tiles = (count * top_k * width if given else 0) + (count * shared_width if alone else 0)
+        _launch_chunk(
+            launcher,
+            weight,
+            tiles // 8,
+            *(x, x, *_pointers(given), experts.gate_up_bias, *_pointers(alone), workspace.table, *active, None),
+            *(count, top_k, top_k, x.shape[1], x.shape[1], 2 * width, 2 * shared_width),
+            int(experts.activation == "clamped"),
+        )
 
 
 def expert_down(
@@ -131,35 +195,86 @@ def expert_down(
     count, top_k, inputs = active.experts.shape
     outputs = residual.shape[1]
     own, shared = experts.down, experts.shared_down
-    shared_inputs = 0 if active.shared is None else active.shared.shape[1]
     _check_matrix(own, inputs, outputs)
     if shared is not None:
-        _check_matrix(shared, shared_inputs, outputs)
+        assert active.shared is not None, "the shared expert's down comes with its gate and up"
+        _check_matrix(shared, active.shared.shape[1], outputs)
     _check_bias(experts.down_bias, own)
     assert residual.dtype == torch.bfloat16, residual.dtype
     assert residual.is_contiguous(), residual.stride()
     assert len(residual) == len(routed.experts) == count, (len(residual), count)
-    launches = _launches(own, shared)
-    assert workspace.beside.numel() >= count * outputs, (count, outputs)
+    assert workspace.products.numel() >= _products(count, top_k) * outputs, (count, outputs)
+    if count > MAX_ROWS:
+        _chunk_down(launcher, workspace, active, experts, outputs)
+        kernel, arguments = Kernel("route.cu", "combine"), (count, top_k, outputs, int(shared is not None))
+        given = (workspace.products, routed.experts, routed.weights, residual)
+        launcher.launch(kernel, (count, 1, 1), _THREADS, 0, *given, *arguments)
+    else:
+        _step_down(launcher, workspace, active, routed, experts, residual=residual)
+    return residual
+
+
+def _step_down(
+    launcher: Launcher, workspace: Workspace, active: Active, routed: Routed, experts: Experts, *, residual: Tensor
+) -> None:
+    count, top_k, inputs = active.experts.shape
+    outputs, launches = residual.shape[1], _launches(experts.down, experts.shared_down)
+    shared_inputs = 0 if active.shared is None else active.shared.shape[1]
     for weight, alone in launches:
-        given = weight if weight is own else None
+        given = weight if weight is experts.down else None
         size = down_bytes(count * top_k if given else 0, count if alone else 0)
         launcher.launch(
-            Kernel(_source(weight), "expert_down"),
+            Kernel(f"experts_{name_of(weight)}.cu", "expert_down"),
             (gemv.blocks(-(-outputs // TILE), launcher, size), 1, 1),
             _THREADS,
             size,
             *(active.experts, active.shared, *_pointers(given), experts.down_bias, *_pointers(alone)),
             *(workspace.table, routed.experts, routed.weights, residual),
-            *(workspace.beside if len(launches) > 1 else None, count, top_k, inputs, shared_inputs, outputs),
+            *(workspace.products if launches[1:] else None, count, top_k, inputs, shared_inputs, outputs),
         )
-    return residual
+
+
+def _chunk_down(launcher: Launcher, workspace: Workspace, active: Active, experts: Experts, outputs: int) -> None:
+    count, top_k, inputs = active.experts.shape
+    shared_inputs = 0 if active.shared is None else active.shared.shape[1]
+    for weight, alone in _launches(experts.down, experts.shared_down):
+        given = weight if weight is experts.down else None
+        items = (count * top_k if given else 0) + (count if alone else 0)
+        _launch_chunk(
+            launcher,
+            weight,
+            items * -(-outputs // TILE),
+            *(active.experts, active.shared, *_pointers(given), experts.down_bias, *_pointers(alone)),
+            *(workspace.table, None, None, workspace.products),
+            *(count, top_k, 1, inputs, shared_inputs, outputs, outputs, 0),
+        )
+
+
+def _launch_chunk(launcher: Launcher, weight: QTensor, units: int, *arguments: Argument) -> None:
+    size = item_bytes(CHUNK_ITEM)
+    kernel = Kernel(f"chunk_experts_{name_of(weight)}.cu", "chunk_experts")
+    launcher.launch(kernel, (gemv.blocks(units, launcher, size, resident=1), 1, 1), _THREADS, size, *arguments)
+
+
+def route_bytes(rows: int, inputs: int, top_k: int) -> int:
+    """Bytes of shared memory of a block of `route`: its normed rows, then its scores, then all visits."""
+    staged = gemv.staged_bytes(min(rows, ITEM), inputs)
+    return max(staged, 4 * _WARPS * MAX_EXPERTS, 4 * (rows * top_k + _WARPS))
+
+
+def item_bytes(item: int) -> int:
+    """Bytes of shared memory of a block that takes items of up to `item` rows: sums and what is early, twice."""
+    return 2 * 4 * (_WARPS * _PITCH * item + _EARLY)
 
 
 def down_bytes(visits: int, shared: int) -> int:
     """Bytes of shared memory of a block of `expert_down` for visits to experts, and rows that visit the shared one."""
-    items = visits + -(-shared // COLUMN)
+    items = visits + -(-shared // ITEM)
     return 4 * (3 * visits + _WARPS * _PITCH * (visits + shared) + _EARLY * items)
+
+
+def _item(rows: int) -> int:
+    return ITEM if rows <= MAX_ROWS else CHUNK_ITEM
 
 
 def _launches(own: QTensor, shared: QTensor | None) -> list[tuple[QTensor, QTensor | None]]:
@@ -171,10 +286,6 @@ def _launches(own: QTensor, shared: QTensor | None) -> list[tuple[QTensor, QTens
 
 def _pointers(weight: QTensor | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if weight is None else (weight.data, weight.outer)
-
-
-def _source(weight: QTensor) -> str:
-    return f"experts_{name_of(weight)}.cu"
 
 
 def _check_router(hidden: Tensor, router: Router, rows: Rows) -> None:

@@ -1,0 +1,4 @@
+// The experts of a prefill chunk over weights in int4 in groups of 32: items of up to 32 rows.
+#include "expert_bodies.cuh"
+
+FWD_CHUNK(Int4By32)

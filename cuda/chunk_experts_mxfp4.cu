@@ -1,0 +1,4 @@
+// The experts of a prefill chunk over weights in MXFP4: items of up to 32 rows.
+#include "expert_bodies.cuh"
+
+FWD_CHUNK(Mxfp4)
