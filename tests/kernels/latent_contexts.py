@@ -59,15 +59,17 @@ class Layer:
         places = torch.outer(torch.arange(float(positions)), 100.0 ** -torch.linspace(0, 1, shape.rope // 2))
         self.rope = torch.stack((places.cos(), places.sin()), dim=1)
 
+    def norms(self):
+        return ((name, getattr(self.plain, name)) for name in ("norm", "q_norm", "kv_norm"))
+
     def packed(self, device):
         layer = replace(self.plain, down=self.plain.down.pack().to(device), query=self.plain.query.pack().to(device))
-        names = ("norm", "q_norm", "kv_norm")
-        norms = {name: norm and replace(norm, weight=on(device, norm.weight)) for name in names if (norm := getattr(layer, name)) or 1}
+        norms = {name: norm and replace(norm, weight=on(device, norm.weight)) for name, norm in self.norms()}
         return replace(layer, up_key=on(device, layer.up_key), up_value=on(device, layer.up_value), **norms)
 
 
 class Context:
-    """Sequences of some lengths: a position that is known holds numbers of its own, wherever its page lies; else NaN."""
+    """Sequences of some lengths: a position that is known holds numbers of its own, wherever its page lies."""
 
     def __init__(self, shape, lengths, *, seed=1, places=2, spare=3):
         self.shape, self.lengths = shape, lengths
@@ -98,6 +100,26 @@ class Context:
 
     def last_rows(self):
         return self.rows([(line, length - 1) for line, length in enumerate(self.lengths)])
+
+
+PARENTS = (-1, 0, 0, 1, 1, 2, 5, 3, -1)  # rows below row 0 at positions base + depth; the last row is another sequence
+DEPTHS = (0, 1, 1, 2, 2, 2, 3, 3)
+
+
+def tree(shape, base):
+    """A tree over a context of `base` known tokens, each draft in a cell that the block table does not name there."""
+    context = Context(shape, (base + 1, 30), spare=12)
+    spare = (context.spare[:, None].long() * shape.page + torch.arange(shape.page)).flatten()[: len(DEPTHS)]
+    rows = context.rows([*((0, base) for _ in DEPTHS), (1, 29)])
+    rows.positions[: len(DEPTHS)] += torch.tensor(DEPTHS)
+    rows.parents[:] = torch.tensor(PARENTS)
+    rows.cells[0].slots[1 : len(DEPTHS)] = spare[1:]
+    return context, rows
+
+
+def branch(row):
+    """The rows from the root to a row."""
+    return [*branch(PARENTS[row]), row] if PARENTS[row] >= 0 else [row]
 
 
 def empty_cache(shape, cells):
@@ -155,4 +177,5 @@ def trimmed(execution, kernels):
 
 def keep_only(path, kernels):
     head, *parts = re.split(r'(?=^(?:extern "C"|FWD_LATENT_|LATENT_ATTENTION\())', path.read_text(), flags=re.MULTILINE)
-    path.write_text(head + "".join(part for part in parts if any(f"{name}(" in part or f"({name}," in part for name in kernels)))
+    mine = (part for part in parts if any(f"{name}(" in part or f"({name}," in part for name in kernels))
+    path.write_text(head + "".join(mine))

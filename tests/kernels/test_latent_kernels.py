@@ -7,10 +7,21 @@ import pytest
 import torch
 from agreement import difference, same_bits
 from contexts import on
-from latent_contexts import Context, Layer, Shape, attend, cache_on, hidden_of, reference, trimmed, written
+from latent_contexts import (
+    PARENTS,
+    Context,
+    Layer,
+    Shape,
+    attend,
+    branch,
+    cache_on,
+    hidden_of,
+    reference,
+    tree,
+    written,
+)
 from weights import quantised
 
-from fwd.errors import KernelError
 from fwd.kernels import latent_kernels as latents
 from fwd.kernels import packing
 from fwd.kernels.builds import shared_bound
@@ -23,6 +34,7 @@ from fwd.kernels.rows import Cells, Rows
 # cores take them: each of the four adds some 3e-6. What was seen most is 1.3e-5.
 BOUND = 2e-5
 EXACT = 1e-6  # of what is rounded where the reference rounds, its sums taken in another order
+CODES = {"bf16": EXACT, "fp8": 5e-5}  # of cells: the last bit of a number may give the next code
 SHAPES = [
     Shape("bf16", 64, 4, 32, 32, 16, 8, 16),
     Shape("bf16", 72, 3, 0, 48, 8, 16, 24, page=16),  # no query latent
@@ -47,7 +59,8 @@ def test_rows_agree_with_the_reference(execution, shape):
     q, out, *cells = execution.everywhere(lambda launcher: attend(launcher, layer, hidden, rows, context.kv))
     wanted_q, wanted, *wanted_cells = reference(layer, hidden, rows, context.kv)
     assert difference(q, wanted_q) < EXACT
-    assert max(difference(*pair) for pair in zip(cells, wanted_cells, strict=True)) < EXACT * (50 if shape.kv == "fp8" else 1)
+    apart = [difference(*pair) for pair in zip(cells, wanted_cells, strict=True)]
+    assert max(apart) < CODES[shape.kv], apart
     assert difference(out, wanted) < BOUND, shape
 
 
@@ -56,13 +69,13 @@ def test_weights_of_any_format_agree_with_the_reference(execution, form):
     shape = Shape("bf16", 256, 3, 128, 48, 24, 16, 24)
     layer, context = Layer(shape), Context(shape, (3, 70))
     block = {"fp8": (8, 128), "int4-128": (1, 128)}.get(form)
-    layer.plain = replace(
-        layer.plain, down=matrix(form, *layer.plain.down.shape, block), query=matrix(form, *layer.plain.query.shape, block)
-    )
+    plain = layer.plain
+    down, query = (matrix(form, *weight.shape, block) for weight in (plain.down, plain.query))
+    layer.plain = replace(plain, down=down, query=query)
     hidden, rows = hidden_of(shape, 2), context.last_rows()
     q, out, *cells = execution.everywhere(lambda launcher: attend(launcher, layer, hidden, rows, context.kv))
-    unpacked = [QTensor.plain(packing.restore(weight.pack()).dequantize()) for weight in (layer.plain.down, layer.plain.query)]
-    layer.plain = replace(layer.plain, down=unpacked[0], query=unpacked[1])
+    down, query = (QTensor.plain(packing.restore(weight.pack()).dequantize()) for weight in (down, query))
+    layer.plain = replace(plain, down=down, query=query)
     wanted = reference(layer, hidden, rows, context.kv)
     for found, other in zip((q, *cells), (wanted[0], *wanted[2:]), strict=True):
         assert difference(found, other) < EXACT, form
@@ -74,7 +87,7 @@ def matrix(form, outputs, inputs, block):
     if form != "int4-128":
         return quantised(form, outputs, inputs, block=block)
     weight = quantised("int4", outputs, inputs)
-    return replace(weight, block=(1, 128), scales=weight.scales[:, :: 4].contiguous())
+    return replace(weight, block=(1, 128), scales=weight.scales[:, ::4].contiguous())
 
 
 @pytest.mark.parametrize("shape", FEW, ids=str)
@@ -158,25 +171,6 @@ def test_the_kernel_cuts_a_context_as_stated(execution, length):
 
 # ---- trees ----
 
-PARENTS = (-1, 0, 0, 1, 1, 2, 5, 3, -1)  # rows below row 0 at positions base + depth; the last row is another sequence
-DEPTHS = (0, 1, 1, 2, 2, 2, 3, 3)
-
-
-def tree(shape, base):
-    """A tree over a context of `base` known tokens, each draft in a cell that the block table does not name there."""
-    context = Context(shape, (base + 1, 30), spare=12)
-    spare = (context.spare[:, None].long() * shape.page + torch.arange(shape.page)).flatten()[: len(DEPTHS)]
-    rows = context.rows([*((0, base) for _ in DEPTHS), (1, 29)])
-    rows.positions[: len(DEPTHS)] += torch.tensor(DEPTHS)
-    rows.parents[:] = torch.tensor(PARENTS)
-    rows.cells[0].slots[1 : len(DEPTHS)] = spare[1:]
-    return context, rows
-
-
-def branch(row):
-    """The rows from the root to a row."""
-    return [*branch(PARENTS[row]), row] if PARENTS[row] >= 0 else [row]
-
 
 @pytest.mark.parametrize("base", [0, 13, 62, 126])
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[6]], ids=str)
@@ -212,7 +206,8 @@ def test_a_chunk_agrees_with_the_reference(execution, shape):
     positions = torch.arange(size, 2 * size)
     live = (positions >= first) & (positions < end)
     slots = torch.where(live, context.cell(0, positions.clamp(max=end - 1)), -1)
-    rows = Rows(positions, torch.where(live, 0, -1), torch.full_like(positions, -1), (Cells(slots, context.tables),), chunk=1)
+    sequences, cells = torch.where(live, 0, -1), Cells(slots, context.tables)
+    rows = Rows(positions, sequences, torch.full_like(positions, -1), (cells,), chunk=1)
     hidden, device = hidden_of(shape, size), execution.launcher.device
     down, q = products(layer, hidden)
 
@@ -279,124 +274,3 @@ def test_the_table_says_what_blocks_take():
 def test_rows_of_a_block_fill_the_device():
     assert [latents.rows_at_once(rows, 40, 132) for rows in (1, 3, 4, 8, 16)] == [1, 1, 2, 4, 8]
     assert latents.rows_at_once(16, 256, 132) == 8
-
-
-# ---- bugs that must be seen ----
-
-KERNELS = ("latent_down_8", "latent_query_8", "latent_attention_bf16_16", "latent_attention_fp8_16", "latent_value")
-QKV, ITEMS, ATTENTION, VALUE = "latent_qkv.cuh", "latent_items.cuh", "latent_attention.cu", "latent_value.cu"
-BUGS = {
-    "rows of up_key exchanged": (QKV, "keys + (n + pair + 1) * latent", "keys + (n + pair) * latent"),
-    "another head's up_key": (QKV, "int64_t{head} * nope * latent", "int64_t{heads - 1 - head} * nope * latent"),
-    "the rotated part first": (QKV, "angles.turn(of(row, head) + nope,", "angles.turn(of(row, head),"),
-    "the rotated part in the latents' place": (ATTENTION, "q + place + (rotated ? call.latent : 0)", "q + place"),
-    "a rotation backwards": (QKV, "fmaf(lower, c, -(upper * s))", "fmaf(lower, c, upper * s)"),
-    "no norm of latents": (QKV, "        normalize(x);\n", ""),
-    "a scale forgotten": (ATTENTION, "scores[i][j] * scale", "scores[i][j]"),
-    "a page too far": ("attention.cuh", "int page = position / page_size;", "int page = (position + 1) / page_size;"),
-    "a key too many": (ITEMS, "position < tag.stop ? find", "position <= tag.stop ? find"),
-    "a sibling": (ITEMS, "parent >= 0 && at > position; --at", "parent >= 0 && at > position + 1; --at"),
-    "another head's up_value": (VALUE, "int64_t{head()} * value", "int64_t{heads - 1 - head()} * value"),
-    "shares of the first piece": (VALUE, "float part = shares[i];", "float part = shares[0];"),
-    "no wait for the tile": (ATTENTION, "cp_async_wait<0>();", "cp_async_wait<1>();"),
-    "no barrier before weights are used": (ATTENTION, "call.scale);\n        block_barrier();", "call.scale);"),
-    "no barrier before shares are used": (VALUE, "kPieces);\n        block_barrier();", "kPieces);"),
-    "read before the wait": (ATTENTION, "grid_dependency_wait();\n    Loader<T, kM> loader(call);", "Loader<T, kM> loader(call);\n    grid_dependency_wait();\n    loader.cell = loader.cell;"),
-}
-"""A text of a file, and what stands there instead."""
-
-
-def is_right(execution, shape):
-    """Whether decode rows and a tree come out as they should, in every order."""
-    layer, context = Layer(shape), Context(shape, (1, 64, 300))
-    for case, rows in ((context, context.last_rows()), tree(shape, 60)):
-        hidden = hidden_of(shape, len(rows.positions))[:8]
-        rows = of_eight(rows)
-        try:
-            found = execution.everywhere(
-                lambda launcher, hidden=hidden, rows=rows, kv=case.kv: attend(launcher, layer, hidden, rows, kv)
-            )
-        except (AssertionError, KernelError):
-            return False
-        wanted = reference(layer, hidden, rows, case.kv)
-        bounds = (EXACT, BOUND, 1e-4, EXACT)
-        if not all(difference(*pair) < bound for *pair, bound in zip(found, wanted, bounds, strict=True)):
-            return False
-    return True
-
-
-def of_eight(rows):
-    """The first eight rows: what the smallest kernels take."""
-    cells = tuple(Cells(each.slots[:8], each.tables) for each in rows.cells)
-    return replace(rows, positions=rows.positions[:8], sequences=rows.sequences[:8], parents=rows.parents[:8], cells=cells)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("latents")
-
-
-def test_what_finds_bugs_passes_the_right_kernels(execution):
-    left = trimmed(execution, KERNELS) if execution.name == "host" else execution
-    assert is_right(left, SMALL)
-    assert is_right(left, SHAPES[6])
-
-
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_seen(execution, bug):
-    assert not is_right(trimmed(execution, KERNELS).mutated(*BUGS[bug]), SMALL)
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new"),
-    [
-        (ITEMS, "scales[key * 4 + chunk / 8]", "scales[(key ^ 1) * 4 + chunk / 8]"),
-        (ITEMS, "scales[key * 4 + chunk / 8]", "scales[key * 4]"),
-        (QKV, "+ block] = scale;", "+ block] = 1.0f;"),
-    ],
-    ids=["another cell's scale", "the first block's scale", "a scale that is not written"],
-)
-def test_a_wrong_scale_is_seen(execution, file, old, new):
-    assert not is_right(trimmed(execution, KERNELS).mutated(file, old, new), SHAPES[6])
-
-
-def test_pieces_summed_in_another_order_are_seen(execution):
-    """Latents that cancel but for their rounding: another order gives other bits."""
-    shape = replace(SMALL, heads=2)
-    layer, context = Layer(shape), Context(shape, (640 + 9,))
-    cells = context.cell(0, torch.arange(640))
-    context.kv.latents[cells] *= 1000
-    context.kv.latents[cells[320:]] = -context.kv.latents[cells[:320]]
-    rows, hidden = context.last_rows(), hidden_of(shape, 1)
-
-    def out(where):
-        return attend(where.launcher, layer, hidden, rows, context.kv)[1]
-
-    left = trimmed(execution, KERNELS)
-    old = "for (int i = 0; i < count; ++i) {"
-    wrong = left.mutated(VALUE, old, "for (int i = count - 1; i >= 0; --i) {")
-    assert same_bits(out(left), out(left))
-    assert not same_bits(out(left), out(wrong))
-
-
-def test_sanitizers_find_nothing(sanitized, tmp_path):
-    done = sanitized(f"""
-        import shutil
-        from pathlib import Path
-        from fwd.kernels import sources
-        from fwd.kernels.host import HostLauncher
-        from latent_contexts import Context, Layer, Shape, attend, hidden_of, keep_only
-        from test_latent_kernels import KERNELS, tree, of_eight
-        folder = Path({str(tmp_path / "cuda")!r})
-        shutil.copytree(sources.home(), folder, ignore=shutil.ignore_patterns("host"))
-        for path in folder.glob("latent_*.cu"):
-            keep_only(path, KERNELS)
-        shape = Shape("fp8", 72, 3, 16, 48, 24, 8, 24)
-        context = Context(shape, (1, 65, 150))
-        for case, rows in ((context, context.last_rows()), tree(shape, 60)):
-            launcher, rows = HostLauncher(sanitize=True, folder=folder), of_eight(rows)
-            attend(launcher, Layer(shape), hidden_of(shape, len(rows.positions)), rows, case.kv)
-        print("done")
-    """)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.endswith("done\n")
