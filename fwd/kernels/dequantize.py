@@ -64,7 +64,7 @@ def _scales(weight: "QTensor", start: int, stop: int) -> Tensor:
     if weight.outer is None:
         return wide
     outer = weight.outer[..., start:stop, None]
-    return wide / outer if weight.divides else wide * outer
+    return wide.div_(outer) if weight.divides else wide.mul_(outer)  # of float8 scales, so `wide` is a copy
 
 
 def _meeting(weight: "QTensor", numbers: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

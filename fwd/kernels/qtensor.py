@@ -130,12 +130,23 @@ def concat(parts: Sequence[QTensor]) -> QTensor:
     fitted = [_with_rows(part, height) for part in parts]
     return replace(
         fitted[0],
-        data=torch.cat([part.data for part in fitted]) if parts[1:] else first.data,
+        data=joined([part.data for part in fitted]),
         shape=(sum(heights), first.shape[1]),
         scales=_cat([part.scales for part in fitted]),
         zeros=_cat([part.zeros for part in fitted]),
         outer=_cat([part.outer for part in fitted]),
     )
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors one after the other along the first dimension, a copy unless there is only one."""
+    if not tensors[1:]:
+        return tensors[0]
+    heights = [len(tensor) for tensor in tensors]
+    out = tensors[0].new_empty((sum(heights), *tensors[0].shape[1:]))
+    for into, tensor in zip(out.split_with_sizes(heights), tensors, strict=True):
+        into.copy_(tensor)  # NOTE: torch.cat of tensors that are only shapes imports torch's compiler: seconds
+    return out
 
 
 def fold(weight: QTensor, parts: int) -> QTensor:
@@ -185,4 +196,4 @@ def _take(tensor: Tensor, order: Tensor) -> Tensor:
 def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
     found = [tensor for tensor in tensors if tensor is not None]
     assert len(found) in {0, len(tensors)}, "some parts have what others have not"
-    return torch.cat(found) if found[1:] else next(iter(found), None)
+    return joined(found) if found else None

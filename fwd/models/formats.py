@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fwd.errors import ModelError
-from fwd.kernels.qtensor import QTensor, concat, fold
+from fwd.kernels.qtensor import QTensor, concat, fold, joined
 from fwd.models.modules import Modules
 from fwd.models.quantization import LAYOUTS, Quantization, Stored
 from fwd.models.source import Source
@@ -36,7 +36,8 @@ def linear(
         _read(Modules(checkpoint, (name,), each, height, inputs)).expert(0)
         for name, each, height in zip(modules, stored, outputs, strict=True)
     ]
-    alike.check_order([part.groups for part in parts if part.groups is not None], len(modules))
+    if orders := [part.groups.unsqueeze(0) for part in parts if part.groups is not None]:
+        alike.check_order(joined(orders), len(modules))
     return concat(parts)
 
 
@@ -63,7 +64,7 @@ def stacked(
     if stored is None:
         return None
     found = _mxfp4_blocks(Modules(checkpoint, (module,), stored, outputs, inputs), experts)
-    for expert in range(experts):  # one by one: a second copy of all would be a gigabyte
+    for expert in () if found.data.is_meta else range(experts):  # one by one: a second copy of all would be a gigabyte
         one = found.expert(expert)
         placed = one.rows(order)
         for into, rows in zip(one.tensors(), placed.tensors(), strict=True):
@@ -120,7 +121,7 @@ def _folded(modules: Modules, parts: int) -> QTensor:
     """Return the matrices of modules, `parts` at a time one above the other."""
     found = _read(modules)
     if found.groups is not None:
-        modules.check_order(list(found.groups), parts)
+        modules.check_order(found.groups, parts)
     return fold(found, parts)
 
 
@@ -197,7 +198,7 @@ def _gptq(modules: Modules) -> QTensor:
     words = modules.take(".qweight", (_ceil(k, 8), n))  # [modules, in/8, out]
     data = _turned(words).view(torch.uint8)[..., : k // 2].contiguous()
     zeros = _nibbles(modules.take(".qzeros", (columns, _ceil(n, 8))))[..., :n]  # [modules, columns, out]
-    zeros = _turned(zeros) + (modules.stored.layout == "gptq")
+    zeros = _turned(zeros).add_(modules.stored.layout == "gptq")
     scales = _turned(modules.scales(".scales", (columns, n), signed=True))
     groups = modules.order(".g_idx", columns) if modules.has(".g_idx") else None
     return modules.matrix(data, scales, zeros=zeros, groups=groups)
@@ -209,7 +210,9 @@ def _awq(modules: Modules) -> QTensor:
     columns = _ceil(k, modules.stored.block[1])
     words = modules.take(".qweight", (k, _ceil(n, 8)))
     data = words.new_empty((len(words), n, k // 2), dtype=torch.uint8)
-    for into, each in zip(data, words, strict=True):  # one by one: all experts' numbers would be gigabytes
+    for into, each in (
+        () if words.is_meta else zip(data, words, strict=True)
+    ):  # one by one: all experts' numbers would be gigabytes
         numbers = _of_awq(each, n)  # [in, out]
         into.copy_((numbers[::2] | numbers[1::2] << 4).t())
     zeros = _turned(_of_awq(modules.take(".qzeros", (columns, _ceil(n, 8))), n))
@@ -225,6 +228,8 @@ def _turned(tensors: Tensor) -> Tensor:
 def _nibbles(words: Tensor) -> Tensor:
     """The 8 nibbles of each int32 word, the lowest first: uint8 [.., 8·words]."""
     pairs = words.view(torch.uint8)
+    if pairs.is_meta:  # its arithmetic is slow
+        return pairs.new_empty((*pairs.shape[:-1], 2 * pairs.shape[-1]))
     return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
 
 

@@ -28,7 +28,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 FLOATS = ("F32", "F16", "BF16")  # that `take` converts into each other
-BATCH = 16 << 20  # bytes of tensors that `values` gives at once, unless one has more
+BATCH = 4 << 20  # bytes of tensors that `values` gives at once, unless one has more
 
 
 class Source(ABC):
