@@ -40,7 +40,7 @@ done
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
 began=$SECONDS
-total=$((${#quick[@]} ? 170 : 10800)) # seconds for everything
+total=$((${#quick[@]} ? 170 : 14400)) # seconds for everything
 longest=530                           # seconds for one call
 sparse=(gpt-oss-20b gpt-oss-120b qwen3-30b-a3b qwen3-30b-a3b-fp8 glm-4.7-flash)
 
@@ -98,6 +98,9 @@ limits=(${roofline:+--roofline "$roofline"})
 
 if ((!${#quick[@]})); then
     bench kernels "$longest" kernels.py "${device[@]}" "${limits[@]}"
+    for model in llama-8b-fp8 llama-8b-nvfp4 gpt-oss-120b qwen3-30b-a3b-fp8 glm-4.7-flash; do
+        ((${#dry[@]})) || bench "kernels-$model" "$longest" kernels.py --model "$model" "${device[@]}" "${limits[@]}"
+    done
 fi
 bench decode-llama-1b "$longest" decode.py llama-1b "${device[@]}" "${limits[@]}"
 if ((!${#quick[@]})); then

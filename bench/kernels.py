@@ -11,8 +11,9 @@ from typing import NamedTuple
 import roofline
 import torch
 from gpu import cards, timing
-from gpu.cases import Case, Cases
-from gpu.configs import DENSE
+from gpu.case import Case
+from gpu.cases import Cases
+from gpu.configs import TRUE, tiny
 from gpu.report import Report, options, run
 from gpu.shapes import spec
 
@@ -86,7 +87,6 @@ def step_cases(cases: Cases, rows: int, context: int) -> Iterator[Case]:
     """The kernels of a step, the greedy sampler among them."""
     yield cases.embed(rows)
     yield from cases.decode(rows, context)
-    yield cases.attention(rows, context)
     yield cases.sampler(rows, DRAWS["greedy"], "greedy")
 
 
@@ -99,12 +99,12 @@ def measure(bench: Bench, model: str, cases: Cases, points: Points) -> None:
     for context in points.contexts:
         label = f"{model}, rows 1, context {context}"
         with bench.report.part(f"{label}: attention"):
-            bench.case(label, cases.attention(1, context))
+            bench.case(label, cases.most_attention(1, context))
     label = f"{model}, prefill chunk of {points.chunk}"
     with bench.report.part(label):
         for case in cases.products(points.chunk):
             bench.case(label, case)
-    for end in points.prefills:
+    for end in () if cases.model.mla else points.prefills:  # over latents it is the decode kernel's
         with bench.report.part(f"{label}: attention up to {end}"):
             bench.case(label, cases.prefill_attention(points.chunk, end // points.chunk - 1))
     for name, draw in DRAWS.items():
@@ -116,14 +116,14 @@ def measure(bench: Bench, model: str, cases: Cases, points: Points) -> None:
 def main() -> int:
     """Measure, print, save."""
     parser = options(__doc__, ("cuda", "host"))
-    parser.add_argument("--model", choices=DENSE, help="one of those that are measured")
+    parser.add_argument("--model", choices=TRUE, help="one alone")
     roofline.add_option(parser)
     chosen = parser.parse_args()
     gpu = cards.describe() if chosen.device == "cuda" else None
     points = TINY if chosen.tiny else QUICK if chosen.quick else WHOLE
-    report = Report("kernels", chosen, gpu)
+    report = Report(f"kernels-{chosen.model}" if chosen.model else "kernels", chosen, gpu)
     bench = Bench(report, chosen.device, roofline.limits(report, chosen), points.repeats)
-    for model in points.models if chosen.model is None else (chosen.model,):
+    for model in (tiny(chosen.model) if chosen.tiny else chosen.model,) if chosen.model else points.models:
         with report.part(model):
             cases = Cases(timing.launcher(chosen.device), spec(model), gpu["l2"] if gpu else TINY_L2)
             measure(bench, model, cases, points)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu import checkpoint, configs, shapes
+from gpu import checkpoint, configs, matrices, shapes
 from gpu.tensors import tensors
 
 from fwd.models.checkpoint import DTYPES
@@ -108,13 +108,42 @@ def test_a_skewed_step_reads_less_only_where_rows_share_experts():
     assert shapes.step_bytes(dense, 8, 4096, skewed=True) == dense.step_bytes(8, 4096, "bfloat16")
 
 
-def test_decode_of_experts_runs_dry(tmp_path):
+@pytest.mark.parametrize("shape", [(48, 96), (3, 48, 96)])
+@pytest.mark.parametrize("name", ["llama-8b", "llama-8b-fp8", "llama-8b-nvfp4", "qwen3-30b-a3b-fp8", "gpt-oss-20b"])
+def test_a_random_matrix_is_in_its_format(name, shape):
+    module = "model.layers.0.mlp.experts" + (".gate_up_proj" if name.startswith("gpt") else ".0.gate_proj")
+    stored = shapes.spec(name).quantization.format_of(module)
+    found = matrices.matrix(stored, shape, torch.Generator().manual_seed(2))
+    assert found.shape == shape
+    assert found.format == (stored.format if stored else "bf16")
+    assert found.dequantize().std().item() == pytest.approx(96**-0.5, rel=0.3)
+    assert torch.equal(found.pack().dequantize(), found.dequantize())
+
+
+def dry(tmp_path, script, *flags):
     path = tmp_path / "roofline.json"
     path.write_text(json.dumps({"numbers": [{"name": "read bandwidth, cold", "value": 10.0}]}))
-    flags = ("--device", "cpu", "--tiny", "--skewed", "--roofline", path, "--save", tmp_path / "out")
-    command = [sys.executable, BENCH / "decode.py", "gpt-oss-20b", *map(str, flags)]
+    command = [sys.executable, BENCH / script, *flags, "--tiny", "--roofline", path, "--save", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_kernels_of_latents_and_experts_run_dry(tmp_path):
+    dry(tmp_path, "kernels.py", "--device", "host", "--model", "glm-4.7-flash")
+    (saved,) = (tmp_path / "out").glob("*-kernels-glm-4.7-flash.json")
+    found = json.loads(saved.read_text())
+    assert not found["failures"], found["failures"]
+    timed = {number["name"]: number for number in found["numbers"]}
+    for rows in (1, 2):
+        for name, (_, size) in shapes.step_work(shapes.spec("tiny-glm-4.7-flash"), rows, 64, "bfloat16").items():
+            number = timed[f"tiny-glm-4.7-flash, rows {rows}, context 64: {name}"]
+            assert number["bytes"] == size
+            assert number["torch_us"] > 0
+
+
+def test_decode_of_experts_runs_dry(tmp_path):
+    done = dry(tmp_path, "decode.py", "gpt-oss-20b", "--device", "cpu", "--skewed")
     (saved,) = (tmp_path / "out").glob("*-decode-tiny-gpt-oss-20b-skewed.json")
     found = json.loads(saved.read_text())
     decoded = [number for number in found["numbers"] if "way" in number]

@@ -5,7 +5,7 @@ read, or operations. Ours are called through the ops that the engine calls.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
@@ -21,26 +21,14 @@ from fwd.kernels.prefill import Prefill
 from fwd.kernels.qtensor import QTensor
 from fwd.kernels.rows import Cells, Rows
 from fwd.models.rope import rope_table
-from fwd.models.spec import ModelSpec
+from fwd.models.spec import HEAD, LAYER, ModelSpec
+from gpu import sparse
+from gpu.case import BF16, PAGE, Case
+from gpu.matrices import matrix
 from gpu.shapes import step_work
-from gpu.timing import Work, copies
+from gpu.timing import copies
 
-PAGE = 16
 SEED = 20261124
-BF16 = torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation at one size."""
-
-    name: str
-    ours: list[Work]
-    theirs: list[Work]
-    read: int = 0  # bytes that a launch must read
-    operations: int = 0  # or what it must compute
-    per_step: int = 0  # launches in a decode step
-    call: str = ""  # of torch's
 
 
 class Cases:
@@ -50,15 +38,35 @@ class Cases:
         self.launcher, self.model, self.l2, self.device = launcher, model, l2, launcher.device
         self.ops, self.chunks = DeviceOps(launcher), Prefill(launcher)
         self._generator = torch.Generator(self.device).manual_seed(SEED)
-        self.rope = rope_table(model.rope, model.head_dim, model.max_context).to(self.device)
+        self.rope = rope_table(model.rope, model.rotated, model.max_context).to(self.device)
 
     def decode(self, rows: int, context: int) -> Iterator[Case]:
-        """The products of a step; `context` is where its rows write."""
+        """All of a step but its embedding and its sampler; `context` is where its rows write."""
         work = step_work(self.model, rows, context, "bfloat16")
-        cases = (self._qkv(rows, context), self._output(rows), self._gate_up(rows), self._down(rows), self._head(rows))
-        for case in cases:
+        for case in self._layers(rows, context):
             launches, size = work[case.name]
-            yield Case(case.name, case.ours, case.theirs, read=size, per_step=launches, call=case.call)
+            yield replace(case, read=size, per_step=launches)
+
+    def _layers(self, rows: int, context: int) -> Iterator[Case]:
+        model = self.model
+        if model.mla:
+            yield from sparse.latents(self, model.mla, rows, context)
+        else:
+            yield self._qkv(rows, context)
+            for layout in model.cache:
+                yield self.attention(rows, context, getattr(layout, "window", 0))
+        yield self._output(rows)
+        if self.dense is not None:
+            yield from (self._gate_up(rows), self._down(rows))
+        if model.moe:
+            yield from sparse.mixture(self, model.moe, rows)
+        yield self._head(rows)
+
+    @property
+    def dense(self) -> int | None:
+        """A layer with a plain MLP."""
+        mixed = self.model.moe.layers if self.model.moe else ()
+        return next((layer for layer in range(self.model.layers) if layer not in mixed), None)
 
     def embed(self, rows: int) -> Case:
         """The rows of the embedding."""
@@ -75,30 +83,41 @@ class Cases:
             call="F.embedding",
         )
 
-    def attention(self, rows: int, context: int) -> Case:
-        """Decode attention over pages in any order; torch's has its keys in one piece."""
-        model = self.model
-        launches, size = step_work(model, rows, context, "bfloat16")["attention"]
-        q = self.random(rows, model.heads, model.head_dim)
-        step = self.rows(rows, context)
+    def attention(self, rows: int, context: int, window: int = 0) -> Case:
+        """Decode attention over pages in any order; torch's has the keys that are seen in one piece."""
+        model, name = self.model, f"attention, window {window}" if window else "attention"
+        launches, size = step_work(model, rows, context, "bfloat16")[name]
+        q, seen = self.random(rows, model.heads, model.head_dim), min(context, window or context)
+        step, sinks = self.rows(rows, context), self.floats(model.heads) if model.sinks else None
         ours, theirs = [], []
         for _ in range(copies(size, self.l2)):
-            kv = self.cache(rows * self._pages(context))
-            dense = [self.random(rows, model.kv_heads, context, model.head_dim) for _ in range(2)]
-            ours.append(lambda kv=kv: self.ops.decode_attention(q, step, kv))
+            kv = replace(self.cache(rows * self.pages(context)), window=window)
+            dense = [self.random(rows, model.kv_heads, seen, model.head_dim) for _ in range(2)]
+            ours.append(lambda kv=kv: self.ops.decode_attention(q, step, kv, sinks))
             theirs.append(lambda dense=dense: F.scaled_dot_product_attention(q[:, :, None], *dense, enable_gqa=True))
         call = "F.scaled_dot_product_attention"
-        return Case("attention", ours, theirs, read=size, per_step=launches, call=call)
+        return Case(name, ours, theirs, read=size, per_step=launches, call=call)
+
+    def most_attention(self, rows: int, context: int) -> Case:
+        """The one that sees most."""
+        model, name = self.model, "latent attention" if self.model.mla else "attention"
+        launches, size = step_work(model, rows, context, "bfloat16")[name]
+        if model.mla is None:
+            return self.attention(rows, context)
+        *_, case = sparse.latents(self, model.mla, rows, context)
+        return replace(case, read=size, per_step=launches)
 
     def products(self, chunk: int) -> Iterator[Case]:
-        """A chunk's products: library kernels over packed weights."""
+        """A chunk's products of a plain MLP: library kernels over packed weights."""
         model, norm = self.model, self.norm()
+        if self.dense is None:
+            return
         hidden, x = self.random(chunk, model.hidden), self.random(chunk, model.intermediate)
         for name, source, outputs, run in (
             ("gate_up", hidden, 2 * model.intermediate, lambda weight: self.chunks.gate_up(hidden, norm, weight)),
             ("down", x, model.hidden, lambda weight: self.chunks.linear(x, weight, hidden)),
         ):
-            plain, packed = self._matrices(outputs, source.shape[1])
+            plain, packed = self._matrices(self._mlp(name), outputs, source.shape[1])
             yield Case(
                 name,
                 [lambda weight=weight, run=run: run(weight) for weight in packed],
@@ -110,9 +129,9 @@ class Cases:
     def prefill_attention(self, chunk: int, index: int) -> Case:
         """A chunk's attention over all that is before it; torch's has its keys in one piece."""
         model, end = self.model, (index + 1) * chunk
-        q, kv = self.random(chunk, model.heads, model.head_dim), self.cache(self._pages(end))
+        q, kv = self.random(chunk, model.heads, model.head_dim), self.cache(self.pages(end))
         at = torch.arange(index * chunk, end, device=self.device)
-        table = torch.randperm(self._pages(end), generator=self._generator, device=self.device).view(1, -1).int()
+        table = torch.randperm(self.pages(end), generator=self._generator, device=self.device).view(1, -1).int()
         slots = table[0, at // PAGE].long() * PAGE + at % PAGE
         step = Rows(at, torch.zeros_like(at), torch.full_like(at, -1), (Cells(slots, table),), chunk=index)
         keys, values = (self.random(1, model.kv_heads, end, model.head_dim) for _ in range(2))
@@ -152,7 +171,7 @@ class Cases:
 
     def rows(self, count: int, context: int) -> Rows:
         """Decode rows that stand at the end of `context` tokens each, their pages in random order."""
-        pages = self._pages(context)
+        pages = self.pages(context)
         tables = torch.randperm(count * pages, generator=self._generator, device=self.device).view(count, pages).int()
         last = context - 1
         slots = tables[:, last // PAGE].long() * PAGE + last % PAGE
@@ -169,16 +188,27 @@ class Cases:
         """Standard normal numbers in bfloat16."""
         return torch.randn(shape, generator=self._generator, device=self.device, dtype=torch.float32).to(BF16)
 
-    def norm(self) -> Norm:
-        """A norm of the hidden width."""
-        return Norm(self.random(self.model.hidden), self.model.eps)
+    def floats(self, *shape: int) -> Tensor:
+        """The same in float32."""
+        return torch.randn(shape, generator=self._generator, device=self.device)
+
+    def norm(self, width: int = 0) -> Norm:
+        """A norm, of the hidden width where none is said."""
+        return Norm(self.random(width or self.model.hidden), self.model.eps)
+
+    def matrix(self, module: str, outputs: int, inputs: int, count: int = 0) -> QTensor:
+        """A matrix in the format of a module, or a stack of them."""
+        stored = self.model.quantization.format_of(module) if module else None
+        return matrix(stored, (count, outputs, inputs) if count else (outputs, inputs), self._generator)
 
     def _qkv(self, rows: int, context: int) -> Case:
         model, norm = self.model, self.norm()
         hidden, step = self.random(rows, model.hidden), self.rows(rows, context)
-        kv = self.cache(rows * self._pages(context))
-        plain, packed = self._matrices(model.qkv_width, model.hidden)
-        layers = [QKV(norm, weight, None, None, None, model.kv_heads, model.head_dim) for weight in packed]
+        kv = self.cache(rows * self.pages(context))
+        plain, packed = self._matrices(_first("self_attn.q_proj"), model.qkv_width, model.hidden)
+        bias = self.random(model.qkv_width) if model.qkv_bias else None
+        norms = [self.norm(model.head_dim) if model.qk_norm else None for _ in range(2)]
+        layers = [QKV(norm, weight, bias, *norms, model.kv_heads, model.head_dim) for weight in packed]
         return Case(
             "qkv",
             [lambda layer=layer: self.ops.qkv(hidden, layer, self.rope, step, kv) for layer in layers],
@@ -187,24 +217,30 @@ class Cases:
         )
 
     def _output(self, rows: int) -> Case:
-        return self._linear("output", rows, self.model.heads * self.model.head_dim)
+        model = self.model
+        width = model.mla.value if model.mla else model.head_dim
+        bias = self.random(model.hidden) if model.output_bias else None
+        return self._linear("output", _first("self_attn.o_proj"), rows, model.heads * width, bias)
 
     def _down(self, rows: int) -> Case:
-        return self._linear("down", rows, self.model.intermediate)
+        return self._linear("down", self._mlp("down"), rows, self.model.intermediate)
 
-    def _linear(self, name: str, rows: int, inputs: int) -> Case:
+    def _mlp(self, name: str) -> str:
+        return f"{LAYER.format(self.dense)}mlp.{'down' if name == 'down' else 'gate'}_proj"
+
+    def _linear(self, name: str, module: str, rows: int, inputs: int, bias: Tensor | None = None) -> Case:
         x, residual = self.random(rows, inputs), self.random(rows, self.model.hidden)
-        plain, packed = self._matrices(self.model.hidden, inputs)
+        plain, packed = self._matrices(module, self.model.hidden, inputs)
         return Case(
             name,
-            [lambda weight=weight: self.ops.linear(x, weight, residual) for weight in packed],
+            [lambda weight=weight: self.ops.linear(x, weight, residual, bias) for weight in packed],
             [lambda weight=weight: residual + F.linear(x, weight) for weight in plain],
             call="F.linear, add",
         )
 
     def _gate_up(self, rows: int) -> Case:
         hidden, norm = self.random(rows, self.model.hidden), self.norm()
-        plain, packed = self._matrices(2 * self.model.intermediate, self.model.hidden)
+        plain, packed = self._matrices(self._mlp("gate_up"), 2 * self.model.intermediate, self.model.hidden)
 
         def theirs(weight: Tensor) -> Tensor:
             gate, up = F.linear(self._normed(hidden, norm), weight).chunk(2, -1)
@@ -219,7 +255,7 @@ class Cases:
 
     def _head(self, rows: int) -> Case:
         hidden, norm = self.random(rows, self.model.hidden), self.norm()
-        plain, packed = self._matrices(self.model.vocab, self.model.hidden, self.ops.pack_head)
+        plain, packed = self._matrices(HEAD, self.model.vocab, self.model.hidden, self.ops.pack_head)
         return Case(
             "head",
             [lambda weight=weight: self.ops.head(hidden, norm, weight) for weight in packed],
@@ -228,20 +264,25 @@ class Cases:
         )
 
     def _matrices(
-        self, outputs: int, inputs: int, pack: Callable[[QTensor], QTensor] | None = None
+        self, module: str, outputs: int, inputs: int, pack: Callable[[QTensor], QTensor] | None = None
     ) -> tuple[list[Tensor], list[QTensor]]:
-        """Copies of a random matrix, as torch has it and as our kernels stream it."""
-        plain = self.random(outputs, inputs) * inputs**-0.5
-        count = copies(plain.nbytes, self.l2)
-        packed = (pack or self.ops.pack)(QTensor.plain(plain))
-        return [plain.clone() for _ in range(count)], [_copy(packed) for _ in range(count)]
+        """Copies of a random matrix in a module's format, as torch has it in bfloat16 and as our kernels stream it."""
+        weight = self.matrix(module, outputs, inputs)
+        plain, packed = weight.dequantize().to(BF16), (pack or self.ops.pack)(weight)
+        clones = [plain.clone() for _ in range(copies(plain.nbytes, self.l2))]
+        return clones, [_copy(packed) for _ in range(copies(packed.nbytes, self.l2))]
 
     def _normed(self, x: Tensor, norm: Norm) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
 
-    def _pages(self, context: int) -> int:
+    def pages(self, context: int) -> int:
+        """Pages of a context."""
         return -(-context // PAGE)
 
 
+def _first(module: str) -> str:
+    return LAYER.format(0) + module
+
+
 def _copy(weight: QTensor) -> QTensor:
-    return QTensor(weight.data.clone(), weight.format, weight.shape, weight.packed)
+    return replace(weight, data=weight.data.clone())

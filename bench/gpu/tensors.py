@@ -111,8 +111,8 @@ def _stack(model: ModelSpec, name: str, experts: int, outputs: int, inputs: int)
     assert stored is not None, name
     assert stored.format == "mxfp4", name
     blocks = (experts, outputs, inputs // 32)
-    yield Drawn(f"{name}_blocks", "U8", (*blocks, 16), _bytes)
-    yield Drawn(f"{name}_scales", "U8", blocks, _powers(inputs**-0.5 / E2M1_RMS))
+    yield Drawn(f"{name}_blocks", "U8", (*blocks, 16), draw_bytes)
+    yield Drawn(f"{name}_scales", "U8", blocks, draw_powers(inputs**-0.5 / E2M1_RMS))
     yield Drawn(f"{name}_bias", "BF16", (experts, outputs), _normal(0, 0.02))
 
 
@@ -122,14 +122,14 @@ def _linear(model: ModelSpec, module: str, outputs: int, inputs: int) -> Iterato
     if stored is None:
         yield _matrix(f"{module}.weight", outputs, inputs)
     elif stored.format == "fp8":
-        yield Drawn(f"{module}.weight", "F8_E4M3", (outputs, inputs), _e4m3)
+        yield Drawn(f"{module}.weight", "F8_E4M3", (outputs, inputs), draw_e4m3)
         shape, name = _blocks(stored, outputs, inputs)
         scale = deviation / E4M3_RMS
-        yield Drawn(module + name, "F32", shape, _near(scale) if shape else _normal(scale, 0))
+        yield Drawn(module + name, "F32", shape, draw_near(scale) if shape else _normal(scale, 0))
     else:
         assert stored.format == "nvfp4", stored.format
-        yield Drawn(f"{module}.weight", "U8", (outputs, inputs // 2), _bytes)
-        yield Drawn(f"{module}.weight_scale", "F8_E4M3", (outputs, inputs // 16), _e4m3_scales)
+        yield Drawn(f"{module}.weight", "U8", (outputs, inputs // 2), draw_bytes)
+        yield Drawn(f"{module}.weight_scale", "F8_E4M3", (outputs, inputs // 16), _scales_of_16)
         yield Drawn(f"{module}.weight_scale_2", "F32", (), _normal(deviation / (E2M1_RMS * E4M3_RMS), 0))
 
 
@@ -170,18 +170,19 @@ def _lines(lines: int, width: int, skew: float) -> Draw:
     return draw
 
 
-def _near(value: float) -> Draw:
+def draw_near(value: float) -> Draw:
     """Positive numbers about a value."""
     return lambda count, generator: (
         value * (0.75 + 0.5 * torch.rand(count, generator=generator, device=generator.device))
     )
 
 
-def _bytes(count: int, generator: Generator) -> Tensor:
+def draw_bytes(count: int, generator: Generator) -> Tensor:
+    """Codes of any kind."""
     return torch.randint(0, 256, (count,), generator=generator, device=generator.device, dtype=torch.uint8)
 
 
-def _powers(value: float) -> Draw:
+def draw_powers(value: float) -> Draw:
     """Codes 127 + e of the two powers of two about a value, of which squares have its square as their mean."""
     low = math.floor(math.log2(value))
     upper = ((value / 2**low) ** 2 - 1) / 3  # 1 − p + 4·p
@@ -190,9 +191,10 @@ def _powers(value: float) -> Draw:
     )
 
 
-def _e4m3(count: int, generator: Generator) -> Tensor:
+def draw_e4m3(count: int, generator: Generator) -> Tensor:
+    """Normal numbers as e4m3 has them, before they are rounded."""
     return (_standard(count, generator) * E4M3_RMS).clamp_(-E4M3_MAX, E4M3_MAX)
 
 
-def _e4m3_scales(count: int, generator: Generator) -> Tensor:
-    return _near(E4M3_RMS)(count, generator)
+def _scales_of_16(count: int, generator: Generator) -> Tensor:
+    return draw_near(E4M3_RMS)(count, generator)
