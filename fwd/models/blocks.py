@@ -1,6 +1,6 @@
 """The halves of a block that families share: attention over keys and values, a plain MLP, a mixture of experts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -74,6 +74,10 @@ class Mixture:
 
     router: Router
     experts: Experts
+
+    def fetching(self, weight: QTensor) -> "Mixture":
+        """The same, which has a weight of the next layer fetched while experts are chosen."""
+        return replace(self, router=replace(self.router, ahead=weight))
 
     def run(self, ops: ExpertOps, hidden: Tensor, rows: Rows) -> Tensor:
         """Return hidden + what its experts make of each row [rows, hidden]; hidden may be overwritten."""

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Generic, TypeVar, cast
 
 import torch
@@ -37,7 +38,8 @@ class Decoder(ABC, Generic[Layer, Cells, Execution]):
         # NOTE: the head first: packing it takes the most memory beside the weights, and now there are few of them.
         self.head = ops.pack_head(embedding if spec.tied else weights.matrix((HEAD,), (spec.vocab,), spec.hidden))
         self.embedding = self.head if spec.tied and self.head.packed else embedding
-        self.layers = [self.layer(weights, LAYER.format(index), index) for index in range(spec.layers)]
+        layers = [self.layer(weights, LAYER.format(index), index) for index in range(spec.layers)]
+        self.layers = [self.fetching(layer, after) for layer, after in pairwise(layers)] + layers[-1:]
         self.last_norm = weights.norm(LAST_NORM, spec.hidden)
         self.rope = rope_table(spec.rope, spec.rotated, context).to(ops.device)
         self.kept = self._keep(checkpoint)
@@ -48,6 +50,10 @@ class Decoder(ABC, Generic[Layer, Cells, Execution]):
     @abstractmethod
     def layer(self, weights: Weights, prefix: str, index: int) -> Layer:
         """Take the weights of one block."""
+
+    def fetching(self, layer: Layer, after: Layer) -> Layer:  # noqa: ARG002
+        """Return the block, which has what the one `after` begins with fetched where it has time for that."""
+        return layer
 
     @abstractmethod
     def block(self, hidden: Tensor, layer: Layer, rows: Rows, kv: Cells) -> Tensor:

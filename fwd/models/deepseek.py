@@ -49,6 +49,10 @@ class DeepSeek(Decoder[Layer, LatentKV, LatentOps]):
             mlp=mixture(weights, prefix) if mixed else MLP.take(weights, prefix),
         )
 
+    def fetching(self, layer: Layer, after: Layer) -> Layer:  # noqa: D102
+        mlp = layer.mlp
+        return replace(layer, mlp=mlp.fetching(after.latents.down)) if isinstance(mlp, Mixture) else layer
+
     def block(self, hidden: Tensor, layer: Layer, rows: Rows, kv: LatentKV) -> Tensor:  # noqa: D102
         ops = self.ops
         attend = ops.decode_latent_attention if rows.chunk < 0 else ops.prefill_latent_attention

@@ -1,6 +1,6 @@
 """gpt-oss: attention with sinks, every second layer within a window, and experts with biases and a clamped SwiGLU."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ class GptOss(Decoder[Layer, KV, ExpertOps]):
 
     def layer(self, weights: Weights, prefix: str, index: int) -> Layer:  # noqa: ARG002, D102
         return Layer(Attention.take(weights, prefix), Mixture(router(weights, prefix), experts(weights, prefix)))
+
+    def fetching(self, layer: Layer, after: Layer) -> Layer:  # noqa: D102
+        return replace(layer, mixture=layer.mixture.fetching(after.attention.qkv.weight))
 
     def block(self, hidden: Tensor, layer: Layer, rows: Rows, kv: KV) -> Tensor:  # noqa: D102
         hidden = layer.attention.run(self.ops, hidden, self.rope, rows, kv)

@@ -1,6 +1,6 @@
 """Qwen3-MoE: the attention of Qwen3, and experts in most layers that a softmax over all of them chooses among."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -31,6 +31,10 @@ class Moe(Decoder[Layer, KV, ExpertOps]):
         moe = weights.spec.moe
         mixed = moe is not None and index in moe.layers
         return Layer(Attention.take(weights, prefix), mixture(weights, prefix) if mixed else MLP.take(weights, prefix))
+
+    def fetching(self, layer: Layer, after: Layer) -> Layer:  # noqa: D102
+        mlp = layer.mlp
+        return replace(layer, mlp=mlp.fetching(after.attention.qkv.weight)) if isinstance(mlp, Mixture) else layer
 
     def block(self, hidden: Tensor, layer: Layer, rows: Rows, kv: KV) -> Tensor:  # noqa: D102
         hidden = layer.attention.run(self.ops, hidden, self.rope, rows, kv)
