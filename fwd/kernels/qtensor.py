@@ -41,11 +41,11 @@ class QTensor:
     data: Tensor
     format: Format
     shape: tuple[int, ...]
-    packed: bool = False  # `data` stands as `fwd.kernels.packing.pack` leaves it
+    packed: bool = False  # as `fwd.kernels.packing.pack` leaves it: scales and zeros are within `data`
     block: tuple[int, int] = (1, 1)
     scales: Tensor | None = None  # [.., ⌈out / block[0]⌉, ⌈in / block[1]⌉]
     zeros: Tensor | None = None
-    outer: Tensor | None = None  # float32 [.., out]
+    outer: Tensor | None = None  # float32 [.., out]; packed: [.., groups, 8 + …], of fp8 as well
     divides: bool = False
     groups: Tensor | None = None  # int4 with activation order: int32 [.., in], the column of `scales` of each input
 
