@@ -224,14 +224,15 @@ FWD_INLINE void attend(const Call<T>& call, unsigned char* shared) {
 
 }  // namespace fwd::latent
 
-// At most 16 rows; `latents` and `keys` are [cells, …], of fp8 with `scales`.
+// At most 16 rows; `latents` and `keys` are [cells, …], of fp8 with `scales`. `next`: the weights of latent_value.
 #define LATENT_ATTENTION(name, T, sixteens)                                                                          \
     extern "C" __global__ void __launch_bounds__(256, 1)                                                             \
         name(fwd::bf16* sums, float* marks, const fwd::bf16* q, const T* latents, const fwd::bf16* keys,             \
              const float* scales, const int64_t* positions, const int64_t* sequences, const int64_t* parents,        \
-             const int64_t* slots, const int* tables, int rows, int heads, int latent, int rope, int max_pages,      \
-             int page_size, float scale) {                                                                           \
+             const int64_t* slots, const int* tables, const void* next, int rows, int heads, int latent, int rope,   \
+             int max_pages, int page_size, int next_bytes, float scale) {                                            \
         FWD_SHARED(shared);                                                                                          \
+        fwd::latent::prefetch_share(next, next_bytes);                                                               \
         fwd::latent::attend<T, sixteens>({sums, marks, q, latents, keys, scales, positions, sequences, parents,      \
                                           slots, tables, rows, heads, latent, rope, max_pages, page_size,            \
                                           scale * fwd::LOG2_E},                                                      \

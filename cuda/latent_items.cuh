@@ -1,6 +1,7 @@
 // The items of a decode step over latents, and how tiles of cells come to shared memory: see latent_attention.cu.
 #pragma once
 
+#include "latent.cuh"
 #include "paged_items.cuh"
 
 namespace fwd::latent {

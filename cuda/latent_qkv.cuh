@@ -7,6 +7,7 @@
 #pragma once
 
 #include "gemv_bodies.cuh"
+#include "latent.cuh"
 
 namespace fwd::latent {
 
@@ -227,13 +228,6 @@ struct Query {
     }
 };
 
-// A block's share of what the last blocks will read, early into L2.
-FWD_INLINE void prefetch_share(const void* data, int64_t bytes) {
-    int64_t each = (bytes / gridDim.x / 16 + 1) * 16, from = blockIdx.x * each;
-    if (threadIdx.x == 0 && from < bytes)
-        prefetch_l2(static_cast<const unsigned char*>(data) + from, static_cast<uint32_t>(min(each, bytes - from)));
-}
-
 template <class Format, int kColumns, class Epilogue>
 FWD_INLINE void project(const bf16* x, const bf16* norm, float eps, gemv::Packed weight, int outputs, int inputs,
                         const Epilogue& epilogue, unsigned char* shared) {
@@ -243,15 +237,17 @@ FWD_INLINE void project(const bf16* x, const bf16* norm, float eps, gemv::Packed
 
 }  // namespace fwd::latent
 
-// hidden [rows, inputs]; weight [rank + latent + rope, inputs]; narrow [rows, rank]. With scales latents are fp8.
+// hidden [rows, inputs]; weight [rank + latent + rope, inputs]; narrow [rows, rank]. With scales latents are fp8. `next`:
+// the weights of the query.
 #define FWD_LATENT_DOWN(name, Format, columns)                                                                       \
     extern "C" __global__ void __launch_bounds__(fwd::gemv::kThreads, fwd::gemv::kResident)                          \
         name(const fwd::bf16* hidden, const fwd::bf16* norm, float eps, const void* weight, const float* factors,    \
              const fwd::bf16* kv_norm, float kv_eps, const float* rope, const int64_t* positions,                    \
              const int64_t* slots, void* latents, fwd::bf16* keys, float* scales, fwd::bf16* narrow,                 \
-             fwd::bf16* projected, int* counter, int rows, int inputs, int positions_known, int rank, int latent,    \
-             int half) {                                                                                             \
+             fwd::bf16* projected, int* counter, const void* next, int rows, int inputs, int positions_known,        \
+             int rank, int latent, int half, int next_bytes) {                                                       \
         FWD_SHARED(shared);                                                                                          \
+        fwd::latent::prefetch_share(next, next_bytes);                                                               \
         fwd::latent::Records records{kv_norm, kv_eps, {rope, positions, positions_known, half},                      \
                                      slots,   latents, keys, scales, latent};                                        \
         fwd::latent::Down down{narrow, projected, counter, records, rows, rank};                                     \

@@ -133,7 +133,8 @@ def _down(
             *(hidden[part], layer.norm.weight, layer.norm.eps, layer.down.data, layer.down.outer),
             *(layer.kv_norm.weight, layer.kv_norm.eps, rope, rows.positions[part], slots[part]),
             *(kv.latents, kv.keys, kv.scales, workspace.narrow[part], workspace.projected, workspace.counters),
-            *(part.stop - part.start, hidden.shape[1], len(rope), rank, latent, layer.rope // 2),
+            *(layer.query.data, part.stop - part.start, hidden.shape[1], len(rope), rank, latent, layer.rope // 2),
+            layer.query.data.nbytes,
         )
 
 
@@ -174,8 +175,8 @@ def _attend(
         _THREADS,
         shared_bytes(sixteens, kv.latents.element_size()),
         *(workspace.sums, workspace.marks, absorbed, kv.latents, kv.keys, kv.scales),
-        *(rows.positions, rows.sequences, rows.parents, cells.slots, cells.tables),
-        *(count, heads, latent, layer.rope, cells.tables.shape[1], kv.page_size, layer.scale),
+        *(rows.positions, rows.sequences, rows.parents, cells.slots, cells.tables, layer.up_value),
+        *(count, heads, latent, layer.rope, cells.tables.shape[1], kv.page_size, layer.up_value.nbytes, layer.scale),
     )
     out = launcher.empty((count, heads * value), torch.bfloat16)
     parts = heads * -(-value // _VALUES)
