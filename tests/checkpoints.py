@@ -135,6 +135,7 @@ _STRETCHED = {  # as gpt-oss has it
 }
 GPT_OSS = {
     "gpt-oss": lambda: GptOssConfig(**_SINKS, rope_parameters=_STRETCHED),
+    "gpt-oss-64": lambda: GptOssConfig(**{**_SINKS, "head_dim": 64}, rope_parameters=_STRETCHED),
     "gpt-oss-odd": lambda: GptOssConfig(**_SINKS_ODD, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
     "gpt-oss-many": lambda: GptOssConfig(
         **_SINKS_MANY, rope_parameters={**_STRETCHED, "truncate": True, "factor": 4.0}
@@ -180,6 +181,7 @@ _EXPERTS_ALL = {  # are visited by every row
 }
 MOE = {
     "qwen3-moe": lambda: Qwen3MoeConfig(**_EXPERTS),
+    "qwen3-moe-64": lambda: Qwen3MoeConfig(**{**_EXPERTS, "head_dim": 64}),
     "qwen3-moe-odd": lambda: Qwen3MoeConfig(**_EXPERTS_ODD),
     "qwen3-moe-mixed": lambda: Qwen3MoeConfig(**_EXPERTS_MIXED, rope_parameters=_YARN),
     "qwen3-moe-all": lambda: Qwen3MoeConfig(**_EXPERTS_ALL),

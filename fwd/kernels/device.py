@@ -5,25 +5,47 @@ On a GPU a prefill chunk is the library's products between own kernels; on the h
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fwd.errors import ConfigError, ModelError
-from fwd.kernels import gemv, paged_attention, prefill, streams
+from fwd.kernels import expert_kernels, gemv, latent_kernels, paged_attention, prefill, streams
 from fwd.kernels import sample as sampler
 from fwd.kernels.chunks import Chunks, ReferenceChunks
 from fwd.kernels.drawing import Drawing, Outcome
-from fwd.kernels.kv import KV
+from fwd.kernels.kv import KV, LatentKV
 from fwd.kernels.launch import Launcher
-from fwd.kernels.ops import QKV, Draw, Norm, Sampled
+from fwd.kernels.ops import QKV, Active, Draw, Experts, Latents, Norm, Routed, Router, Sampled
 from fwd.kernels.qtensor import QTensor
 from fwd.kernels.rows import MAX_ROWS, Rows
+from fwd.kernels.spaces import Spaces
+
+
+class Mixture(NamedTuple):
+    """Of a model's experts."""
+
+    experts: int
+    top_k: int
+    groups: int
+    intermediate: int
+    shared: int
+
+
+class LatentShape(NamedTuple):
+    """Of a model's latent attention."""
+
+    heads: int
+    rank: int
+    latent: int
+    nope: int
+    rope: int
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What decides whether the kernels take a model."""
+    """What decides whether the kernels take a model, and which they are."""
 
     dtype: str
     hidden: int
@@ -32,8 +54,9 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocab: int
-    streams: tuple[str, ...] = ("bf16",)  # of its weights (`fwd.kernels.streams`)
-    beyond: tuple[str, ...] = ()  # what no kernel takes yet, in words
+    products: tuple[str, ...] = ("qkv.cu",)  # files of the kernels over its weights
+    mixture: Mixture | None = None
+    latents: LatentShape | None = None
 
 
 def check(device: str, shape: Shape) -> None:
@@ -42,34 +65,59 @@ def check(device: str, shape: Shape) -> None:
         raise ConfigError(
             f"--device {device} runs bfloat16 models, this one is {shape.dtype}: use --dtype bfloat16 or --device cpu"
         )
-    if shape.beyond:
-        raise ModelError(f"the kernels of this build do not take {', '.join(shape.beyond)} yet: use --device cpu")
-    gemv.check_model(hidden=shape.hidden, intermediate=shape.intermediate, head_dim=shape.head_dim)
-    if refusal := paged_attention.supports(shape.heads, shape.kv_heads, shape.head_dim, page_size=4):
+    dim = paged_attention.HEAD_DIMS[0] if shape.latents else shape.head_dim
+    gemv.check_model(hidden=shape.hidden, intermediate=shape.intermediate, head_dim=dim)
+    if refusal := _attention_refusal(shape) or _mixture_refusal(shape):
         raise ModelError(f"{refusal}; use --device cpu")
     if shape.vocab > sampler.MAX_VOCAB:
         raise ModelError(f"vocab_size is {shape.vocab}: the sampler takes up to {sampler.MAX_VOCAB}; use --device cpu")
 
 
+def _attention_refusal(shape: Shape) -> str | None:
+    if shape.latents:
+        return latent_kernels.supports(*shape.latents)
+    return paged_attention.supports(shape.heads, shape.kv_heads, shape.head_dim, page_size=4)
+
+
+def _mixture_refusal(shape: Shape) -> str | None:
+    if (mixture := shape.mixture) is None:
+        return None
+    widths = dict.fromkeys((mixture.intermediate, mixture.shared or 8))
+    each = [
+        expert_kernels.supports(
+            hidden=shape.hidden,
+            intermediate=width,
+            experts=mixture.experts,
+            top_k=mixture.top_k,
+            groups=mixture.groups,
+        )
+        for width in widths
+    ]
+    return next(filter(None, each), None)
+
+
 def sources(shape: Shape) -> tuple[str, ...]:
     """Return the files that a decode step is made of."""
-    quantised = [name for name in shape.streams if name != "bf16"]
-    products = [f"{family}_{name}.cu" for family in ("gemv", "qkv") for name in quantised]
-    return ("gemv.cu", "paged_attention.cu", "qkv.cu", "sample.cu", *products)
+    attention = ("latent_attention.cu", "latent_value.cu") if shape.latents else ("paged_attention.cu",)
+    return tuple(dict.fromkeys(("gemv.cu", "sample.cu", *attention, *shape.products)))
 
 
 def workspace_bytes(shape: Shape) -> int:
-    """Bytes of the workspaces that `DeviceOps` makes for a model, and of `next_ids`."""
-    heads = shape.heads + 2 * shape.kv_heads
-    split = paged_attention.workspace_bytes(shape.heads, shape.kv_heads, shape.head_dim)
-    return gemv.Workspace.nbytes(heads, shape.head_dim) + split + sampler.workspace_bytes(shape.vocab) + 8 * MAX_ROWS
+    """Bytes of the workspaces that `DeviceOps` makes for the decode steps of a model, and of `next_ids`."""
+    if shape.latents:
+        attended = latent_kernels.workspace_bytes(*shape.latents)
+    else:
+        split = paged_attention.workspace_bytes(shape.heads, shape.kv_heads, shape.head_dim)
+        attended = gemv.Workspace.nbytes(shape.heads + 2 * shape.kv_heads, shape.head_dim) + split
+    mixture = shape.mixture
+    mixed = expert_kernels.workspace_bytes(shape.hidden, mixture.experts, mixture.top_k) if mixture else 0
+    return attended + mixed + sampler.workspace_bytes(shape.vocab) + 8 * MAX_ROWS
 
 
 class DeviceOps:
-    """Executes `fwd.kernels.ops.Ops` with a `Launcher`.
+    """Executes `fwd.kernels.ops.LatentOps` with a `Launcher`.
 
-    Workspaces are made for a shape when it is first met, which is before a step is captured. `next_ids` int64
-    [MAX_ROWS] holds what each line drew last, for the rows whose id is −1 − line.
+    `next_ids` int64 [MAX_ROWS] holds what each line drew last, for the rows whose id is −1 − line.
     """
 
     row_block = 1
@@ -78,11 +126,9 @@ class DeviceOps:
         self.launcher = launcher
         self.name, self.device = launcher.name, launcher.device
         self.next_ids = torch.zeros(MAX_ROWS, dtype=torch.int64, device=launcher.device)
+        self._spaces = Spaces(launcher)
         on_gpu = launcher.device.type == "cuda"
-        self._chunks: Chunks = prefill.Prefill(launcher) if on_gpu else ReferenceChunks()
-        self._projections: dict[tuple[int, int], gemv.Workspace] = {}
-        self._splits: dict[tuple[int, int, int], paged_attention.Workspace] = {}
-        self._samplers: dict[int, sampler.Workspace] = {}
+        self._chunks: Chunks = prefill.Prefill(launcher, spaces=self._spaces) if on_gpu else ReferenceChunks()
 
     def pack(self, weight: QTensor) -> QTensor:
         """Return the matrix in the order that the kernels stream it; in bfloat16 where none streams its format."""
@@ -95,22 +141,26 @@ class DeviceOps:
         """Return the same of the head; `embed` reads it as well where it is the embedding."""
         return self.pack(weight if weight.format in streams.HEADS else weight.rounded())
 
+    def pack_router(self, weight: QTensor) -> QTensor:
+        """Return the matrix of a router, in bfloat16."""
+        return self.pack(weight if weight.format == "bf16" else weight.rounded())
+
+    def pack_experts(self, weight: QTensor) -> QTensor:
+        """Return the matrices of experts, one after the other."""
+        return self.pack(weight)
+
     def embed(self, ids: Tensor, weight: QTensor) -> Tensor:  # noqa: D102
         return gemv.embed(self.launcher, ids, weight, self.next_ids)
 
     def qkv(self, hidden: Tensor, layer: QKV, rope: Tensor, rows: Rows, kv: KV) -> Tensor:  # noqa: D102
         if rows.chunk >= 0:
             return self._chunks.qkv(hidden, layer, rope, rows, kv)
-        key = (layer.weight.shape[0] // layer.head_dim, layer.head_dim)
-        if key not in self._projections:
-            self._projections[key] = gemv.Workspace.of(self.device, *key)
-        return gemv.qkv(self.launcher, self._projections[key], hidden, layer, rope, rows=rows, kv=kv)
+        space = self._spaces.projection(layer)
+        return gemv.qkv(self.launcher, space, hidden, layer, rope, rows=rows, kv=kv)
 
     def decode_attention(self, q: Tensor, rows: Rows, kv: KV, sinks: Tensor | None = None) -> Tensor:  # noqa: D102
-        key = (q.shape[1], kv.keys.shape[1], q.shape[2])
-        if key not in self._splits:
-            self._splits[key] = paged_attention.Workspace.new(self.launcher, *key)
-        return paged_attention.decode_attention(self.launcher, self._splits[key], q, rows, kv, sinks=sinks)
+        space = self._spaces.split(q.shape[1], kv.keys.shape[1], q.shape[2])
+        return paged_attention.decode_attention(self.launcher, space, q, rows, kv, sinks=sinks)
 
     def prefill_attention(self, q: Tensor, rows: Rows, kv: KV, sinks: Tensor | None = None) -> Tensor:  # noqa: D102
         return self._chunks.attention(q, rows, kv, sinks)
@@ -125,6 +175,36 @@ class DeviceOps:
             return self._chunks.gate_up(hidden, norm, weight)
         return gemv.gate_up(self.launcher, hidden, norm, weight)
 
+    def route(self, hidden: Tensor, router: Router, rows: Rows) -> Routed:  # noqa: D102
+        if rows.chunk >= 0:
+            return self._chunks.route(hidden, router, rows)
+        space = self._spaces.router(len(hidden), router)
+        return expert_kernels.route(self.launcher, space, hidden, router, rows)
+
+    def expert_gate_up(self, routed: Routed, experts: Experts) -> Active:  # noqa: D102
+        if len(routed.x) > MAX_ROWS:
+            return self._chunks.expert_gate_up(routed, experts)
+        return expert_kernels.expert_gate_up(self.launcher, self._spaces.mixture(routed, experts), routed, experts)
+
+    def expert_down(self, active: Active, routed: Routed, experts: Experts, residual: Tensor) -> Tensor:  # noqa: D102
+        if len(routed.x) > MAX_ROWS:
+            return self._chunks.expert_down(active, routed, experts, residual)
+        space = self._spaces.mixture(routed, experts)
+        return expert_kernels.expert_down(self.launcher, space, active, routed, experts, residual=residual)
+
+    def latent_qkv(self, hidden: Tensor, layer: Latents, rope: Tensor, rows: Rows, kv: LatentKV) -> Tensor:  # noqa: D102
+        if rows.chunk >= 0:
+            return self._chunks.latent_qkv(hidden, layer, rope, rows, kv)
+        space = self._spaces.latents(layer)
+        return latent_kernels.latent_qkv(self.launcher, space, hidden, layer, rope, rows=rows, kv=kv)
+
+    def decode_latent_attention(self, q: Tensor, layer: Latents, rows: Rows, kv: LatentKV) -> Tensor:  # noqa: D102
+        space = self._spaces.latents(layer)
+        return latent_kernels.decode_latent_attention(self.launcher, space, q, layer, rows=rows, kv=kv)
+
+    def prefill_latent_attention(self, q: Tensor, layer: Latents, rows: Rows, kv: LatentKV) -> Tensor:  # noqa: D102
+        return self._chunks.latent_attention(q, layer, rows, kv)
+
     def head(self, hidden: Tensor, norm: Norm, weight: QTensor) -> Tensor:  # noqa: D102
         return gemv.head(self.launcher, hidden, norm, weight)
 
@@ -132,17 +212,12 @@ class DeviceOps:
         self, logits: Tensor, ids: Tensor, rows: Rows, drawing: Drawing, outcome: Outcome, *, step: Tensor
     ) -> None:
         """Draw, verify and commit for the rows of a step; see `fwd.kernels.sample.draw`."""
-        launcher, space, next_ids = self.launcher, self._sampler(logits), self.next_ids[: len(outcome.accepted)]
+        launcher, space = self.launcher, self._spaces.sampler(logits.shape[1])
+        next_ids = self.next_ids[: len(outcome.accepted)]
         sampler.draw(launcher, space, logits, ids, rows, drawing=drawing, outcome=outcome, next_ids=next_ids, step=step)
 
     def sample(self, logits: Tensor, draws: Sequence[Draw]) -> Sampled:  # noqa: D102
-        return sampler.sample(self.launcher, self._sampler(logits), logits, draws)
+        return sampler.sample(self.launcher, self._spaces.sampler(logits.shape[1]), logits, draws)
 
     def score(self, logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> Sampled:  # noqa: D102
-        return sampler.score(self.launcher, self._sampler(logits), logits, ids, tops)
-
-    def _sampler(self, logits: Tensor) -> sampler.Workspace:
-        vocab = logits.shape[1]
-        if vocab not in self._samplers:
-            self._samplers[vocab] = sampler.Workspace.new(self.launcher, vocab)
-        return self._samplers[vocab]
+        return sampler.score(self.launcher, self._spaces.sampler(logits.shape[1]), logits, ids, tops)

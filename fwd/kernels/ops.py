@@ -215,6 +215,14 @@ class Ops(Protocol):
 class ExpertOps(Ops, Protocol):
     """Executions that take mixtures of experts as well. Sums stand in float32 until they are rounded, once."""
 
+    def pack_router(self, weight: QTensor) -> QTensor:
+        """Return the matrix of a router as `route` streams it here; done once, at load."""
+        ...
+
+    def pack_experts(self, weight: QTensor) -> QTensor:
+        """Return the matrices of experts, or of the one that all rows visit, as the ops below stream them; the same."""
+        ...
+
     def route(self, hidden: Tensor, router: Router, rows: Rows) -> Routed:
         """Norm the rows of hidden [rows, hidden] and choose their experts."""
         ...

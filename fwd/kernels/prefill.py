@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
 
-from fwd.kernels import packing
-from fwd.kernels.kv import KV
+from fwd.kernels import expert_kernels, latent_kernels, packing
+from fwd.kernels.kv import KV, LatentKV
 from fwd.kernels.launch import Kernel, Launcher
-from fwd.kernels.ops import QKV, Norm
+from fwd.kernels.ops import QKV, Active, Experts, Latents, Norm, Routed, Router
 from fwd.kernels.paged_attention import KV_DTYPES, check
 from fwd.kernels.qtensor import QTensor
 from fwd.kernels.reference import normed
 from fwd.kernels.rows import Rows
+from fwd.kernels.spaces import Spaces
 from fwd.kernels.unpack import unpack
 
 SLAB = 16 << 20  # bytes of unpacked weights: written and read again before they leave L2 (50 MB on an H200)
@@ -28,8 +29,8 @@ _THREADS = 128
 class Prefill:
     """The ops of a prefill chunk over packed weights, bfloat16 [C, …]; nothing here waits for the device."""
 
-    def __init__(self, launcher: Launcher, slab: int = SLAB) -> None:
-        self._launcher = launcher
+    def __init__(self, launcher: Launcher, slab: int = SLAB, spaces: Spaces | None = None) -> None:
+        self._launcher, self._spaces = launcher, spaces or Spaces(launcher)
         self._scratch = launcher.empty((slab // 2,), torch.bfloat16)
 
     def qkv(self, hidden: Tensor, layer: QKV, rope: Tensor, rows: Rows, kv: KV) -> Tensor:
@@ -53,6 +54,34 @@ class Prefill:
         """See `fwd.kernels.ops.Ops.gate_up`."""
         gate, up = self._product(normed(hidden, norm), weight, None).chunk(2, dim=1)
         return F.silu(gate).mul_(up)
+
+    def route(self, hidden: Tensor, router: Router, rows: Rows) -> Routed:
+        """See `fwd.kernels.ops.ExpertOps.route`."""
+        space = self._spaces.router(len(hidden), router)
+        return expert_kernels.route(self._launcher, space, hidden, router, rows)
+
+    def expert_gate_up(self, routed: Routed, experts: Experts) -> Active:
+        """See `fwd.kernels.ops.ExpertOps.expert_gate_up`."""
+        return expert_kernels.expert_gate_up(self._launcher, self._spaces.mixture(routed, experts), routed, experts)
+
+    def expert_down(self, active: Active, routed: Routed, experts: Experts, residual: Tensor) -> Tensor:
+        """See `fwd.kernels.ops.ExpertOps.expert_down`; `residual` is overwritten."""
+        space = self._spaces.mixture(routed, experts)
+        return expert_kernels.expert_down(self._launcher, space, active, routed, experts, residual=residual)
+
+    def latent_qkv(self, hidden: Tensor, layer: Latents, rope: Tensor, rows: Rows, kv: LatentKV) -> Tensor:
+        """See `fwd.kernels.ops.LatentOps.latent_qkv`."""
+        x, heads = normed(hidden, layer.norm), len(layer.up_key)
+        down = self._product(x, layer.down, None)  # [C, q_rank + latent + rope]
+        if layer.q_norm is not None:
+            x = normed(down[:, : layer.query.shape[1]], layer.q_norm)
+        q = self._product(x, layer.query, None).view(len(x), heads, -1)
+        return latent_kernels.latent_rows(self._launcher, down, q, layer, rope, rows=rows, kv=kv)
+
+    def latent_attention(self, q: Tensor, layer: Latents, rows: Rows, kv: LatentKV) -> Tensor:
+        """See `fwd.kernels.ops.LatentOps.prefill_latent_attention`."""
+        space = self._spaces.latents(layer)
+        return latent_kernels.prefill_latent_attention(self._launcher, space, q, layer, rows=rows, kv=kv)
 
     def _product(self, x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
         out = x.new_empty(len(x), weight.shape[0])

@@ -73,6 +73,14 @@ class Reference:
         """Return a plain head in float32: torch rounds the product of narrower matrices to their own dtype."""
         return weight if weight.scales is not None else self.pack(QTensor.plain(weight.dequantize()))
 
+    def pack_router(self, weight: QTensor) -> QTensor:
+        """Return the matrix as it is: its products are float32."""
+        return weight
+
+    def pack_experts(self, weight: QTensor) -> QTensor:
+        """Return the matrices as they are, since only some are used at a time."""
+        return weight
+
     def embed(self, ids: Tensor, weight: QTensor) -> Tensor:  # noqa: D102
         assert weight.scales is None, "embeddings are plain"
         return F.embedding(ids, weight.data)

@@ -119,8 +119,8 @@ def mixture(weights: Weights, prefix: str) -> Mixture:
     )
     if not shared:
         return Mixture(router, plain.experts)
-    gate_up = weights.matrix(weights.under(prefix, SHARED_GATE_UP), (shared, shared), spec.hidden)
-    down = weights.matrix((prefix + SHARED_DOWN,), (spec.hidden,), shared)
+    gate_up = weights.shared(weights.under(prefix, SHARED_GATE_UP), (shared, shared), spec.hidden)
+    down = weights.shared((prefix + SHARED_DOWN,), (spec.hidden,), shared)
     return Mixture(router, replace(plain.experts, shared_gate_up=gate_up, shared_down=down))
 
 

@@ -44,7 +44,7 @@ def router(weights: Weights, prefix: str) -> Router:
     assert moe is not None, "all layers have experts"
     return Router(
         norm=weights.norm(prefix + MLP_NORM, spec.hidden),
-        weight=weights.matrix((prefix + ROUTER,), (moe.experts,), spec.hidden),
+        weight=weights.router(prefix + ROUTER, moe.experts),
         bias=weights.wide(f"{prefix}{ROUTER}.bias", moe.experts),
         correction=None,
         scoring=moe.scoring,

@@ -7,7 +7,7 @@ from typing import Any
 import structlog
 import torch
 
-from fwd.kernels.device import Shape
+from fwd.kernels.device import LatentShape, Mixture, Shape
 from fwd.kernels.select import resolve, select
 from fwd.models.checkpoint import Checkpoint, Progress
 from fwd.models.config import read_spec, run_spec
@@ -19,7 +19,7 @@ from fwd.models.moe import Moe
 from fwd.models.rehearsal import rehearse
 from fwd.models.source import Source
 from fwd.models.spec import Family, ModelSpec
-from fwd.models.streamed import streams_of
+from fwd.models.streamed import sources_of
 
 FAMILIES: dict[Family, Callable[[ModelSpec, Any, torch.dtype, Source, int], Model]] = {
     "deepseek": DeepSeek,
@@ -57,6 +57,7 @@ def load(
 
 def shape(spec: ModelSpec) -> Shape:
     """What kernels must know of a model to take it."""
+    moe, mla = spec.moe, spec.mla
     return Shape(
         dtype=spec.dtype,
         hidden=spec.hidden,
@@ -65,12 +66,7 @@ def shape(spec: ModelSpec) -> Shape:
         kv_heads=spec.kv_heads,
         head_dim=spec.head_dim,
         vocab=spec.vocab,
-        streams=streams_of(spec),
-        beyond=_beyond(spec),
+        products=sources_of(spec),
+        mixture=Mixture(moe.experts, moe.top_k, moe.groups, moe.intermediate, moe.shared) if moe else None,
+        latents=LatentShape(spec.heads, mla.q_rank, mla.latent, mla.nope, mla.rope) if mla else None,
     )
-
-
-def _beyond(spec: ModelSpec) -> tuple[str, ...]:
-    """What of a model no kernel executes yet."""
-    kinds = {"experts": spec.moe, "latent attention": spec.mla, "sinks": spec.sinks}
-    return tuple(kind for kind, present in kinds.items() if present)

@@ -51,7 +51,7 @@ def mixture(weights: Weights, prefix: str) -> Mixture:
     assert moe is not None, "a layer of experts"
     router = Router(
         norm=weights.norm(prefix + MLP_NORM, spec.hidden),
-        weight=weights.matrix((prefix + ROUTER,), (moe.experts,), spec.hidden),
+        weight=weights.router(prefix + ROUTER, moe.experts),
         bias=None,
         correction=None,
         scoring=moe.scoring,

@@ -47,7 +47,7 @@ class Unpacked:
         """Return it as it is."""
         return weight
 
-    pack_head = pack
+    pack_head = pack_router = pack_experts = pack
 
 
 def rehearse(folder: Path, build: Callable[[Source, Unpacked], object]) -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from fwd.kernels import streams
 from fwd.models.spec import EMBEDDING, HEAD, Held, ModelSpec
 
-ROUTERS = ("mlp.gate", "mlp.router")
+ROUTERS, EXPERTS, SHARED = ("mlp.gate", "mlp.router"), "mlp.experts.", "mlp.shared_experts."
 
 
 class Streamed(NamedTuple):
@@ -31,9 +31,24 @@ def fallbacks(spec: ModelSpec) -> tuple[str, ...]:
     return tuple(_line(reason, modules) for reason, modules in found.items())
 
 
-def streams_of(spec: ModelSpec) -> tuple[str, ...]:
-    """Return the streams that a model has, each once, in order."""
-    return tuple(sorted({stream for _, stream, _, _ in streamed(spec) if stream}))
+def sources_of(spec: ModelSpec) -> tuple[str, ...]:
+    """Return the files of the kernels over the weights of a model, each once."""
+    return tuple(dict.fromkeys(_source(each.held, each.stream) for each in streamed(spec) if each.stream))
+
+
+def _source(held: Held, stream: str) -> str:
+    module = held.part.module
+    if module.endswith(ROUTERS):
+        return "route.cu"
+    if EXPERTS in module or SHARED in module:
+        return f"experts_{stream}.cu"
+    latents = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "q_proj")
+    family = "gemv"
+    if module.endswith("self_attn.q_proj") and len(held.part.heights) > 1:
+        family = "qkv"
+    elif "self_attn." in module and module.endswith(latents):
+        family = "latent_qkv"
+    return f"{family}.cu" if stream == "bf16" else f"{family}_{stream}.cu"
 
 
 def _line(reason: str, modules: list[str]) -> str:

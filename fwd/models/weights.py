@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fwd.errors import ModelError
-from fwd.kernels.ops import QKV, Norm, Ops
+from fwd.kernels.ops import QKV, ExpertOps, Norm, Ops
 from fwd.kernels.qtensor import QTensor
 from fwd.models import formats
 from fwd.models.source import Source
@@ -68,6 +69,14 @@ class Weights:
         """The matrices of modules one above the other, in the order that the ops stream them."""
         return self.ops.pack(self.matrix(modules, outputs, inputs))
 
+    def router(self, module: str, experts: int) -> QTensor:
+        """The matrix of a router, as the ops stream it."""
+        return self._mixed.pack_router(self.matrix((module,), (experts,), self.spec.hidden))
+
+    def shared(self, modules: Sequence[str], outputs: Sequence[int], inputs: int) -> QTensor:
+        """The matrices of the expert that all rows visit one above the other, as the ops stream them."""
+        return self._mixed.pack_experts(self.matrix(modules, outputs, inputs))
+
     def matrix(self, modules: Sequence[str], outputs: Sequence[int], inputs: int) -> QTensor:
         """The matrices of modules one above the other; quantised ones stay as they are."""
         full = self.under(self.spec.prefix, modules)
@@ -87,9 +96,9 @@ class Weights:
         return self.matrix((module,), (lines,), width)
 
     def experts(self, modules: Sequence[str], outputs: Sequence[int], inputs: int) -> QTensor:
-        """The matrices of all experts of a layer, of each one above the other: modules have {} for its number.
+        """The matrices of all experts of a layer, as the ops stream them; of each expert one above the other.
 
-        All of an expert's have as many outputs.
+        Modules have {} for its number; all of an expert's have as many outputs.
         """
         assert self.spec.moe is not None, "the model has experts"
         each = range(self.spec.moe.experts)
@@ -98,7 +107,7 @@ class Weights:
             names = [f"{module}.weight" for own in full for module in own]
             taken = self.checkpoint.take(names, [(width, inputs) for width in outputs] * len(each), self.dtype)
             found = QTensor.plain(taken.view(len(each), sum(outputs), inputs))
-        return found.to(self.ops.device)
+        return self._mixed.pack_experts(found.to(self.ops.device))
 
     def stacked(self, module: str, order: Tensor, inputs: int) -> QTensor:
         """The matrices of all experts of a layer, which stand in one tensor: [experts, inputs, outputs] where plain.
@@ -112,7 +121,12 @@ class Weights:
         if found is None:
             taken = self.checkpoint.take((full,), ((count, inputs, len(order)),), self.dtype)
             found = QTensor.plain(_turned(taken, order))
-        return found.to(self.ops.device)
+        return self._mixed.pack_experts(found.to(self.ops.device))
+
+    @property
+    def _mixed(self) -> ExpertOps:
+        """The ops, which take experts: `kernels.device.check` has seen to it."""
+        return cast("ExpertOps", self.ops)
 
 
 def _turned(experts: Tensor, order: Tensor) -> Tensor:

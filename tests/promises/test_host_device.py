@@ -6,7 +6,7 @@ from functools import cache
 import checkpoints
 import numpy as np
 import pytest
-import torch
+from forced import POSITIONS, Forced, differences
 from harness import ended, kill, record, run, serving, submissions, tokens_more
 from msgspec.structs import replace
 from quantised import quantise
@@ -15,16 +15,11 @@ from fwd.cli.common import wait_ready
 from fwd.cli.private import private_daemon
 from fwd.config import Config
 from fwd.demo import corpus, tokenizer
-from fwd.kernels.rows import Cells, Rows
-from fwd.models.load import load
 from fwd.protocol.messages import Tokens
 
 PROMPT = "def fibonacci(n):\n"
 TOKENS = 24
-POSITIONS = 320  # that are teacher-forced
 FEWER = 64  # of a quantised model
-ROWS = 16
-PAGE = 16
 GAP = 0.06  # of the reference's two best logits, below which the kernels may choose the other: 2⁻⁸ of logits up to 16
 DIFFERENCE = 4e-4  # 1 − 2Σxy / (Σx² + Σy²) of all logits of a position: a few roundings to bfloat16 in each layer
 
@@ -77,45 +72,13 @@ def held_out(folder, count):
     return tokenizer.load(folder).encode(text).ids[:count]
 
 
-class Forced:
-    """A model that is given ids over pages in no order, in decode steps of up to 16 rows."""
-
-    def __init__(self, folder, device):
-        self.model = load(folder, device=device, dtype="bfloat16", context=POSITIONS)
-        pages = POSITIONS // PAGE
-        self.order = torch.randperm(pages, generator=torch.Generator().manual_seed(1)).to(torch.int32)
-        self.cache = self.model.new_cache((pages,), PAGE, "bfloat16")
-
-    def step(self, start, ids):
-        """Logits [positions, vocab], each id given."""
-        positions = torch.arange(start, start + len(ids))
-        slots = self.order[positions // PAGE].long() * PAGE + positions % PAGE
-        none = torch.full_like(positions, -1)
-        rows = Rows(positions, torch.zeros_like(positions), none, (Cells(slots, self.order.view(1, -1)),))
-        return self.model.logits(self.model.forward(torch.tensor(ids), rows, self.cache))
-
-    def logits(self, ids):
-        """Of all positions."""
-        steps = [self.step(start, ids[start : start + ROWS]) for start in range(0, len(ids), ROWS)]
-        return torch.cat(steps).double().numpy()
-
-    def greedy(self, start, token, count):
-        """The ids that follow one."""
-        found = []
-        for position in range(start, start + count):
-            token = int(self.step(position, [token]).argmax())
-            found.append(token)
-        return found
-
-
 def assert_alike(ours, theirs):
     """The same token is best, wherever it is not a close call, and all logits are near."""
     best = np.sort(theirs, axis=1)
     same = ours.argmax(axis=1) == theirs.argmax(axis=1)
-    differences = 1 - 2 * (ours * theirs).sum(axis=1) / ((ours**2).sum(axis=1) + (theirs**2).sum(axis=1))
     assert (same | (best[:, -1] - best[:, -2] < GAP)).all()
     assert same.mean() > 0.95
-    assert differences.max() < DIFFERENCE
+    assert differences(ours, theirs).max() < DIFFERENCE
 
 
 @pytest.mark.parametrize("kind", ["bf16", "qwen3-64"])
