@@ -41,13 +41,17 @@ struct Activate {
     FWD_INLINE void put(const Work& work, const Unit& unit, const Parts& parts) const {
         Item item = work.item(unit.begin);
         bool own = item.expert >= 0;
-        for (int at = threadIdx.x; at / 32 * 32 < item.count * kTile; at += kThreads) {
-            int place = at / kTile, m = at % kTile;
-            float gate = parts.template value<Format>(min(place, item.count - 1), 0, m), up = shuffle_xor(gate, 8);
-            if (m >= 8 || place >= item.count) continue;
+        int tile = unit.tile - team_index(), tiles = (own ? width : shared_width) / 8;
+        for (int at = threadIdx.x; at / 32 * 32 < kTeams * item.count * kTile; at += kThreads) {
+            int place = at / kTile, m = at % kTile, which = place / item.count;
+            place -= which * item.count;
+            bool there = which < kTeams && tile + which < tiles;
+            float gate = parts.template value<Format>(there ? which * Work::kRows + place : 0, there ? which : 0, m);
+            float up = shuffle_xor(gate, 8);
+            if (m >= 8 || !there) continue;
             int64_t row = own ? work.table.visit(item.first + place) : item.first + place;
             bf16* to = own ? out + row * width : shared_out + row * shared_width;
-            to[unit.tile * 8 + m] = to_bf16(activated(gate, up, own && clamped));
+            to[(tile + which) * 8 + m] = to_bf16(activated(gate, up, own && clamped));
         }
     }
 };
@@ -59,26 +63,29 @@ struct Apart {
     template <class Format, class Work>
     FWD_INLINE void put(const Work& work, const Unit& unit, const Parts& parts) const {
         Item item = work.item(unit.begin);
-        int outputs = work.routed.outputs;
-        for (int at = threadIdx.x; at < item.count * kTile; at += kThreads) {
-            int place = at / kTile, m = at % kTile, output = unit.tile * kTile + m, position = item.first + place;
+        int outputs = work.routed.outputs, tile = unit.tile - team_index();
+        for (int at = threadIdx.x; at < kTeams * item.count * kTile; at += kThreads) {
+            int place = at / kTile, m = at % kTile, which = place / item.count;
+            place -= which * item.count;
+            int output = (tile + which) * kTile + m, position = item.first + place;
             int64_t row = item.expert < 0 ? work.table.visits + position : work.table.visit(position);
-            if (output < outputs) products[row * outputs + output] = parts.template value<Format>(place, 0, m);
+            if (output >= outputs) continue;
+            products[row * outputs + output] = parts.template value<Format>(which * Work::kRows + place, which, m);
         }
     }
 };
 
-// A unit is a tile and one item: put(work, unit, parts) takes its sums.
+// A unit is two tiles and one item: put(work, unit, parts) takes its sums.
 template <class Format, int kColumns, class Put>
 FWD_INLINE void by_items(Work<Format, kColumns, false>& work, unsigned char* shared, Put put) {
-    constexpr int kRows = 8 * kColumns, kFloats = kWarps * kRows * kPitch + kEarly;
+    constexpr int kPositions = kTeams * 8 * kColumns, kSums = kMembers * kPositions * kPitch;
     Stream<Format, Work<Format, kColumns, false>> stream(work);
     grid_dependency_wait();
     work.open();
     float* memory = reinterpret_cast<float*>(shared);
-    Parts parts{memory, memory + kWarps * kRows * kPitch, kRows};
+    Parts parts{memory, memory + kSums, kPositions};
     auto before = [](const Unit&) { return 0; };
-    run<Format, kColumns, 2>(work, stream, parts, kFloats, before,
+    run<Format, kColumns, 2>(work, stream, parts, kSums + kTeams * kEarly, before,
                              [&](const Unit& unit, const Parts& parts, int) { put(unit, parts); });
 }
 
@@ -87,8 +94,8 @@ FWD_INLINE void gate_up(const bf16* x, gemv::Packed weight, const float* bias, g
                         const void* down, const int* table, const Activate& activate, int rows, int top_k, int inputs,
                         unsigned char* shared) {
     grid_dependency_trigger();
-    Work<Format, 1, false> work({weight, bias, x, top_k, inputs, 2 * activate.width, true},
-                                {shared_weight, nullptr, x, 1, inputs, 2 * activate.shared_width, true},
+    Work<Format, 1, false> work({weight, bias, x, true, inputs, 2 * activate.width, true},
+                                {shared_weight, nullptr, x, true, inputs, 2 * activate.shared_width, true},
                                 {table, rows * top_k}, rows);
     by_items<Format, 1>(work, shared, [&](const Unit& unit, const Parts& parts) {
         activate.put<Format>(work, unit, parts);
@@ -127,15 +134,15 @@ FWD_INLINE void down(const bf16* active, const bf16* shared_active, gemv::Packed
     grid_dependency_trigger();
     bool routed = weight.data;
     using Whole = Work<Format, 1, true>;
-    Whole work({weight, bias, active, 1, inputs, outputs, false},
-               {shared_weight, nullptr, shared_active, 1, shared_inputs, outputs, false}, {table, rows * top_k}, rows);
+    Whole work({weight, bias, active, false, inputs, outputs, false},
+               {shared_weight, nullptr, shared_active, false, shared_inputs, outputs, false}, {table, rows * top_k}, rows);
     Stream<Format, Whole> stream(work);
     grid_dependency_wait();
     work.open();
     int visits = routed ? rows * top_k : 0, positions = visits + (work.shared_items ? rows : 0);
     float* memory = reinterpret_cast<float*>(shared);
     Choices choices(memory, visits);
-    Parts parts{memory + 3 * visits, memory + 3 * visits + kWarps * positions * kPitch, positions};
+    Parts parts{memory + 3 * visits, memory + 3 * visits + kMembers * positions * kPitch, positions};
     choices.fill(work, experts, weights, visits);  // read behind the first barrier
     int row = threadIdx.x / kTile, m = threadIdx.x % kTile;
     auto before = [&](const Unit& unit) {
@@ -164,17 +171,17 @@ FWD_INLINE void down(const bf16* active, const bf16* shared_active, gemv::Packed
 }
 
 // Either of both for a chunk, whose visits are too many for shared memory: down where there are `products`, which
-// `combine` sums; `visits` are those of a row of x.
+// `combine` sums.
 template <class Format, int kColumns>
 FWD_INLINE void chunk(const bf16* x, const bf16* shared_x, gemv::Packed weight, const float* bias,
                       gemv::Packed shared_weight, const int* table, const Activate& activate, float* products, int rows,
-                      int top_k, int visits, int inputs, int shared_inputs, int outputs, int shared_outputs,
+                      int top_k, int inputs, int shared_inputs, int outputs, int shared_outputs,
                       unsigned char* shared) {
     grid_dependency_trigger();
     bool halves = products == nullptr;
     Work<Format, kColumns, false> work(
-        {weight, bias, x, visits, inputs, outputs, halves},
-        {shared_weight, nullptr, shared_x, 1, shared_inputs, shared_outputs, halves}, {table, rows * top_k}, rows);
+        {weight, bias, x, halves, inputs, outputs, halves},
+        {shared_weight, nullptr, shared_x, halves, shared_inputs, shared_outputs, halves}, {table, rows * top_k}, rows);
     Apart apart{products};
     by_items<Format, kColumns>(work, shared, [&](const Unit& unit, const Parts& parts) {
         if (halves) activate.put<Format>(work, unit, parts);
@@ -212,11 +219,11 @@ FWD_INLINE void chunk(const bf16* x, const bf16* shared_x, gemv::Packed weight, 
     extern "C" __global__ void __launch_bounds__(fwd::experts::kThreads, 1) chunk_experts(                             \
         const fwd::bf16* x, const fwd::bf16* shared_x, const void* weight, const float* factors, const float* bias,    \
         const void* shared_weight, const float* shared_factors, const int* table, fwd::bf16* out,                      \
-        fwd::bf16* shared_out, float* products, int rows, int top_k, int visits, int inputs, int shared_inputs,        \
-        int outputs, int shared_outputs, int clamped) {                                                                \
+        fwd::bf16* shared_out, float* products, int rows, int top_k, int inputs, int shared_inputs, int outputs,       \
+        int shared_outputs, int clamped) {                                                                             \
         FWD_SHARED(shared);                                                                                            \
         fwd::experts::chunk<fwd::gemv::Format, fwd::experts::kChunkColumns>(                                           \
             x, shared_x, {weight, factors}, bias, {shared_weight, shared_factors}, table,                              \
-            {out, shared_out, outputs / 2, shared_outputs / 2, clamped != 0}, products, rows, top_k, visits, inputs,   \
+            {out, shared_out, outputs / 2, shared_outputs / 2, clamped != 0}, products, rows, top_k, inputs,           \
             shared_inputs, outputs, shared_outputs, shared);                                                           \
     }

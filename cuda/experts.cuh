@@ -1,10 +1,11 @@
 // The experts of a step over the union of what its rows visit: an expert's weights are read once for up to 8·kColumns
 // rows, which are the columns of the tensor cores' products.
 //
-// Work comes in units, which the blocks of a grid of any size take in turn: an output tile and the items of the union
-// that it is computed for. A warp has every eighth block of each item's inputs, and the weights of all its items pass
-// through the same registers, which are filled again as soon as they are used. A visit's sum depends on the row, the
-// expert and nothing else: the parts of the warps are kept apart and added in the order of the warps.
+// Work comes in units, which the blocks of a grid of any size take in turn: an output tile and all items of the union,
+// or two tiles and one item. The two halves of a block's warps take every other item, or a tile each; of those a warp
+// has every fourth block of inputs. All its weights pass through the same registers, which are filled again as soon as
+// they are used. A visit's sum depends on the row, the expert and nothing else: the parts of the warps are kept apart
+// and added in the order of the warps.
 #pragma once
 
 #include "gemv.cuh"
@@ -20,7 +21,12 @@ using gemv::kWarps;
 using gemv::lane_index;
 using gemv::warp_index;
 
+constexpr int kTeams = 2;           // of warps: what is rare comes half as often than with one
+constexpr int kMembers = kWarps / kTeams;
 constexpr int kEarly = 2 * kTile;  // floats of an item that are there before its sums: biases, factors
+
+FWD_INLINE int team_index() { return warp_index() / kMembers; }
+FWD_INLINE int member_index() { return warp_index() % kMembers; }
 
 // Rows `first` … of the visits in order go to `expert`; the shared one has number −1 and the rows themselves.
 struct Item {
@@ -38,8 +44,9 @@ struct Table {
         return {int(found.x), int(found.y), int(found.z)};
     }
     FWD_INLINE int visit(int position) const { return memory[4 + 4 * visits + position]; }
-    FWD_INLINE int position(int visit) const { return memory[4 + 5 * visits + visit]; }
-    FWD_INLINE int item_of(int visit) const { return memory[4 + 6 * visits + visit]; }
+    FWD_INLINE int row(int position) const { return memory[4 + 5 * visits + position]; }
+    FWD_INLINE int position(int visit) const { return memory[4 + 6 * visits + visit]; }
+    FWD_INLINE int item_of(int visit) const { return memory[4 + 7 * visits + visit]; }
 };
 
 // Matrices of one shape, one after the other, and the rows they are multiplied with. A tile is two groups of 8 outputs:
@@ -50,16 +57,16 @@ struct Stack {
     const float* factors;
     const float* bias;  // [matrices, outputs] or null
     const bf16* x;
-    int visits;  // of a row of x
+    bool by_rows;  // x has a row for each row of the step, not for each visit
     int inputs, outputs, blocks, groups, pitch, stride, apart, tiles;
 
-    FWD_INLINE Stack(gemv::Packed packed, const float* bias, const bf16* x, int visits, int inputs, int outputs,
+    FWD_INLINE Stack(gemv::Packed packed, const float* bias, const bf16* x, bool by_rows, int inputs, int outputs,
                      bool halves)
         : data(static_cast<const unsigned char*>(packed.data)),
           factors(packed.factors),
           bias(bias),
           x(x),
-          visits(visits),
+          by_rows(by_rows),
           inputs(inputs),
           outputs(outputs),
           blocks(gemv::blocks_of<Format>(inputs)),
@@ -69,23 +76,27 @@ struct Stack {
           apart(halves ? outputs / 16 : 1),
           tiles(halves ? outputs / 16 : groups / 2) {}
     FWD_INLINE int group(int tile, int which) const { return tile * stride + which * apart; }
+    FWD_INLINE int pairs() const { return (tiles + 1) / 2; }
     FWD_INLINE int output(int tile, int m) const { return group(tile, m / 8) * 8 + m % 8; }
 };
 
 struct Unit {
-    int tile, begin, end;  // items
+    int tile, begin, end;  // of a team: every other item from begin on
 };
 
-// kWhole: a unit is a tile with all items of the union; else with one. Those of the shared expert come first.
+// kWhole: a unit is a tile and all items of the union; else two tiles and one. Those of the shared expert come first.
 template <class Format, int kColumns, bool kWhole>
 struct Work {
     static constexpr int kRows = 8 * kColumns;
+    static constexpr bool kAll = kWhole;
     Stack<Format> routed, shared;
     Table table;
     int rows, shared_items, items, units;
+    uint32_t inverse, shared_inverse;  // of pairs of tiles, times 2^32: exact while units · pairs are fewer than that
 
     FWD_INLINE Work(const Stack<Format>& routed, const Stack<Format>& shared, Table table, int rows)
         : routed(routed), shared(shared), table(table), rows(rows) {
+        inverse = 0xFFFFFFFFu / max(routed.pairs(), 1) + 1, shared_inverse = 0xFFFFFFFFu / max(shared.pairs(), 1) + 1;
         shared_items = shared.data ? (rows + kRows - 1) / kRows : 0;
         count(0);
     }
@@ -93,15 +104,16 @@ struct Work {
     FWD_INLINE void open() { count(routed.data ? table.items() : 0); }
     FWD_INLINE void count(int found) {
         items = shared_items + found;
-        units = kWhole ? routed.tiles : shared_items * shared.tiles + found * routed.tiles;
+        units = kWhole ? routed.tiles : shared_items * shared.pairs() + found * routed.pairs();
     }
     FWD_INLINE Unit unit(int index) const {
-        if (kWhole) return {index, 0, items};
-        int before = shared_items * shared.tiles, rest = index - before;
+        if (kWhole) return {index, team_index(), items};
+        int before = shared_items * shared.pairs(), rest = index - before;
         bool first = rest < 0;
-        int tiles = first ? shared.tiles : routed.tiles, place = first ? index : rest;
-        int item = place / tiles;
-        return {place - item * tiles, (first ? 0 : shared_items) + item, (first ? 0 : shared_items) + item + 1};
+        int pairs = first ? shared.pairs() : routed.pairs(), place = first ? index : rest;
+        int item = pairs == 1 ? place : __umulhi(place, first ? shared_inverse : inverse);  // place / pairs
+        int tile = 2 * (place - item * pairs) + team_index(), begin = (first ? 0 : shared_items) + item;
+        return {tile, begin, begin + (tile < (first ? shared.tiles : routed.tiles))};
     }
     FWD_INLINE Item item(int index) const {
         if (index >= shared_items) return table.item(index - shared_items);
@@ -115,9 +127,11 @@ struct Work {
     FWD_INLINE int blocks(int index) const { return index < shared_items ? shared.blocks : routed.blocks; }
     // Where the sums of an item stand in the parts of a warp.
     FWD_INLINE int base(const Item& item) const {
-        return kWhole ? item.first + (item.expert < 0 || shared_items == 0 ? 0 : rows) : 0;
+        return kWhole ? item.first + (item.expert < 0 || shared_items == 0 ? 0 : rows) : team_index() * kRows;
     }
 };
+
+constexpr int kNever = -0x7FFFFFFF;
 
 // The weights on their way: always one turn of `kDepth` blocks ahead of the sums.
 template <class Format, class Work>
@@ -130,67 +144,80 @@ struct Stream {
     const float* cells[2];
     Unit unit;
     int index, item;
-    int left;   // blocks of the item from this warp's next on
-    int there;  // of the first turn, before the wait
+    int left, stop;  // blocks of the item from this warp's next on; the item is over when so few are left
+    int there;       // of the first turn, before the wait
 
     // Before the wait: what is the shared expert's.
     FWD_INLINE Stream(const Work& work) {
         enter(work, blockIdx.x);
+        aim(work);
         there = 0;
-#pragma unroll
-        for (int step = 0; step < kDepth; ++step) {
-            if (item < unit.end) fetch(work, step), there = step + 1;
-        }
+        fill(work);
     }
     // Behind it, when the work is open: the rest of the first turn.
     FWD_INLINE void open(const Work& work) {
         if (there == 0) {
             enter(work, blockIdx.x);
+            seek(work);
         } else {
-            bool passed = item >= unit.end;
             unit = work.unit(index);
-            if (passed && item < unit.end) aim(work);
         }
+        if (stop == kNever) aim(work);
+        fill(work);
+        advance(work, true);
+    }
+    FWD_INLINE void fill(const Work& work) {
 #pragma unroll
         for (int step = 0; step < kDepth; ++step) {
-            if (step >= there) fetch(work, step);
+            if (step < there || stop == kNever) continue;
+            fetch(step);
+            advance(work, false);
+            there = step + 1;
         }
-        turn(work);
     }
     FWD_INLINE void enter(const Work& work, int wanted) {
         index = wanted;
         unit = {0, 0, 0};
         if (index < work.units) unit = work.unit(index);
         item = unit.begin;
-        if (item < unit.end) aim(work);
+    }
+    FWD_INLINE bool seek(const Work& work) {  // to a unit that this team has a part in
+        bool moved = false;
+        while (item >= unit.end && index < work.units) enter(work, index + gridDim.x), moved = true;
+        return moved;
     }
     FWD_INLINE void aim(const Work& work) {
+        left = 0, stop = kNever;
+        if (item >= unit.end) return;
         const Stack<Format> stack = work.stack(item < work.shared_items);
         int expert = max(work.item(item).expert, 0);
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
             int64_t place = int64_t{expert} * stack.groups + stack.group(unit.tile, which);
-            next[which] = stack.data + (place * stack.blocks + warp_index()) * kBytes + lane_index() * 16;
-            if constexpr (Format::kCells) cells[which] = stack.factors + place * stack.pitch + 8 + warp_index() / 2;
+            next[which] = stack.data + (place * stack.blocks + member_index()) * kBytes + lane_index() * 16;
+            if constexpr (Format::kCells) cells[which] = stack.factors + place * stack.pitch + 8 + member_index() / 2;
         }
-        left = stack.blocks - warp_index();
+        left = stack.blocks - member_index(), stop = -member_index();
     }
-    FWD_INLINE void fetch(const Work& work, int step) {
-        if (item >= unit.end) return;
+    FWD_INLINE void fetch(int step) {
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
             if (left > 0) {
                 held[step][which].fetch(next[which]);
                 if constexpr (Format::kCells) held[step][which].cell = *cells[which];
             }
-            next[which] += kWarps * kBytes;
-            if constexpr (Format::kCells) cells[which] += kWarps / 2;
+            next[which] += kMembers * kBytes;
+            if constexpr (Format::kCells) cells[which] += kMembers / 2;
         }
-        left -= kWarps;
-        if (left <= -warp_index() && ++item < unit.end) aim(work);
+        left -= kMembers;
     }
-    FWD_INLINE void turn(const Work& work) {
-        if (item >= unit.end && index < work.units) enter(work, index + gridDim.x);
+    FWD_INLINE bool passed() const { return left <= stop; }
+    // To the next item, and where a turn is over to the next unit.
+    FWD_INLINE void advance(const Work& work, bool turned) {
+        bool moved = passed();
+        if (moved) item += kTeams;
+        if (turned && seek(work)) moved = true;
+        if (moved) aim(work);
     }
 };
 
@@ -207,7 +234,7 @@ struct Visitors {
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
             int position = item.first + min(8 * c + lane_index() / 4, item.count - 1);
-            uint32_t row = item.expert < 0 ? position : work.table.visit(position) / stack.visits;
+            uint32_t row = item.expert < 0 ? position : stack.by_rows ? work.table.row(position) : work.table.visit(position);
             place[c] = row * stack.inputs * 2 + lane_index() % 4 * 16;
             last[c] = row * stack.inputs * 2 + stack.inputs * 2 - 16;
         }
@@ -255,17 +282,17 @@ FWD_INLINE void store_sums(float* own, const float (&sums)[kColumns][4], int cou
 
 // Parts of sums, biases and factors of a unit: floats of shared memory.
 struct Parts {
-    float* sums;   // [kWarps][positions][kPitch]
-    float* early;  // [items][kEarly]
+    float* sums;   // [kMembers][positions][kPitch]
+    float* early;  // [items or tiles][kEarly]
     int positions;
 
-    FWD_INLINE float* of(int warp, int position) const { return sums + (warp * positions + position) * kPitch; }
-    // Output m of a visit of the unit's item, with its bias.
+    FWD_INLINE float* of(int member, int position) const { return sums + (member * positions + position) * kPitch; }
+    // Output m of a visit, with its bias; `item` counts what is early.
     template <class Format>
     FWD_INLINE float value(int position, int item, int m) const {
         float sum = of(0, position)[m];
 #pragma unroll
-        for (int warp = 1; warp < kWarps; ++warp) sum += of(warp, position)[m];
+        for (int member = 1; member < kMembers; ++member) sum += of(member, position)[m];
         if constexpr (Format::kFactors) sum *= early[item * kEarly + kTile + m];
         if constexpr (Format::kScaled && !Format::kFactors) sum *= Format::kFactor;
         return sum + early[item * kEarly + m];
@@ -275,17 +302,20 @@ struct Parts {
 // Biases and factors of a unit start on their way.
 template <class Format, class Work>
 FWD_INLINE void fetch_early(const Work& work, const Unit& unit, const Parts& parts) {
-    for (int at = threadIdx.x; at < (unit.end - unit.begin) * kTile; at += kThreads) {
-        int index = unit.begin + at / kTile, m = at % kTile;
+    int tile = unit.tile - (Work::kAll ? 0 : team_index());
+    for (int at = threadIdx.x; at < (Work::kAll ? work.items : kTeams) * kTile; at += kThreads) {
+        int place = at / kTile, m = at % kTile, index = Work::kAll ? place : unit.begin;
         const Stack<Format> stack = work.stack(index < work.shared_items);
+        if (!Work::kAll) tile = unit.tile - team_index() + place;
+        if (tile >= stack.tiles) continue;
         int64_t expert = max(work.item(index).expert, 0);
-        int output = stack.output(unit.tile, m);
+        int output = stack.output(tile, m);
         bool biased = stack.bias && output < stack.outputs;
-        float* to = parts.early + at / kTile * kEarly + m;
+        float* to = parts.early + place * kEarly + m;
         const void* from = biased ? static_cast<const void*>(stack.bias + expert * stack.outputs + output) : stack.data;
         cp_async_4_zfill(to, from, biased);
         if constexpr (Format::kFactors) {
-            int64_t group = expert * stack.groups + stack.group(unit.tile, m / 8);
+            int64_t group = expert * stack.groups + stack.group(tile, m / 8);
             cp_async_4_zfill(to + kTile, stack.factors + group * stack.pitch + m % 8, true);
         }
     }
@@ -304,29 +334,34 @@ FWD_INLINE void run(const Work& work, Stream<Format, Work>& stream, Parts parts,
         fetch_early<Format>(work, unit, parts);
         auto found = before(unit);
         float sums[kColumns][4];
-        clear(sums);
-        int at = unit.begin, block = warp_index(), blocks = 0;
         Item item{};
+        int at = unit.begin, done = 0, left, stop;  // as those of the stream
         auto aim = [&] {
-            item = work.item(at), blocks = work.blocks(at);
+            clear(sums);
+            left = 0, stop = kNever;
+            if (at >= unit.end) return;
+            item = work.item(at);
+            left = work.blocks(at) - member_index(), stop = -member_index();
             rows.aim(work, item);
         };
-        if (at < unit.end) aim();
-        while (at < unit.end) {
+        aim();
+        int block = member_index();
+        while (at < unit.end || done != 0) {
 #pragma unroll
             for (int step = 0; step < stream.kDepth; ++step) {
-                bool on = at < unit.end;
-                if (on && block < blocks) multiply<Format>(sums, stream.held[step], rows, item.count, block);
-                stream.fetch(work, step);
-                block += kWarps;
-                if (on && block - warp_index() >= blocks) {
-                    store_sums(parts.of(warp_index(), work.base(item)), sums, item.count);
-                    clear(sums);
-                    block = warp_index();
-                    if (++at < unit.end) aim();
-                }
+                if (step < done) continue;
+                if (left > 0) multiply<Format>(sums, stream.held[step], rows, item.count, block);
+                stream.fetch(step);
+                block += kMembers, left -= kMembers, done = step + 1;
+                if (left <= stop || stream.passed()) break;  // rare: what follows stands in the code once
             }
-            stream.turn(work);
+            if (left <= stop) {
+                store_sums(parts.of(member_index(), work.base(item)), sums, item.count);
+                at += kTeams, block = member_index();
+                aim();
+            }
+            stream.advance(work, done == stream.kDepth);
+            if (done == stream.kDepth) done = 0;
         }
         cp_async_wait<0>();
         block_barrier();

@@ -150,7 +150,8 @@ FWD_INLINE uint32_t before(uint32_t value, uint32_t& all, uint32_t* scratch) {
 
 // Visits in the order of their experts, of one expert in the order of rows, in items of up to `limit`. A thread has some
 // experts, the next thread the next ones.
-FWD_INLINE void sort_visits(const int* experts, int visits, int many, int limit, int* table, unsigned char* shared) {
+FWD_INLINE void sort_visits(const int* experts, int visits, int top_k, int many, int limit, int* table,
+                            unsigned char* shared) {
     int* found = reinterpret_cast<int*>(shared);  // [visits]
     uint32_t* scratch = reinterpret_cast<uint32_t*>(found + visits);
     for (int visit = threadIdx.x; visit < visits; visit += kThreads) found[visit] = experts[visit];
@@ -164,7 +165,8 @@ FWD_INLINE void sort_visits(const int* experts, int visits, int many, int limit,
     }
     uint32_t start = before(own, all, scratch);
     int position = start & 0xFFFF, item = start >> 16;
-    int *items = table + 4, *order = items + 4 * visits, *positions = order + visits, *item_of = positions + visits;
+    int *items = table + 4, *order = items + 4 * visits, *rows = order + visits, *positions = rows + visits;
+    int* item_of = positions + visits;
     if (threadIdx.x == 0) table[0] = all >> 16;
     for (int expert = first; expert < last && own; ++expert) {
         int count = 0;
@@ -172,7 +174,8 @@ FWD_INLINE void sort_visits(const int* experts, int visits, int many, int limit,
             if (found[visit] != expert) continue;
             if (count % limit == 0) items[4 * item] = expert, items[4 * item + 1] = position, ++item;
             items[4 * item - 2] = count % limit + 1;
-            order[position] = visit, positions[visit] = position, item_of[visit] = item - 1;
+            order[position] = visit, rows[position] = visit / top_k;
+            positions[visit] = position, item_of[visit] = item - 1;
             ++count, ++position;
         }
     }
@@ -228,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(fwd::gemv::kThreads, fwd::gemv::kRe
                       weights + place * top_k);
     }
     if (!last_arriver(counters + gridDim.y, gridDim.y)) return;
-    routing::sort_visits(experts, all_rows * top_k, many, limit, table, shared);
+    routing::sort_visits(experts, all_rows * top_k, top_k, many, limit, table, shared);
 }
 
 // residual [rows, outputs] += Σ weightₖ·productₖ + shared, in that order in float32, rounded once: a block has a row.

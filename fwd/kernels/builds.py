@@ -55,11 +55,11 @@ BUILDS: dict[str, dict[str, Bound]] = {  # file in `cuda/` → kernel
     "qkv_int4_128.cu": _WHOLE,
     "route.cu": {"route": _STAGED, "combine": Bound(40)},
     **{
-        f"experts_{name}.cu": {"expert_gate_up": Bound(128, 10496), "expert_down": Bound(128, SHARED_LIMIT)}
+        f"experts_{name}.cu": {"expert_gate_up": Bound(128, 10752), "expert_down": Bound(128, SHARED_LIMIT)}
         for name in ("bf16", "fp8", "mxfp4", "nvfp4", "int4_32", "int4_128")
     },
     **{
-        f"chunk_experts_{name}.cu": {"chunk_experts": Bound(248, 41216)}
+        f"chunk_experts_{name}.cu": {"chunk_experts": Bound(248, 41472)}
         for name in ("bf16", "fp8", "mxfp4", "nvfp4", "int4_32", "int4_128")
     },
     "unpack.cu": {

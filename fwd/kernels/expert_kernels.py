@@ -20,7 +20,8 @@ from fwd.kernels.rows import MAX_ROWS, Rows
 
 MAX_EXPERTS, MAX_TOP_K, MAX_GROUPS = 512, 32, 32
 ITEM, CHUNK_ITEM = 8, 32  # rows of an item: visits of an expert that one read of its weights is for
-_THREADS, _WARPS = 256, 8
+_THREADS, _WARPS, _TEAMS = 256, 8, 2
+_MEMBERS = _WARPS // _TEAMS
 _AHEAD = 16 << 20  # bytes that are fetched ahead at most: what experts of few rows leave of an L2 of 50 MB
 _PITCH = 20  # floats from the sums of a visit to those of the next
 _EARLY = 32  # floats of an item's biases and factors
@@ -32,10 +33,10 @@ class Workspace:
     """What kernels leave for each other between `route` and `expert_down`, for layers that take turns.
 
     `table` holds the number of items; from word 4 on the items, by expert: number, first of its visits in order, how
-    many, 0; then the visits in order, row · top_k + place; then where each visit stands there, and its item.
+    many, 0; then the visits in order, row · top_k + place; their rows; where each visit stands there; and its item.
     """
 
-    table: Tensor  # int32 [4 + 7 · visits]
+    table: Tensor  # int32 [4 + 8 · visits]
     logits: Tensor  # float32 [rows · experts]
     products: (
         Tensor  # float32 [(visits + rows) · hidden]; for decode rows, of another format's shared expert: [rows · …]
@@ -46,7 +47,7 @@ class Workspace:
     def of(cls, launcher: Launcher, hidden: int, experts: int, top_k: int, *, rows: int = MAX_ROWS) -> "Workspace":
         """Return one for steps of up to `rows` rows: `workspace_bytes`."""
         return cls(
-            launcher.empty((4 + 7 * rows * top_k,), torch.int32),
+            launcher.empty((4 + 8 * rows * top_k,), torch.int32),
             launcher.empty((rows * experts,), torch.float32),
             launcher.empty((_products(rows, top_k) * hidden,), torch.float32),
             torch.zeros(-(-rows // ITEM) + 1, dtype=torch.int32, device=launcher.device),
@@ -55,7 +56,7 @@ class Workspace:
 
 def workspace_bytes(hidden: int, experts: int, top_k: int, rows: int = MAX_ROWS) -> int:
     """Bytes of a `Workspace`."""
-    words = 4 + 7 * rows * top_k + rows * experts + _products(rows, top_k) * hidden + -(-rows // ITEM) + 1
+    words = 4 + 8 * rows * top_k + rows * experts + _products(rows, top_k) * hidden + -(-rows // ITEM) + 1
     return 4 * words
 
 
@@ -111,7 +112,7 @@ def route(launcher: Launcher, workspace: Workspace, hidden: Tensor, router: Rout
     _check_router(hidden, router, rows)
     parts = -(-count // ITEM)
     assert workspace.logits.numel() >= count * experts, (count, experts)
-    assert workspace.table.numel() >= 4 + 7 * count * top_k, (count, top_k)
+    assert workspace.table.numel() >= 4 + 8 * count * top_k, (count, top_k)
     assert len(workspace.counters) > parts, parts
     routed = Routed(
         launcher.empty((count, inputs), torch.bfloat16),
@@ -183,7 +184,7 @@ def _chunk_gate_up(launcher: Launcher, workspace: Workspace, routed: Routed, exp
             weight,
             tiles // 8,
             *(x, x, *_pointers(given), experts.gate_up_bias, *_pointers(alone), workspace.table, *active, None),
-            *(count, top_k, top_k, x.shape[1], x.shape[1], 2 * width, 2 * shared_width),
+            *(count, top_k, x.shape[1], x.shape[1], 2 * width, 2 * shared_width),
             int(experts.activation == "clamped"),
         )
 
@@ -246,7 +247,7 @@ def _chunk_down(launcher: Launcher, workspace: Workspace, active: Active, expert
             items * -(-outputs // TILE),
             *(active.experts, active.shared, *_pointers(given), experts.down_bias, *_pointers(alone)),
             *(workspace.table, None, None, workspace.products),
-            *(count, top_k, 1, inputs, shared_inputs, outputs, outputs, 0),
+            *(count, top_k, inputs, shared_inputs, outputs, outputs, 0),
         )
 
 
@@ -264,13 +265,13 @@ def route_bytes(rows: int, inputs: int, top_k: int) -> int:
 
 def item_bytes(item: int) -> int:
     """Bytes of shared memory of a block that takes items of up to `item` rows: sums and what is early, twice."""
-    return 2 * 4 * (_WARPS * _PITCH * item + _EARLY)
+    return 2 * 4 * _TEAMS * (_MEMBERS * _PITCH * item + _EARLY)
 
 
 def down_bytes(visits: int, shared: int) -> int:
     """Bytes of shared memory of a block of `expert_down` for visits to experts, and rows that visit the shared one."""
     items = visits + -(-shared // ITEM)
-    return 4 * (3 * visits + _WARPS * _PITCH * (visits + shared) + _EARLY * items)
+    return 4 * (3 * visits + _MEMBERS * _PITCH * (visits + shared) + _EARLY * items)
 
 
 def _item(rows: int) -> int:
