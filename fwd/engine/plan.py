@@ -14,7 +14,7 @@ from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.workspaces import RING, kernel_items, workspace
 from fwd.errors import ConfigError
 from fwd.models.layout import CacheLayout, Group, KVFormat, Latent, Paged, State, groups
-from fwd.models.spec import ITEMSIZE, ModelSpec
+from fwd.models.spec import HEAD, ITEMSIZE, ModelSpec
 
 PAGE_SIZE = 16  # tokens
 STEP_ROWS = (1, 2, 4, 8)  # of which ceilings are given
@@ -70,10 +70,10 @@ class Plan:
 
     @property
     def items(self) -> dict[str, int]:
-        """Bytes by kind, all of them on the device; a packed matrix counts without padding of its own."""
+        """Bytes by kind, all of them on the device."""
         return {
-            **{f"weights_{name}": size for name, size in _weights(self.spec).items()},
-            f"head_{_head_dtype(self)}": _head(self),
+            **{f"weights_{name}": size for name, size in _weights(self).items()},
+            f"head_{_head(self).format}": _head(self).nbytes,
             "rope": self.context * self.spec.rotated * 4,  # cos and sin, float32 [context, 2, rotated/2]
             **_pool_items(self),
             "steps": _steps(self),
@@ -102,8 +102,8 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Bytes that must be available: the reserve and the total, or what the head takes while it is packed."""
-        packing = sum(_weights(self.spec).values()) + _head(self) + _unpacked_head(self)
+        """Bytes that must be available: the reserve and the total, or what weights take while they are packed."""
+        packing = sum(_weights(self).values()) + _head(self).nbytes + _packing(self)
         return max(self.total, packing) + self.device.reserve
 
 
@@ -245,33 +245,43 @@ def _pool_items(plan: Plan) -> dict[str, int]:
     }
 
 
-def _matrix(spec: ModelSpec, dtype: str) -> int:
-    """Bytes of an embedding or a head."""
-    return spec.vocab * spec.hidden * ITEMSIZE[dtype]
+def _weights(plan: Plan) -> dict[str, int]:
+    """Bytes of the weights but the head, by format, as they are held."""
+    if not plan.device.kernels:
+        return plan.spec.weights(head=False)
+    sizes: dict[str, int] = {}
+    for each in plan.spec.streamed:
+        if each.held.part.module != HEAD:
+            sizes[each.format] = sizes.get(each.format, 0) + each.nbytes * each.held.part.copies
+    return sizes
 
 
-def _weights(spec: ModelSpec) -> dict[str, int]:
-    """Bytes of the weights but the head, by format."""
-    return spec.weights(head=False)
+class _Head(NamedTuple):
+    """The head as it is streamed, beside the embedding of a tied model unless a kernel reads it as such."""
+
+    format: str
+    nbytes: int
+    read: int  # bytes that were read of it, beside the embedding
 
 
-def _head_dtype(plan: Plan) -> str:
-    """The reference keeps the head in float32, since products of narrower matrices are rounded to their dtype."""
-    return plan.spec.dtype if plan.device.kernels else "float32"
-
-
-def _head(plan: Plan) -> int:
-    """Bytes of the head as it is streamed, beside the embedding of a tied model unless a kernel reads it as such."""
-    return 0 if plan.spec.tied and plan.device.kernels else _matrix(plan.spec, _head_dtype(plan))
-
-
-def _unpacked_head(plan: Plan) -> int:
-    """Bytes beside the weights while the head is packed: what was read of it, and the same in the head's dtype."""
-    spec, head = plan.spec, _head_dtype(plan)
+def _head(plan: Plan) -> _Head:
+    """The reference keeps a plain head in float32, since products of narrower matrices are rounded to their dtype."""
+    spec = plan.spec
     if plan.device.kernels:
-        return 2 * _matrix(spec, head)  # padded to whole tiles, and in order
-    read = spec.weight_bytes() - spec.weight_bytes(head=False)
-    return read + (0 if spec.dtype == head else _matrix(spec, head))
+        each = next((each for each in spec.streamed if each.held.part.module == HEAD), None)
+        return _Head(each.format, each.nbytes, each.held.nbytes) if each else _Head(spec.dtype, 0, 0)
+    held = next((held for held in spec.held if held.part.module == HEAD), None)
+    if held is not None and held.stored is not None:
+        return _Head(held.format, held.nbytes, held.nbytes)
+    return _Head("float32", spec.vocab * spec.hidden * ITEMSIZE["float32"], held.nbytes if held else 0)
+
+
+def _packing(plan: Plan) -> int:
+    """Bytes beside the weights while one of them is packed; on a CPU that is only the head, of what was read of it."""
+    if plan.device.kernels:
+        return max(each.beside for each in plan.spec.streamed)
+    spec, head = plan.spec, _head(plan)
+    return head.read + (head.nbytes if head.format == "float32" != spec.dtype else 0)
 
 
 def _steps(plan: Plan) -> int:

@@ -14,6 +14,8 @@ PIECE, PIECE_GRAIN = 4096, 64  # tokens of a piece on the CPU where there are fe
 GATHERED_BYTES = 48  # per number of a key: it and its value read from pages in any order, widened, copied; measured
 EXPANDED_HEADS, EXPANDED_BYTES = 8, 16  # heads whose keys and values are made of latents at once, bytes a number
 SLAB_BYTES, WIDENED = 32 << 20, 4  # of what is dequantised at once, and how often it stands (`kernels.products`)
+LATENT_PIECES = 128  # the same of latent attention on kernels
+VISIT_WORDS, VISIT_ROWS = 8, 8  # of a row's visit of an expert in the table; rows of an item (`kernels.expert_kernels`)
 OUTCOME_BYTES = 176  # of a row: what comes of it (`kernels.drawing`)
 MAX_TOPS, SCANNED, SELECTED_LEVELS = 20, 2048, 2048  # of the sampler (`kernels.sample`)
 UNPACKED_BYTES = 16 << 20  # weights that a GPU has in rows at once while it prefills (`kernels.prefill`)
@@ -25,10 +27,11 @@ def kernel_items(plan: "Plan") -> dict[str, int]:
 
     On a GPU what is only sent or fetched is in the memory of the host, and a prefill needs weights in rows.
     """
-    vocab, kernels = plan.spec.vocab, _split(plan) + _projected(plan) + _sampled(plan)
+    vocab, kernels = plan.spec.vocab, _attending(plan) + _mixing(plan, MAX_ROWS) + _sampled(plan)
     fetched = RING * (MAX_ROWS * OUTCOME_BYTES + 8 * plan.max_seqs + 8) + 8 * vocab
     if plan.device.gpu:
-        return {"lines": plan.max_seqs * 8 * vocab, "kernels": kernels + UNPACKED_BYTES}
+        chunk = _mixing(plan, plan.chunk) + UNPACKED_BYTES
+        return {"lines": plan.max_seqs * 8 * vocab, "kernels": kernels + chunk}
     return {"lines": plan.max_seqs * 8 * vocab + fetched, "kernels": kernels}
 
 
@@ -38,10 +41,39 @@ def workspace(plan: "Plan") -> int:
     activations = plan.chunk * _width(spec) * 4  # of a layer, in float32 at most
     logits = spec.vocab * (MAX_ROWS * 4 + (MAX_ROWS * 8 if plan.device.kernels else SAMPLED_BYTES))
     if plan.device.gpu:
-        return activations + logits
+        return activations + logits + (_absorbed(plan, spec.mla) if spec.mla else 0)
     attended = _latents(plan, spec.mla) if spec.mla else _gathered(plan)
-    wide = _unpacked(plan) if plan.device.kernels else _dequantised(spec)
+    wide = max(_unpacked(plan), _dequantised(spec)) if plan.device.kernels else _dequantised(spec)
     return activations + logits + attended + _spans(plan) + wide
+
+
+def _attending(plan: "Plan") -> int:
+    """What the launches of a layer's attention leave for each other."""
+    if plan.spec.mla:
+        return _latent_launches(plan, plan.spec.mla)
+    return _split(plan) + _projected(plan)
+
+
+def _latent_launches(plan: "Plan", mla: LatentSpec) -> int:
+    """Of latent attention (`kernels.latent_kernels`): vectors in bfloat16, sums of pieces with marks, arrivals."""
+    heads = plan.spec.heads
+    vectors = mla.q_rank + mla.latent + mla.rope + heads * (mla.nope + mla.latent + 2 * mla.rope)
+    return MAX_ROWS * (2 * vectors + heads * LATENT_PIECES * (2 * mla.latent + 8)) + 4 * (1 + heads)
+
+
+def _mixing(plan: "Plan", rows: int) -> int:
+    """Of experts (`kernels.expert_kernels`): the table of visits, logits, products in float32, arrivals."""
+    spec, moe = plan.spec, plan.spec.moe
+    if moe is None:
+        return 0
+    products = rows if rows <= MAX_ROWS else rows * (moe.top_k + 1)
+    words = 4 + VISIT_WORDS * rows * moe.top_k + rows * moe.experts + products * spec.hidden
+    return 4 * (words + -(-rows // VISIT_ROWS) + 1)
+
+
+def _absorbed(plan: "Plan", mla: LatentSpec) -> int:
+    """Queries of a chunk as they are scored on latents, and on their way there."""
+    return plan.chunk * plan.spec.heads * (3 * mla.latent + mla.rope) * 2
 
 
 def _split(plan: "Plan") -> int:

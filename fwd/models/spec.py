@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fwd.models.layout import CacheLayout, KVFormat, Latent, Paged, State
 from fwd.models.quantization import PLAIN, Quantization, Stored
+
+if TYPE_CHECKING:
+    from fwd.models.streamed import Streamed
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Family = Literal["dense", "moe", "gpt_oss", "deepseek"]
@@ -113,6 +116,13 @@ class ModelSpec:
     def held(self) -> "tuple[Held, ...]":
         """Everything that is loaded, as it is held. Raises ModelError for a layout of files that is not known."""
         return tuple(_held(self, part) for part in parts(self) if part.numbers)
+
+    @cached_property
+    def streamed(self) -> "tuple[Streamed, ...]":
+        """The same as kernels have it, of a model in bfloat16."""
+        from fwd.models.streamed import streamed  # noqa: PLC0415  # it needs this module
+
+        return tuple(streamed(held, tied=self.tied) for held in self.held)
 
     def parameters(self) -> int:
         """Parameters of the text model, without what predicts further tokens (`mtp`)."""

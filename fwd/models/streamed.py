@@ -16,16 +16,35 @@ class Streamed(NamedTuple):
     nbytes: int
     reason: str = ""
 
+    @property
+    def format(self) -> str:
+        """What it is held in."""
+        return "bfloat16" if self.stream == "bf16" else self.held.format
 
-def streamed(spec: ModelSpec) -> tuple[Streamed, ...]:
-    """Return everything that is loaded of a model in bfloat16, as kernels have it."""
-    return tuple(_streamed(spec, held) for held in spec.held)
+    @property
+    def beside(self) -> int:
+        """Bytes that are there beside it while it is packed: what was read, its numbers rounded, one copy in blocks."""
+        part = self.held.part
+        rounded = 2 * part.numbers * part.copies if self.reason else 0
+        return self.held.nbytes * part.copies + rounded + self.nbytes if self.stream else 0
+
+
+def streamed(held: Held, *, tied: bool) -> Streamed:
+    """Return how kernels have something that is loaded of a model in bfloat16."""
+    part, module = held.part, held.part.module
+    embedding = module == EMBEDDING
+    if not module or (embedding and not tied) or (part.kept == "model" and not embedding):
+        return Streamed(held, "", held.nbytes)
+    reason = _reason(held)
+    stored = None if reason else held.stored
+    stream = "bf16" if stored is None else streams.stream_of(stored.format, stored.block, part.inputs)
+    return Streamed(held, stream, streams.packed_bytes(stream, sum(part.heights), part.inputs), reason)
 
 
 def fallbacks(spec: ModelSpec) -> tuple[str, ...]:
     """Return which quantised matrices no kernel takes: they are made bfloat16 when they are loaded. A line a reason."""
     found: dict[str, list[str]] = {}
-    for held, _, _, reason in streamed(spec):
+    for held, _, _, reason in spec.streamed:
         if reason:
             found.setdefault(reason, []).append(spec.prefix + held.part.module)
     return tuple(_line(reason, modules) for reason, modules in found.items())
@@ -33,7 +52,7 @@ def fallbacks(spec: ModelSpec) -> tuple[str, ...]:
 
 def sources_of(spec: ModelSpec) -> tuple[str, ...]:
     """Return the files of the kernels over the weights of a model, each once."""
-    return tuple(dict.fromkeys(_source(each.held, each.stream) for each in streamed(spec) if each.stream))
+    return tuple(dict.fromkeys(_source(each.held, each.stream) for each in spec.streamed if each.stream))
 
 
 def _source(held: Held, stream: str) -> str:
@@ -54,17 +73,6 @@ def _source(held: Held, stream: str) -> str:
 def _line(reason: str, modules: list[str]) -> str:
     others = f" and {len(modules) - 1} more" if modules[1:] else ""
     return f"{modules[0]}{others} in bfloat16: {reason}"
-
-
-def _streamed(spec: ModelSpec, held: Held) -> Streamed:
-    part, module = held.part, held.part.module
-    embedding = module == EMBEDDING
-    if not module or (embedding and not spec.tied) or (part.kept == "model" and not embedding):
-        return Streamed(held, "", held.nbytes)
-    reason = _reason(held)
-    stored = None if reason else held.stored
-    stream = "bf16" if stored is None else streams.stream_of(stored.format, stored.block, part.inputs)
-    return Streamed(held, stream, streams.packed_bytes(stream, sum(part.heights), part.inputs), reason)
 
 
 def _reason(held: Held) -> str:

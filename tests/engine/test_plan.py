@@ -15,7 +15,7 @@ from fwd.engine.device import GPUS, cpu, host
 from fwd.engine.plan import PAGE_SIZE, Plan, ceilings, kv_format, plan
 from fwd.engine.scheduler import MAX_ROWS
 from fwd.errors import ConfigError
-from fwd.kernels import attention, drawing, latent, paged_attention, prefill, products
+from fwd.kernels import attention, drawing, expert_kernels, latent, latent_kernels, paged_attention, prefill, products
 from fwd.kernels import device as kernels
 from fwd.models.config import parse_spec
 from fwd.models.layout import Latent, Paged, State
@@ -320,7 +320,9 @@ def test_ceilings_are_the_bytes_of_a_step_over_the_bandwidth():
     assert 295 < rows[1].tokens_per_s < 320
 
 
-@pytest.mark.parametrize(("item", "nothing"), [("_weights", {}), ("_head", 0), ("_steps", 0), ("workspace", 0)])
+@pytest.mark.parametrize(
+    ("item", "nothing"), [("_weights", {}), ("_head", planning._Head("float32", 0, 0)), ("_steps", 0), ("workspace", 0)]
+)
 def test_a_kind_that_is_forgotten_is_noticed(monkeypatch, item, nothing):
     """The properties above would not see it, the sums do: each of these is in the total."""
     before = plan(SPECS["full"], cpu(8 << 30)).total
@@ -331,12 +333,13 @@ def test_a_kind_that_is_forgotten_is_noticed(monkeypatch, item, nothing):
 def test_attention_splits_a_context_as_is_planned():
     assert (workspaces.PIECE, workspaces.PIECE_GRAIN) == (attention.PIECE, attention._GRAIN)
     assert workspaces.PIECES == attention.PIECES == paged_attention.PIECES
+    assert workspaces.LATENT_PIECES == latent_kernels.PIECES
     assert workspaces.EXPANDED_HEADS == latent.HEADS
     assert workspaces.SLAB_BYTES == products.SLAB_BYTES
     assert workspaces.SLAB_BYTES * workspaces.WIDENED == products.WORKSPACE_BYTES
 
 
-@pytest.mark.parametrize("config", [SMALL, EIGHT_B, SLIDING, {**SMALL, "vocab_size": 50_257}])
+@pytest.mark.parametrize("config", [SMALL, EIGHT_B, SLIDING, {**SMALL, "vocab_size": 50_257}, MIXED, MLA])
 def test_kernels_take_what_is_planned_for_them(config):
     spec = parse_spec(config)
     found = plan(spec, host(64 << 30), context=1024, max_seqs=7).items
@@ -345,6 +348,15 @@ def test_kernels_take_what_is_planned_for_them(config):
     assert found["lines"] == drawing.drawing_bytes(0, 7, spec.vocab) + fetched
     assert drawing.drawing_bytes(1, 0, 0) == planning.DRAWING_BYTES
     assert workspaces.UNPACKED_BYTES == prefill.SLAB
+
+
+@pytest.mark.parametrize("config", [MIXED, MLA])
+def test_a_chunk_on_a_gpu_takes_what_is_planned_for_its_experts(config):
+    spec, device = parse_spec({**config, "torch_dtype": "bfloat16"}), GPUS["h100"]
+    assert spec.moe
+    chunk = expert_kernels.workspace_bytes(spec.hidden, spec.moe.experts, spec.moe.top_k, device.chunk)
+    found = plan(spec, device, context=1024, max_seqs=7).items
+    assert found["kernels"] == kernels.workspace_bytes(shape(spec)) + prefill.SLAB + chunk
 
 
 def test_a_tied_model_has_one_copy_of_its_head_where_there_are_kernels():

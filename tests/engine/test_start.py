@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantised import quantise, quantise_gpt_oss
 from reach import held_bytes, tensors
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -77,6 +78,24 @@ KINDS = {
 FOR_KERNELS = {
     "untied": lambda: LlamaConfig(**SIZES, head_dim=64, tie_word_embeddings=False),
     "sliding": lambda: Qwen3Config(**SIZES, **{**SLIDING, "head_dim": 64}, tie_word_embeddings=True),
+    "odd": lambda: LlamaConfig(
+        **SIZES | {"vocab_size": 301, "hidden_size": 96, "intermediate_size": 160},
+        head_dim=64,
+        tie_word_embeddings=True,
+    ),
+    "gpt-oss": lambda: GptOssConfig(**SIZES, head_dim=64, num_local_experts=8, num_experts_per_tok=2),
+    "moe": lambda: Qwen3MoeConfig(**SIZES, **MIXED, num_experts=8, decoder_sparse_step=2, head_dim=64),
+    "latent": KINDS["latent"],
+    "latent-direct": KINDS["latent-direct"],
+}
+FORMATS = {  # kind → layout of its files; sizes that pad, blocks that no kernel takes
+    "untied": "nvfp4-compressed",
+    "odd": "int4-compressed",
+    "sliding": "fp8-channel",
+    "gpt-oss": "mxfp4",
+    "moe": "awq",
+    "latent": "fp8-modelopt-block",
+    "latent-direct": "fp8-deepseek",
 }
 IN_ENGINE = (
     "weights",
@@ -150,9 +169,17 @@ def test_the_tensors_of_an_engine_are_those_planned(folders, kind, dtype, kv_dty
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
-@pytest.mark.parametrize("kind", FOR_KERNELS)
-def test_the_tensors_of_an_engine_of_kernels_are_those_planned(tmp_path, kind, kv_dtype):
-    folder = write(FOR_KERNELS[kind](), tmp_path, torch.bfloat16)
+@pytest.mark.parametrize(
+    ("kind", "layout"), [*((kind, "") for kind in FOR_KERNELS), *FORMATS.items()], ids=lambda name: name or "plain"
+)
+def test_the_tensors_of_an_engine_of_kernels_are_those_planned(tmp_path, kind, layout, kv_dtype):
+    folder = write(FOR_KERNELS[kind](), tmp_path / "source", torch.bfloat16)
+    if layout == "mxfp4":
+        quantise_gpt_oss(folder, tmp_path / "quantised", tmp_path / "plain")
+    elif layout:
+        quantise(folder, layout, tmp_path / "quantised", tmp_path / "plain")
+    if layout:
+        folder = tmp_path / "quantised"
     loop, info = launch(folder, device="host", kv_dtype=kv_dtype, context=333, max_seqs=3)
     assert (info.device, info.kernel_set, info.launches) == ("host", "host", "host")
     assert held_bytes(loop._runner) == taken(info.memory)

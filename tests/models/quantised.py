@@ -351,7 +351,7 @@ def quantise_gpt_oss(source: Path, quantised: Path, plain: Path):
     made, meant = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            own, matrices = mxfp4_stack(tensor.transpose(1, 2).numpy())
+            own, matrices = mxfp4_stack(tensor.float().transpose(1, 2).numpy())
             made |= {name + suffix: each for suffix, each in own.items()}
             meant[name] = torch.from_numpy(matrices).transpose(1, 2)
         else:
