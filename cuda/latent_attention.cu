@@ -1,4 +1,4 @@
-// Attention of decode rows over a paged cache of latents (MLA, DeepSeek-V2 2024), absorbed: all heads read the same cells.
+// Attention of decode rows over a paged cache of latents (MLA, DeepSeek-V2 2024), absorbed: all heads read the same.
 //
 // An item is one piece of one row for up to 32 heads, which are the rows of the products. Blocks stride over the items
 // as in paged_attention.cu. Of 64 cells each of the eight warps scores a half, by a quarter of their numbers, whose
@@ -28,7 +28,8 @@ struct Query {
             for (int half = 0; half < 2; ++half) {
                 int head = (tag.head * kM + g) * 16 + half * 8 + lane_of() / 4;
                 bool there = head < call.heads;
-                const bf16* q = call.q + (int64_t{tag.row} * call.heads + (there ? head : 0)) * (call.latent + call.rope);
+                int64_t vector = int64_t{tag.row} * call.heads + (there ? head : 0);
+                const bf16* q = call.q + vector * (call.latent + call.rope);
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
                     held[g][step][half] = there ? two_of(call, q, depth + step * 16) : 0;

@@ -136,7 +136,8 @@ struct Loader {
         }
 #pragma unroll
         for (int pass = 0; pass < 8 * kKeyChunks / 32; ++pass) {
-            int index = pass * 32 + lane, key = index / kKeyChunks, chunk = index % kKeyChunks, from = shuffle(cell, key);
+            int index = pass * 32 + lane, key = index / kKeyChunks, chunk = index % kKeyChunks;
+            int from = shuffle(cell, key);
             int at = S::kFp8 ? S::kKeysAt + ((warp * 8 + key) * kKeyChunks + chunk) * 16
                              : place(warp * 8 + key, kLatent / 8 + chunk);
             copy_chunk(stage + at, call.keys, call.rope, from, chunk);

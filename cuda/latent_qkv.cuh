@@ -150,7 +150,6 @@ struct Down {
 
 FWD_INLINE uint32_t lower_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 FWD_INLINE uint32_t upper_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
-FWD_INLINE uint32_t word_at(const uint4& words, int i) { return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w; }
 
 struct Query {
     using Early = gemv::Nothing;
@@ -211,7 +210,7 @@ struct Query {
             uint32_t b[2] = {two[0], whole ? two[4] : 0};
 #pragma unroll
             for (int t = 0; t < 4; ++t) {
-                uint32_t low[2] = {word_at(k[0], t), word_at(k[1], t)}, high[2] = {word_at(k[2], t), word_at(k[3], t)};
+                uint32_t low[2] = {gemv::word_of(k[0], t), gemv::word_of(k[1], t)}, high[2] = {gemv::word_of(k[2], t), gemv::word_of(k[3], t)};
                 uint32_t a[4] = {lower_halves(low[0], low[1]), upper_halves(low[0], low[1]),
                                  lower_halves(high[0], high[1]), upper_halves(high[0], high[1])};
                 mma_m16n8k16_bf16(sums[t], a, b);
@@ -237,8 +236,8 @@ FWD_INLINE void project(const bf16* x, const bf16* norm, float eps, gemv::Packed
 
 }  // namespace fwd::latent
 
-// hidden [rows, inputs]; weight [rank + latent + rope, inputs]; narrow [rows, rank]. With scales latents are fp8. `next`:
-// the weights of the query.
+// hidden [rows, inputs]; weight [rank + latent + rope, inputs]; narrow [rows, rank]. With scales latents are fp8.
+// `next`: the weights of the query.
 #define FWD_LATENT_DOWN(name, Format, columns)                                                                       \
     extern "C" __global__ void __launch_bounds__(fwd::gemv::kThreads, fwd::gemv::kResident)                          \
         name(const fwd::bf16* hidden, const fwd::bf16* norm, float eps, const void* weight, const float* factors,    \
