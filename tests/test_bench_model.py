@@ -69,8 +69,9 @@ def test_launches_are_counted_by_layer():
     assert shapes.launches(shapes.spec("glm-4.7-flash")) == 1 * 7 + 46 * 8 + 4
 
 
-def test_a_dense_step_has_as_many_launches(tmp_path, monkeypatch):
-    checkpoint.write("tiny", tmp_path, "cpu")
+@pytest.mark.parametrize("name", ["tiny", "tiny-gpt-oss-20b", "tiny-qwen3-30b-a3b-fp8", "tiny-glm-4.7-flash"])
+def test_a_step_has_as_many_launches(name, tmp_path, monkeypatch):
+    checkpoint.write(name, tmp_path, "cpu")
     loaded = load(tmp_path, device="host", dtype="bfloat16", context=64)
     sized, launched = plan(loaded.spec, host(1 << 34), context=64, max_seqs=1), []
     launch = HostLauncher.launch
