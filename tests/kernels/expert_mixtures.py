@@ -1,6 +1,7 @@
 """Random mixtures whose experts stand in any format, and what kernels and the reference make of rows of them."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from layers import to
@@ -8,6 +9,7 @@ from mixtures import Mixture, Shape, steps
 from quants import damped
 
 from fwd.kernels import expert_kernels as kernels
+from fwd.kernels.ops import Active, Experts, Norm, Router
 from fwd.kernels.qtensor import QTensor
 from fwd.kernels.reference import Reference
 
@@ -78,6 +80,54 @@ class Packed:
         total = kernels.expert_down(launcher, space, active, routed, self.experts, residual=hidden.clone())
         assert not space.counters.any(), "counters are left as they were found"
         return cleared(routed, active, total, rows.sequences < 0)
+
+
+def table(space, visits):
+    """Items of a table: expert and the visits in order."""
+    words = space.table.tolist()
+    order = words[4 + 4 * visits : 4 + 5 * visits]
+    items = [words[4 + 4 * item : 7 + 4 * item] for item in range(words[0])]
+    return [(expert, order[first : first + count]) for expert, first, count in items]
+
+
+def table_of(experts, most):
+    """The table that rows with these experts have, in items of up to `most`."""
+    flat, items = experts.flatten().tolist(), []
+    for expert in sorted(set(flat) - {-1}):
+        visits = [visit for visit, found in enumerate(flat) if found == expert]
+        items += [(expert, visits[first : first + most]) for first in range(0, len(visits), most)]
+    return items
+
+
+def summed(launcher, orders, *, shared, residual):
+    """Sums of three experts that give 1e8, 1 and −1e8 in orders of their own, then `shared`, then `residual`."""
+    gives, apart, choice = torch.zeros(3, 16, 16), torch.zeros(16, 16), torch.zeros(3, 16)
+    gives[:, 0, 0], apart[0, 0] = torch.tensor([1e8, 1.0, -1e8]), 1.0
+    down, alone = QTensor.plain(gives.bfloat16()), QTensor.plain(apart.bfloat16())
+    for row, order in enumerate(orders):
+        choice[order, row] = torch.tensor([1.0, 0.5, 0.25])
+    weight, count = QTensor.plain(choice.bfloat16()), len(orders)
+    router = Router(Norm(torch.ones(16).bfloat16(), 1e-5), weight, None, None, "topk_softmax", 3)
+    ops = Packed(
+        launcher, Given(Shape(16, 3, 3, 16, ""), router, Experts(down, None, down, None, "silu", alone, alone))
+    )
+    hidden = torch.eye(16)[:count].bfloat16().to(launcher.device).contiguous()
+    routed = kernels.route(launcher, ops.space, hidden, ops.router, steps([0] * count))
+    assert routed.experts.tolist() == orders
+    routed = routed._replace(weights=torch.ones_like(routed.weights))
+    one = torch.zeros(count, 3, 16, dtype=torch.bfloat16, device=launcher.device)
+    one[:, :, 0] = 1.0
+    active = Active(one, (one[:, 0] * shared).contiguous())
+    start = torch.full((count, 16), residual, dtype=torch.bfloat16, device=launcher.device)
+    return kernels.expert_down(launcher, ops.space, active, routed, ops.experts, residual=start)[:, 0].tolist()
+
+
+class Given(NamedTuple):
+    """A mixture as `Packed` takes it."""
+
+    shape: Shape
+    router: Router
+    experts: Experts
 
 
 def expected(given, hidden, sequences=None, chunk=-1):

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from agreement import difference, same_bits
-from expert_mixtures import FORMATS, SHAPES, SMALL, WIDE, Packed, expected, mixture
+from expert_mixtures import FORMATS, SHAPES, SMALL, WIDE, Packed, expected, mixture, summed, table, table_of
 from mixtures import Shape
 
 from fwd.kernels import expert_kernels as kernels
@@ -134,26 +134,23 @@ def test_padding_rows_go_nowhere(execution):
         assert not table(ops.space, count * SMALL.top_k)
 
 
-def table(space, visits):
-    """Items of a table: expert and the visits in order."""
-    words = space.table.tolist()
-    order = words[4 + 4 * visits : 4 + 5 * visits]
-    items = [words[4 + 4 * item : 7 + 4 * item] for item in range(words[0])]
-    return [(expert, order[first : first + count]) for expert, first, count in items]
-
-
 @pytest.mark.parametrize(("count", "most"), [(16, kernels.ITEM), (CHUNK, kernels.CHUNK_ITEM)])
 def test_the_table_is_by_expert_then_by_row_in_items_of_few(execution, count, most):
     given = mixture(SHAPES[2], seed=9)
     ops, hidden = Packed(execution.launcher, given, CHUNK), given.hidden(count)
     hidden[2:] = hidden[1] + hidden[2:] * 0.02
-    experts = ops.run(hidden, chunk=0 if count > 16 else -1)[1].flatten().tolist()
-    wanted = []
-    for expert in sorted(set(experts)):
-        visits = [visit for visit, found in enumerate(experts) if found == expert]
-        wanted += [(expert, visits[first : first + most]) for first in range(0, len(visits), most)]
-    assert len(wanted) > len(set(experts)), "an expert with more than one item"
+    experts = ops.run(hidden, chunk=0 if count > 16 else -1)[1].cpu()
+    wanted = table_of(experts, most)
+    assert len(wanted) > len(experts.unique()), "an expert with more than one item"
     assert table(ops.space, count * 4) == wanted
+
+
+def test_a_row_is_summed_in_its_own_order_then_the_shared_expert_then_the_residual(execution):
+    orders = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [2, 0, 1]]
+    assert summed(execution.launcher, orders, shared=0.0, residual=0.0) == [0.0, 1.0, 0.0, 1.0]
+    # −1e8 as bfloat16 holds it, then the residual: only a shared expert that comes before it leaves that
+    one = summed(execution.launcher, [[1, 0, 2]], shared=1.0, residual=0.5)
+    assert one == [1.5]
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[6]], ids=str)
