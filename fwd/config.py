@@ -23,7 +23,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `model` is a Hugging Face folder or `demo`. `http` holds `HOST:PORT`, `unix:PATH` or `none`. `kv_bytes` bounds the
     KV pool; 0 is 1 GiB on the CPU, and on a GPU what the plan leaves. `context` 0 is the model's own, or what the pool
     holds if that is less. `max_queue` bounds what waits for the engine, except for one request alone. `threads` 0 is
-    one, and one a core for a model over 64 MiB. `state_dir` holds what outlives the daemon. `keys` is a file with one
+    one, and one a core for a model over 64 MiB. `strict` refuses a model of which kernels would not take a quantised
+    matrix as it is. `state_dir` holds what outlives the daemon. `keys` is a file with one
     lower-case SHA-256 of a key a line; `hosts` are Host headers allowed besides the addresses bound.
     """
 
@@ -36,6 +37,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     kv_dtype: KVDType = "auto"
     kv_bytes: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+    strict: bool = False
     draft_model: str = ""
     max_seqs: Annotated[int, Meta(ge=1, le=16)] = 16
     max_queue: Annotated[int, Meta(ge=1, le=2**40)] = 1 << 20

@@ -47,6 +47,7 @@ def _engine_rows(engine: EngineInfo, host_us: float) -> list[tuple[str, str]]:
         *([("steps", _steps(engine.launches, host_us))] if engine.launches else []),
         ("weights", f"{engine.architecture}, {size}, {engine.weights_hash}"),
         *([("memory", _memory(engine))] if engine.memory else []),
+        *(("fallback", line) for line in engine.fallbacks),
         *([("drafters", _kept(engine))] if engine.kept else []),
     ]
 

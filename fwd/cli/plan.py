@@ -93,6 +93,7 @@ def _document(planned: "Plan", bandwidth: float) -> dict[str, Any]:
     spec = planned.spec
     return {
         "architecture": spec.architecture,
+        "fallbacks": _fallbacks(planned),
         "dtype": spec.dtype,
         "kv_dtype": planned.kv,
         "device": planned.device.name,
@@ -116,6 +117,13 @@ def _document(planned: "Plan", bandwidth: float) -> dict[str, Any]:
     }
 
 
+def _fallbacks(planned: "Plan") -> tuple[str, ...]:
+    """Lines on quantised matrices that kernels do not take as they are."""
+    from fwd.models.streamed import fallbacks  # noqa: PLC0415
+
+    return fallbacks(planned.spec) if planned.device.kernels else ()
+
+
 def _ceilings(planned: "Plan", bandwidth: float) -> dict[str, Any]:
     """`bandwidth` in bytes a second; no ceilings where it is 0: not known."""
     from fwd.engine.plan import ceilings  # noqa: PLC0415
@@ -133,6 +141,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"fits: {found['needed']:,} of {found['available']:,} bytes with the reserve",
         *_capacity(found),
         *_speed(found),
+        *(f"fallback: {line}" for line in found["fallbacks"]),
         *([f"not served there: {found['refused']}"] if found["refused"] else []),
     ]
 

@@ -26,6 +26,7 @@ from fwd.config import Config, Device, DType, KVDType, load
 @click.option("--dtype", type=click.Choice(get_args(DType)), help="auto is the checkpoint's.")
 @click.option("--context", type=int, help="Tokens of prompt and answer (default: the model's, or what the pool holds).")
 @click.option("--kv-dtype", type=click.Choice(get_args(KVDType)))
+@click.option("--strict/--no-strict", default=None, help="Refuse formats that kernels do not take as they are.")
 @click.option("--draft-model", metavar="PATH")
 @click.option("--max-seqs", type=int, help="Sequences that run at once, 1 to 16.")
 @click.option("--threads", type=int, help="CPU threads (default: one a core; one for a model up to 64 MiB).")

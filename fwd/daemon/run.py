@@ -152,4 +152,5 @@ def _load_message(config: Config) -> Load:
         threads=config.threads,
         state_dir=str(config.state_path.resolve()) if config.state_path else "",
         log_level=config.log_level,
+        strict=config.strict,
     )

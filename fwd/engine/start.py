@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import structlog
 import torch
 
 from fwd import __version__
@@ -17,7 +18,7 @@ from fwd.engine.memory import available, blocks_apart
 from fwd.engine.plan import Plan, plan
 from fwd.engine.runner import ModelRunner
 from fwd.engine.space import Space
-from fwd.errors import ConfigError, KernelError
+from fwd.errors import ConfigError, KernelError, ModelError
 from fwd.kernels.cuda import CudaLauncher, Facts, probe
 from fwd.kernels.device import DeviceOps
 from fwd.kernels.gpu import held
@@ -27,10 +28,13 @@ from fwd.models.load import load as load_model
 from fwd.models.load import shape
 from fwd.models.model import Model
 from fwd.models.spec import ModelSpec
+from fwd.models.streamed import fallbacks
 from fwd.protocol.frames import Channel
 from fwd.protocol.messages import EngineInfo, Load, ToEngine
 
 SMALL_MODEL = 64 << 20
+
+log = structlog.get_logger("fwd.engine")
 
 
 def start(
@@ -50,6 +54,8 @@ def start(
             Path(load.model), device=planned.device.kind, dtype=load.dtype, context=planned.context, progress=progress
         )
         runner = runner_of(model, planned)
+    for line in _fallbacks(planned.device, planned.spec):
+        log.warning("weights_rounded", reason=line)
     space = Space(planned.groups, planned.units, planned.page_size, chunk=planned.chunk, key=key, nodes=planned.nodes)
     loop = Loop(channel, runner, space, max_seqs=planned.max_seqs, chunk=planned.chunk)
     return loop, _info(planned, model, threads, (time.monotonic() - started) * 1e3)
@@ -79,6 +85,8 @@ def plan_load(load: Load, facts: Facts) -> Plan:
     """The plan for what this machine has available now; raises `ConfigError`, `ModelError` or `KernelError`."""
     spec = run_spec(read_spec(Path(load.model)), load.dtype)
     device = device_of(load.device, spec, facts)
+    if load.strict and (found := _fallbacks(device, spec)):
+        raise ModelError(f"--strict: {'; '.join(found)}: leave it out, or use --device cpu")
     try:
         return plan(
             spec,
@@ -103,6 +111,11 @@ def device_of(wanted: str, spec: ModelSpec, facts: Facts) -> Device:
             return host(available())
         case "cuda":
             return gpu(facts)
+
+
+def _fallbacks(device: Device, spec: ModelSpec) -> tuple[str, ...]:
+    """Which quantised matrices the kernels of the device do not take as they are."""
+    return fallbacks(spec) if device.kernels else ()
 
 
 def _info(planned: Plan, model: Model, threads: int, load_ms: float) -> EngineInfo:
@@ -130,6 +143,7 @@ def _info(planned: Plan, model: Model, threads: int, load_ms: float) -> EngineIn
         memory=planned.items,
         launches=_launches(model),
         kept=model.kept,
+        fallbacks=_fallbacks(planned.device, spec),
     )
 
 

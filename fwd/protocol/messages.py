@@ -110,6 +110,7 @@ class Load(Message, tag=2, frozen=True):
     threads: Count = 0
     state_dir: str = ""
     log_level: str = "info"
+    strict: bool = False
 
 
 class Submit(Bulk, tag=3, frozen=True):
@@ -159,7 +160,7 @@ class EngineInfo(Message, frozen=True):
     """What is loaded and how it is executed; the constant part of each receipt. `memory` is the plan: bytes by kind.
 
     `launches` says how the kernels of a step are launched; `kept` are bytes of tensors that were left in the files for
-    drafters, by prefix of their names.
+    drafters, by prefix of their names; `fallbacks` are lines on quantised matrices that no kernel takes as they are.
     """
 
     architecture: str = ""
@@ -184,6 +185,7 @@ class EngineInfo(Message, frozen=True):
     memory: dict[str, Count] = {}
     launches: str = ""
     kept: dict[str, Count] = {}
+    fallbacks: tuple[str, ...] = ()
 
 
 class Ready(Message, tag=17, frozen=True):

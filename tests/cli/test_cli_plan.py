@@ -165,7 +165,7 @@ GPT_OSS = {
     ("config", "words"),
     [
         ({**CONFIG, "head_dim": 72}, "head_dim is 72: the kernels take one of 64, 128, 256"),
-        (GPT_OSS, "the kernels of this build do not take experts, sinks yet: use --device cpu"),
+        ({**GPT_OSS, "num_attention_heads": 200, "num_key_value_heads": 2}, "200 heads on 2 kv heads"),
     ],
 )
 def test_a_model_that_kernels_do_not_take_is_planned_and_not_served(fwd, tmp_path, config, words):

@@ -254,3 +254,10 @@ def test_status_says_what_was_left_for_drafters():
     rows = dict(_engine_rows(EngineInfo(kept={"model.layers.47.": 1_283_000_000}), 0.0))
     assert rows["drafters"] == "model.layers.47.* 1283.0 MB, left in the files"
     assert "drafters" not in dict(_engine_rows(EngineInfo(), 0.0))
+
+
+def test_status_names_what_no_kernel_takes():
+    lines = ("lm_head in bfloat16: a head in mxfp4", "and another")
+    assert [row for row in _engine_rows(EngineInfo(fallbacks=lines), 0.0) if row[0] == "fallback"] == [
+        ("fallback", line) for line in lines
+    ]

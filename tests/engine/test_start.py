@@ -14,6 +14,7 @@ import torch
 from quantised import quantise, quantise_gpt_oss
 from reach import held_bytes, tensors
 from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -36,6 +37,7 @@ from fwd.protocol.frames import Channel
 from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import Finished, Limits, Load, Submit, from_engine, to_engine
 
+TESTS = Path(__file__).parents[1]
 ABSENT = usable(probe())  # a GPU
 SIZES = {  # multiples of 64: no packed matrix is padded
     "vocab_size": 256,
@@ -185,6 +187,21 @@ def test_the_tensors_of_an_engine_of_kernels_are_those_planned(tmp_path, kind, l
     assert held_bytes(loop._runner) == taken(info.memory)
 
 
+def test_formats_without_a_kernel_are_named_and_refused_where_that_is_asked_for(tmp_path):
+    write(FOR_KERNELS["odd"](), tmp_path / "source", torch.bfloat16)
+    quantise(tmp_path / "source", "fp8-deepseek", tmp_path / "quantised", tmp_path / "plain")
+    with capture_logs() as lines:
+        _, info = launch(tmp_path / "quantised", device="host")
+    assert info.fallbacks[0].startswith("model.layers.0.self_attn.q_proj and ")
+    assert all(line.endswith("×40, kernels take multiples of 8×128") for line in info.fallbacks)
+    assert [each["reason"] for each in lines if each["event"] == "weights_rounded"] == list(info.fallbacks)
+    assert "weights_fp8" not in info.memory
+    with pytest.raises(ModelError, match=r"^--strict: model\.layers\.0.*: leave it out, or use --device cpu$"):
+        launch(tmp_path / "quantised", device="host", strict=True)
+    assert launch(tmp_path / "quantised", device="cpu", strict=True)[1].fallbacks == ()
+    assert launch(tmp_path / "source", device="host", strict=True)[1].fallbacks == ()
+
+
 def test_a_buffer_that_nobody_planned_is_noticed(folders):
     loop, info = launch(folders["tied"])
     loop._runner.forgotten = torch.zeros(1)
@@ -266,7 +283,7 @@ def measure(folder, dtype):
 
 
 def measured(folder, dtype):
-    command, paths = [sys.executable, __file__, str(folder), dtype], {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command, paths = [sys.executable, __file__, str(folder), dtype], {"PYTHONPATH": f"{TESTS}:{TESTS / 'models'}"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | paths)
     return json.loads(done.stdout.splitlines()[-1])
 
