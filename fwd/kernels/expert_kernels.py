@@ -161,10 +161,10 @@ def _step_gate_up(launcher: Launcher, workspace: Workspace, routed: Routed, expe
     ahead = experts.down.data if name_of(experts.down) == name_of(experts.gate_up) else None
     for weight, alone in _launches(experts.gate_up, experts.shared_gate_up):
         given = weight if weight is experts.gate_up else None
-        tiles = (count * top_k * width if given else 0) + (count * shared_width if alone else 0)
+        units = (count * top_k * _pairs(width) if given else 0) + (count * _pairs(shared_width) if alone else 0)
         launcher.launch(
             Kernel(f"experts_{name_of(weight)}.cu", "expert_gate_up"),
-            (gemv.blocks(tiles // 8, launcher, item_bytes(ITEM)), 1, 1),
+            (gemv.blocks(units, launcher, item_bytes(ITEM)), 1, 1),
             _THREADS,
             item_bytes(ITEM),
             *(routed.x, *_pointers(given), experts.gate_up_bias, *_pointers(alone), ahead if given else None),
@@ -178,11 +178,11 @@ def _chunk_gate_up(launcher: Launcher, workspace: Workspace, routed: Routed, exp
     shared_width = 0 if active.shared is None else active.shared.shape[1]
     for weight, alone in _launches(experts.gate_up, experts.shared_gate_up):
         given = weight if weight is experts.gate_up else None
-        tiles = (count * top_k * width if given else 0) + (count * shared_width if alone else 0)
+        units = (count * top_k * _pairs(width) if given else 0) + (count * _pairs(shared_width) if alone else 0)
         _launch_chunk(
             launcher,
             weight,
-            tiles // 8,
+            units,
             *(x, x, *_pointers(given), experts.gate_up_bias, *_pointers(alone), workspace.table, *active, None),
             *(count, top_k, x.shape[1], x.shape[1], 2 * width, 2 * shared_width),
             int(experts.activation == "clamped"),
@@ -244,7 +244,7 @@ def _chunk_down(launcher: Launcher, workspace: Workspace, active: Active, expert
         _launch_chunk(
             launcher,
             weight,
-            items * -(-outputs // TILE),
+            items * _pairs(outputs // 2),
             *(active.experts, active.shared, *_pointers(given), experts.down_bias, *_pointers(alone)),
             *(workspace.table, None, None, workspace.products),
             *(count, top_k, inputs, shared_inputs, outputs, outputs, 0),
@@ -272,6 +272,11 @@ def down_bytes(visits: int, shared: int) -> int:
     """Bytes of shared memory of a block of `expert_down` for visits to experts, and rows that visit the shared one."""
     items = visits + -(-shared // ITEM)
     return 4 * (3 * visits + _MEMBERS * _PITCH * (visits + shared) + _EARLY * items)
+
+
+def _pairs(width: int) -> int:
+    """Units of an item: pairs of tiles, each of 8 places that have gate and up, or of 16 outputs of twice as many."""
+    return -(-width // TILE)
 
 
 def _item(rows: int) -> int:

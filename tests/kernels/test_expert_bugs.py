@@ -114,7 +114,7 @@ GATE_UP = {
         "bf16",
         OSS,
     ),
-    "gate and up interleaved": ("experts.cuh", "apart(halves ? outputs / 16 : 1)", "apart(1)", "bf16", OSS),
+    "gate and up interleaved": ("expert_work.cuh", "apart(halves ? outputs / 16 : 1)", "apart(1)", "bf16", OSS),
     "gate and up exchanged": ("expert_bodies.cuh", "activated(gate, up, own", "activated(up, gate, own", "bf16", OSS),
     "up + 1 forgotten": ("expert_bodies.cuh", "* (up + 1.0f)", "* up", "bf16", OSS),
     "gate clamped below": (
@@ -133,7 +133,7 @@ GATE_UP = {
         OSS,
     ),
     "rows by place in the union": ("experts.cuh", "work.table.row(position) :", "position / 5 :", "bf16", OSS),
-    "both teams in one place": ("experts.cuh", ": team_index() * kRows;", ": 0;", "bf16", OSS),
+    "both teams in one place": ("expert_work.cuh", ": team_index() * kRows;", ": 0;", "bf16", OSS),
     "no barrier before sums are added": (
         "experts.cuh",
         "cp_async_wait<0>();\n        block_barrier();",
@@ -175,7 +175,7 @@ DOWN = {
     ),
     "shared expert forgotten": ("expert_bodies.cuh", "if (work.shared_items) sum +=", "if (false) sum +=", DEEPSEEK),
     "visits where the shared expert's stand": (
-        "experts.cuh",
+        "expert_work.cuh",
         "shared_items == 0 ? 0 : rows) :",
         "shared_items == 0 ? 0 : 0) :",
         DEEPSEEK,
@@ -251,3 +251,19 @@ def test_a_kernel_that_does_not_wait_for_the_one_before_is_found(execution, op):
     }
     with pytest.raises(KernelError, match="grid_dependency_wait"):
         calls[op]()
+
+
+def test_the_sanitizers_find_nothing(sanitized):
+    done = sanitized(
+        """
+        from expert_mixtures import Packed, mixture
+        from fwd.kernels.host import HostLauncher
+        from test_expert_bugs import DEEPSEEK, LIVE, ROWS, alike
+
+        given = mixture(DEEPSEEK, "mxfp4", "mxfp4")
+        launcher = HostLauncher(1, sanitize=True, optimization=1)
+        Packed(launcher, given).run(alike(given), LIVE)
+        Packed(launcher, given, 40).run(given.hidden(40), chunk=0)
+        """
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
