@@ -13,6 +13,7 @@ from fwd.errors import ConfigError
 
 Device = Literal["auto", "cuda", "cpu", "host"]
 DType = Literal["auto", "float32", "bfloat16"]
+Requant = Literal["fp8-head", "fp8-attn"]
 KVDType = Literal["auto", "bfloat16", "fp8"]
 Positive = Annotated[float, Meta(gt=0)]
 
@@ -20,12 +21,13 @@ Positive = Annotated[float, Meta(gt=0)]
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that can be set. Sizes are in bytes, times in seconds, `context` and `max_queue` in tokens.
 
-    `model` is a Hugging Face folder or `demo`. `http` holds `HOST:PORT`, `unix:PATH` or `none`. `kv_bytes` bounds the
-    KV pool; 0 is 1 GiB on the CPU, and on a GPU what the plan leaves. `context` 0 is the model's own, or what the pool
-    holds if that is less. `max_queue` bounds what waits for the engine, except for one request alone. `threads` 0 is
-    one, and one a core for a model over 64 MiB. `strict` refuses a model of which kernels would not take a quantised
-    matrix as it is. `state_dir` holds what outlives the daemon. `keys` is a file with one
-    lower-case SHA-256 of a key a line; `hosts` are Host headers allowed besides the addresses bound.
+    `model` is a Hugging Face folder or `demo`. `http` holds `HOST:PORT`, `unix:PATH` or `none`. `kv_bytes` bounds
+    the KV pool; 0 is 1 GiB on the CPU, and on a GPU what the plan leaves. `context` 0 is the model's own, or what
+    the pool holds if that is less. `max_queue` bounds what waits for the engine, except for one request alone.
+    `threads` 0 is one, and one a core for a model over 64 MiB. `strict` refuses a model of which kernels would not
+    take a quantised matrix as it is; `requant` makes the head, or the projections of attention, FP8 where they are
+    plain. `state_dir` holds what outlives the daemon. `keys` is a file with one lower-case SHA-256 of a key a line;
+    `hosts` are Host headers allowed besides the addresses bound.
     """
 
     model: str = "demo"
@@ -38,6 +40,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_dtype: KVDType = "auto"
     kv_bytes: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     strict: bool = False
+    requant: tuple[Requant, ...] = ()
     draft_model: str = ""
     max_seqs: Annotated[int, Meta(ge=1, le=16)] = 16
     max_queue: Annotated[int, Meta(ge=1, le=2**40)] = 1 << 20

@@ -41,7 +41,7 @@ def _rows(found: Status) -> list[tuple[str, str]]:
 
 def _engine_rows(engine: EngineInfo, host_us: float) -> list[tuple[str, str]]:
     size = f"{engine.parameters / 1e6:.1f} M parameters, {engine.weight_bytes / 1e6:.1f} MB, context {engine.context}"
-    dtypes = f"{engine.dtype}, KV {engine.kv_dtype or 'the same'}"
+    dtypes = f"{', '.join((engine.dtype, *engine.requant))}, KV {engine.kv_dtype or 'the same'}"
     return [
         ("engine", f"{engine.device} ({engine.kernel_set}), {dtypes}, {engine.threads} threads, pid {engine.pid}"),
         *([("steps", _steps(engine.launches, host_us))] if engine.launches else []),

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +12,7 @@ import msgspec
 
 from fwd.cli import scoring
 from fwd.cli.common import Line, plain
-from fwd.cli.options import json_option, uds_option
+from fwd.cli.options import json_option, requant_option, uds_option
 from fwd.cli.private import Private, private_daemon
 from fwd.config import Config, Device, DType, KVDType
 from fwd.protocol.messages import MAX_CONTEXT, Status
@@ -38,6 +38,7 @@ SERVE = ("--http", "none", "--log-level", "warning", "--max-seqs", str(scoring.I
 @click.option("--device", type=click.Choice(get_args(Device)), help="auto: a GPU, else the CPU.")
 @click.option("--dtype", type=click.Choice(get_args(DType)), help="auto is the checkpoint's.")
 @click.option("--kv-dtype", type=click.Choice(get_args(KVDType)))
+@requant_option
 @click.option("--threads", type=int, help="CPU threads (default: one a core; one for a model up to 64 MiB).")
 @uds_option
 @json_option
@@ -48,7 +49,8 @@ def eval(  # noqa: A001, PLR0917  # the verb's name; one parameter an option
 
     A text longer than a window is read in windows that overlap: each token is scored once, in the first window that
     holds it. A token that the tokenizer puts before a text stands before each window. With --json the ids, the tokens
-    and their log-probabilities follow the figures. Needs no daemon and leaves none.
+    and their log-probabilities follow the figures. Needs no daemon and leaves none. With --requant the KL divergence
+    from the model as it is follows, of whole distributions on the start of the text.
     """
     raw = _read(file)
     with private_daemon(model, *SERVE, *_flags({**flags, "context": context}), uds=uds) as private:
@@ -58,7 +60,7 @@ def eval(  # noqa: A001, PLR0917  # the verb's name; one parameter an option
         status = private.ready()
         sizes = _sizes(status, context, stride, len(text.head))
         seconds = _score(private, text, sizes)
-    figures = _figures(text, _scored_bytes(tokenizer, text, raw))
+    figures = _figures(text, _scored_bytes(tokenizer, text, raw)) | _divergence(model, text.ids, flags)
     found = {"file": file, **sizes, **figures, "seconds": seconds, **_engine(status)}
     if as_json:
         for piece in _json(found, text, tokenizer):
@@ -91,7 +93,7 @@ def _start(path: Path) -> bytes:
 def _flags(options: Mapping[str, Any]) -> Iterator[str]:
     for name, value in options.items():
         if value is not None:
-            yield from (f"--{name.replace('_', '-')}", str(value))
+            yield from (f"--{name.replace('_', '-')}", ",".join(value) if isinstance(value, tuple) else str(value))
 
 
 def _encoded(tokenizer: Tokenizer, raw: str) -> scoring.Text:
@@ -148,6 +150,17 @@ def _figures(text: scoring.Text, size: int) -> dict[str, Any]:
     }
 
 
+def _divergence(model: str, ids: Sequence[int], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """How far the distributions are from those of the model as it is, where it is requantised."""
+    if not flags["requant"]:
+        return {}
+    from fwd.models.divergence import divergence  # noqa: PLC0415  # the engine half, only where it is needed
+
+    kinds = {name: flags[name] or "auto" for name in ("device", "dtype")}
+    nats, tokens = divergence(Config(model=model).folder, ids, requant=flags["requant"], **kinds)
+    return {"kl_nats_per_token": nats, "kl_tokens": tokens}
+
+
 def _engine(status: Status) -> dict[str, Any]:
     return {"model": status.name, "engine": plain(status.engine)}
 
@@ -185,6 +198,11 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         f"{found['scored']:,} of {found['tokens']:,} tokens scored, {found['bytes']:,} bytes, "
         f"in windows of {found['window']:,} with a stride of {found['stride']:,}"
     )
+    if "kl_tokens" in found:
+        yield (
+            f"KL divergence from the model as it is: {found['kl_nats_per_token']:.6f} nats a token, "
+            f"on the first {found['kl_tokens']:,}"
+        )
     yield (
         f"{found['model']}: {engine['parameters'] / 1e6:,.1f} M parameters in {' and '.join(weights)}, KV in "
         f"{engine['kv_dtype']}, on {engine['device']} ({engine['kernel_set']}), "

@@ -9,6 +9,12 @@ def _remember(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
 
 
 uds_option = click.option("--uds", metavar="PATH", help="The daemon's socket.")
+requant_option = click.option(
+    "--requant",
+    metavar="NAMES",
+    callback=lambda _ctx, _parameter, value: value and tuple(value.split(",")),
+    help="fp8-head, fp8-attn: made FP8 at load; by commas.",
+)
 json_option = click.option(
     "--json", "as_json", is_flag=True, callback=_remember, help="Print one JSON document on stdout."
 )

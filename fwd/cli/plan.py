@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from fwd.cli.common import emit
-from fwd.cli.options import json_option, uds_option
+from fwd.cli.options import json_option, requant_option, uds_option
 from fwd.config import Config, Device, DType, KVDType, load
 from fwd.errors import ModelError
 
@@ -24,6 +24,7 @@ GPU_NAMES = ("h100", "h200", "b200")
 @click.option("--context", type=int, help="Tokens of prompt and answer (default: the model's, or what fits).")
 @click.option("--dtype", type=click.Choice(get_args(DType)), help="auto is the checkpoint's.")
 @click.option("--kv-dtype", type=click.Choice(get_args(KVDType)))
+@requant_option
 @click.option("--max-seqs", type=int, help="Sequences that run at once, 1 to 16.")
 @click.option("--kv-bytes", type=int, help="Bytes of the KV pool (default: 1 GiB on a CPU, all that is left on a GPU).")
 @click.option("--measure/--no-measure", default=True, help="Measure the bandwidth of this machine for the ceilings.")
@@ -48,7 +49,7 @@ def _planned(config: Config, gpu: str | None) -> tuple["Plan", str]:
     from fwd.engine.plan import plan as make  # noqa: PLC0415  # the engine half, only where it is needed
     from fwd.models.config import read_spec, run_spec  # noqa: PLC0415
 
-    spec = run_spec(read_spec(config.folder), config.dtype)
+    spec = run_spec(read_spec(config.folder), config.dtype, config.requant)
     device, refused = _absent(gpu, spec) if gpu else (_device(config, spec), "")
     planned = make(
         spec,

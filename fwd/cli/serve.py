@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from fwd.cli.options import json_option, uds_option
+from fwd.cli.options import json_option, requant_option, uds_option
 from fwd.config import Config, Device, DType, KVDType, load
 
 
@@ -26,6 +26,7 @@ from fwd.config import Config, Device, DType, KVDType, load
 @click.option("--dtype", type=click.Choice(get_args(DType)), help="auto is the checkpoint's.")
 @click.option("--context", type=int, help="Tokens of prompt and answer (default: the model's, or what the pool holds).")
 @click.option("--kv-dtype", type=click.Choice(get_args(KVDType)))
+@requant_option
 @click.option("--strict/--no-strict", default=None, help="Refuse formats that kernels do not take as they are.")
 @click.option("--draft-model", metavar="PATH")
 @click.option("--max-seqs", type=int, help="Sequences that run at once, 1 to 16.")

@@ -153,4 +153,5 @@ def _load_message(config: Config) -> Load:
         state_dir=str(config.state_path.resolve()) if config.state_path else "",
         log_level=config.log_level,
         strict=config.strict,
+        requant=config.requant,
     )

@@ -51,7 +51,12 @@ def start(
     torch.set_num_threads(threads)
     with blocks_apart(), _failures_of(planned.device, facts):
         model = load_model(
-            Path(load.model), device=planned.device.kind, dtype=load.dtype, context=planned.context, progress=progress
+            Path(load.model),
+            device=planned.device.kind,
+            dtype=load.dtype,
+            context=planned.context,
+            requant=load.requant,
+            progress=progress,
         )
         runner = runner_of(model, planned)
     for line in _fallbacks(planned.device, planned.spec):
@@ -83,7 +88,7 @@ def runner_of(model: Model, planned: Plan) -> Runner:
 
 def plan_load(load: Load, facts: Facts) -> Plan:
     """The plan for what this machine has available now; raises `ConfigError`, `ModelError` or `KernelError`."""
-    spec = run_spec(read_spec(Path(load.model)), load.dtype)
+    spec = run_spec(read_spec(Path(load.model)), load.dtype, load.requant)
     device = device_of(load.device, spec, facts)
     if load.strict and (found := _fallbacks(device, spec)):
         raise ModelError(f"--strict: {'; '.join(found)}: leave it out, or use --device cpu")
@@ -144,6 +149,7 @@ def _info(planned: Plan, model: Model, threads: int, load_ms: float) -> EngineIn
         launches=_launches(model),
         kept=model.kept,
         fallbacks=_fallbacks(planned.device, spec),
+        requant=tuple(sorted(spec.requant)),
     )
 
 

@@ -3,19 +3,19 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fwd.errors import ModelError
+from fwd.errors import ConfigError, ModelError
 from fwd.models.architectures import ARCHITECTURES, NEUTRAL, Architecture, read_latents
 from fwd.models.fields import Fields, short
 from fwd.models.positions import MAX_CONTEXT, extended, read_rope, read_windows
 from fwd.models.quantization import read_from
 from fwd.models.safetensors import INDEX, SINGLE, Entry, headers, list_files, read_json
 from fwd.models.schemes import parse_quantization
-from fwd.models.spec import EMBEDDING, HEAD, LAYER, Dtype, ModelSpec, parts
+from fwd.models.spec import EMBEDDING, HEAD, LAYER, REQUANT, Dtype, ModelSpec, parts
 
 MAX_PARAMETERS = 1 << 43
 MAX_LAYER_EXPERTS = 1 << 18  # experts of all layers
@@ -57,13 +57,26 @@ def _object(path: Path) -> dict[str, Any] | None:
     return table
 
 
-def run_spec(spec: ModelSpec, dtype: str) -> ModelSpec:
-    """Return the spec in the dtype it will run in: `auto` is the checkpoint's. Raises ModelError for any other."""
+def run_spec(spec: ModelSpec, dtype: str, requant: Sequence[str] = ()) -> ModelSpec:
+    """Return the spec in the dtype it will run in: `auto` is the checkpoint's. Raises ModelError for any other.
+
+    Matrices that are plain become what `requant` says; raises ConfigError where it says nothing that is known, or that
+    changes nothing.
+    """
     match spec.dtype if dtype == "auto" else dtype:
         case "float32" | "bfloat16" as name:
-            return replace(spec, dtype=name)
+            return _requantised(replace(spec, dtype=name), requant)
         case other:
             raise ModelError(f"{other} is not supported: use --dtype bfloat16 or float32")
+
+
+def _requantised(spec: ModelSpec, requant: Sequence[str]) -> ModelSpec:
+    for name in requant:
+        if name not in REQUANT:
+            raise ConfigError(f"requant: unknown {short(name, 40)}: use {', '.join(REQUANT)}")
+        if replace(spec, requant=frozenset({name})).weights() == spec.weights():
+            raise ConfigError(f"requant: {name} changes nothing: the model has no such matrix that is plain")
+    return replace(spec, requant=frozenset(requant))
 
 
 def parse_spec(

@@ -36,8 +36,8 @@ class Decoder(ABC, Generic[Layer, Cells, Execution]):
         weights = Weights(spec, ops, checkpoint, dtype)
         embedding = weights.table(EMBEDDING, spec.vocab, spec.hidden)
         # NOTE: the head first: packing it takes the most memory beside the weights, and now there are few of them.
-        self.head = ops.pack_head(embedding if spec.tied else weights.matrix((HEAD,), (spec.vocab,), spec.hidden))
-        self.embedding = self.head if spec.tied and self.head.packed else embedding
+        self.head = ops.pack_head(weights.head(embedding if spec.tied else None))
+        self.embedding = self.head if spec.shares and self.head.packed else embedding
         layers = [self.layer(weights, LAYER.format(index), index) for index in range(spec.layers)]
         self.layers = [self.fetching(layer, after) for layer, after in pairwise(layers)] + layers[-1:]
         self.last_norm = weights.norm(LAST_NORM, spec.hidden)

@@ -1,6 +1,6 @@
 """A model folder becomes a Model: config → spec → checkpoint → weights on the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,16 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     context: int | None = None,
+    requant: Sequence[str] = (),
     progress: Progress = lambda _done, _total: None,
 ) -> Model:
     """Load a Hugging Face folder for up to `context` positions; `progress` gets bytes done and in total.
 
+    What `requant` names (`fwd.models.spec.REQUANT`) becomes FP8 where it is plain.
+
     Raises ModelError for anything wrong with the folder, and what `fwd.kernels.select` raises for the device.
     """
-    spec = run_spec(read_spec(folder), dtype)
+    spec = run_spec(read_spec(folder), dtype, requant)
     kind, family, numbers = resolve(device, shape(spec)), FAMILIES[spec.family], _DTYPES[spec.dtype]
     rehearse(folder, lambda rehearsal, unpacked: family(spec, unpacked, numbers, rehearsal, 1))
     ops = select(kind, shape(spec))

@@ -15,7 +15,9 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Family = Literal["dense", "moe", "gpt_oss", "deepseek"]
 ITEMSIZE: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 EMBEDDING, LAYER, HEAD = "model.embed_tokens", "model.layers.{}.", "lm_head"
+REQUANT = ("fp8-head", "fp8-attn")
 _PLAIN = ("fp32", "fp16", "bf16")
+_ROWS = Stored("fp8", (1, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ class ModelSpec:
     prefix: str = ""  # of the names of all tensors
     others: tuple[str, ...] = ()  # prefixes of tensors that are not the text model's (vision)
     mtp: int = 0  # layers that predict further tokens; they follow the others in the checkpoint
+    requant: frozenset[str] = frozenset()  # of REQUANT: plain matrices that become FP8 when they are loaded
 
     @property
     def qkv_width(self) -> int:
@@ -101,6 +104,16 @@ class ModelSpec:
     def rotated(self) -> int:
         """Numbers of a head that are rotated."""
         return self.mla.rope if self.mla else self.head_dim
+
+    @property
+    def shares(self) -> bool:
+        """The head is the embedding itself."""
+        return self.tied and "fp8-head" not in self.requant
+
+    def requantised(self, module: str) -> bool:
+        """Whether a matrix becomes FP8, with a scale a row, if it is plain."""
+        attention = ".self_attn." in module and not module.endswith("kv_b_proj")
+        return ("fp8-head" in self.requant and module == HEAD) or ("fp8-attn" in self.requant and attention)
 
     @property
     def cache(self) -> tuple[CacheLayout, ...]:
@@ -122,15 +135,16 @@ class ModelSpec:
         """The same as kernels have it, of a model in bfloat16."""
         from fwd.models.streamed import streamed  # noqa: PLC0415  # it needs this module
 
-        return tuple(streamed(held, tied=self.tied) for held in self.held)
+        return tuple(streamed(held, shared=self.shares) for held in self.held)
 
     def parameters(self) -> int:
         """Parameters of the text model, without what predicts further tokens (`mtp`)."""
-        return sum(part.numbers * part.copies for part in parts(self))
+        return sum(part.numbers * part.copies for part in parts(self) if part.module != HEAD or not self.tied)
 
     def active_parameters(self) -> int:
         """Parameters that the step of one row multiplies with: its experts only, and of the embedding none."""
-        return round(sum(part.numbers * part.read(1) for part in parts(self) if part.module != EMBEDDING or self.tied))
+        used = (part for part in parts(self) if part.module != EMBEDDING or self.shares)
+        return round(sum(part.numbers * part.read(1) for part in used))
 
     def weights(self, *, head: bool = True) -> dict[str, int]:
         """Bytes of all weights by the format they are held in, with or without a head that is not the embedding."""
@@ -154,7 +168,7 @@ class ModelSpec:
         Experts are those that rows visit which choose each for itself and all alike: E·(1 − (1 − k/E)^rows) of E.
         """
         weights = sum(size * part.read(rows) for part, _, size, _ in self.held if part.module != EMBEDDING)
-        head = self.vocab * self.hidden * ITEMSIZE[self.dtype] if self.tied else 0
+        head = self.vocab * self.hidden * ITEMSIZE[self.dtype] if self.shares else 0
         embedded = rows * self.hidden * ITEMSIZE[self.dtype]
         return round(weights) + head + embedded + rows * self.kv_bytes(context, kv)
 
@@ -201,6 +215,8 @@ class Held(NamedTuple):
 
 def _held(spec: ModelSpec, part: Part) -> Held:
     stored = spec.quantization.format_of(spec.prefix + part.module) if part.kept == "stored" else None
+    if part.kept == "stored" and spec.requantised(part.module) and (stored is None or stored.format in _PLAIN):
+        stored = _ROWS
     if stored is None or stored.format in _PLAIN:
         dtype = "float32" if part.kept == "float32" else spec.dtype
         return Held(part, dtype, part.numbers * ITEMSIZE[dtype])
@@ -218,7 +234,7 @@ def parts(spec: ModelSpec) -> Iterator[Part]:
         yield from _latents(spec, spec.mla, prefix) if spec.mla else _attention(spec, prefix)
         yield from _experts(spec, spec.moe, prefix) if spec.moe and index in spec.moe.layers else _mlp(spec, prefix)
     yield Part("", (spec.hidden,), kept="model")
-    if not spec.tied:
+    if not spec.shares:
         yield Part(HEAD, (spec.vocab,), spec.hidden)
 
 

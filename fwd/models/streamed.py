@@ -29,11 +29,11 @@ class Streamed(NamedTuple):
         return self.held.nbytes * part.copies + rounded + self.nbytes if self.stream else 0
 
 
-def streamed(held: Held, *, tied: bool) -> Streamed:
-    """Return how kernels have something that is loaded of a model in bfloat16."""
+def streamed(held: Held, *, shared: bool) -> Streamed:
+    """Return how kernels have something that is loaded of a model in bfloat16; `shared`: its head is the embedding."""
     part, module = held.part, held.part.module
     embedding = module == EMBEDDING
-    if not module or (embedding and not tied) or (part.kept == "model" and not embedding):
+    if not module or (embedding and not shared) or (part.kept == "model" and not embedding):
         return Streamed(held, "", held.nbytes)
     reason = _reason(held)
     stored = None if reason else held.stored

@@ -10,9 +10,10 @@ from torch import Tensor
 from fwd.errors import ModelError
 from fwd.kernels.ops import QKV, ExpertOps, Norm, Ops
 from fwd.kernels.qtensor import QTensor
+from fwd.kernels.requantize import to_fp8
 from fwd.models import formats
 from fwd.models.source import Source
-from fwd.models.spec import ModelSpec
+from fwd.models.spec import HEAD, ModelSpec
 
 INPUT_NORM = "input_layernorm.weight"
 QKV_PROJ = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -84,7 +85,14 @@ class Weights:
             names = [f"{module}.weight" for module in full]
             taken = self.checkpoint.take(names, [(width, inputs) for width in outputs], self.dtype)
             found = QTensor.plain(taken)
-        return found.to(self.ops.device)
+        found = found.to(self.ops.device)
+        return to_fp8(found) if found.scales is None and self.spec.requantised(modules[0]) else found
+
+    def head(self, embedding: QTensor | None) -> QTensor:
+        """The matrix of the head, which may be the embedding."""
+        if embedding is None:
+            return self.matrix((HEAD,), (self.spec.vocab,), self.spec.hidden)
+        return embedding if self.spec.shares else to_fp8(embedding)
 
     def table(self, module: str, lines: int, width: int) -> QTensor:
         """A matrix of which lines are taken, not products: it is plain."""

@@ -111,6 +111,7 @@ class Load(Message, tag=2, frozen=True):
     state_dir: str = ""
     log_level: str = "info"
     strict: bool = False
+    requant: tuple[str, ...] = ()
 
 
 class Submit(Bulk, tag=3, frozen=True):
@@ -186,6 +187,7 @@ class EngineInfo(Message, frozen=True):
     launches: str = ""
     kept: dict[str, Count] = {}
     fallbacks: tuple[str, ...] = ()
+    requant: tuple[str, ...] = ()
 
 
 class Ready(Message, tag=17, frozen=True):

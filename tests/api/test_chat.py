@@ -78,6 +78,7 @@ def test_the_receipt_names_what_the_tokens_depend_on(folder, run):
                 "dtype": "float32",
                 "kv_dtype": "float32",
                 "device": "cpu",
+                "requant": [],
                 "chunk_size": 64,
                 "threads": 0,
                 "seed": 7,

@@ -187,6 +187,16 @@ def test_the_tensors_of_an_engine_of_kernels_are_those_planned(tmp_path, kind, l
     assert held_bytes(loop._runner) == taken(info.memory)
 
 
+@pytest.mark.parametrize("device", ["cpu", "host"])
+@pytest.mark.parametrize("kind", ["untied", "odd", "latent"])
+def test_the_tensors_of_a_requantised_engine_are_those_planned(tmp_path, kind, device):
+    folder, requant = write(FOR_KERNELS[kind](), tmp_path, torch.bfloat16), ("fp8-head", "fp8-attn")
+    loop, info = launch(folder, device=device, requant=requant, context=333, max_seqs=3)
+    assert info.requant == tuple(sorted(requant))
+    assert info.memory["head_fp8"] > 0
+    assert held_bytes(loop._runner) == taken(info.memory)
+
+
 def test_formats_without_a_kernel_are_named_and_refused_where_that_is_asked_for(tmp_path):
     write(FOR_KERNELS["odd"](), tmp_path / "source", torch.bfloat16)
     quantise(tmp_path / "source", "fp8-deepseek", tmp_path / "quantised", tmp_path / "plain")

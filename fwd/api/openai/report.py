@@ -59,6 +59,7 @@ def constants(answer: Answer) -> dict[str, Any]:
         "tokenizer_hash": prompts.tokenizer.hash,
         "kernel_set": info.kernel_set,
         "dtype": info.dtype,
+        "requant": list(info.requant),
         "kv_dtype": info.kv_dtype,
         "device": info.device,
         "chunk_size": info.chunk,
