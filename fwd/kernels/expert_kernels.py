@@ -4,7 +4,6 @@
 of one expert and up to so many rows. A row has the same bits in both, and in any company.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from fwd.kernels.packing import TILE, name_of
 from fwd.kernels.qtensor import QTensor
 from fwd.kernels.rows import MAX_ROWS, Rows
 
-MAX_EXPERTS, MAX_TOP_K, MAX_GROUPS = 512, 32, 32
+MAX_EXPERTS, MAX_TOP_K, MAX_GROUPS = 512, 16, 32  # visits of 16 rows fit in shared memory
 ITEM, CHUNK_ITEM = 8, 32  # rows of an item: visits of an expert that one read of its weights is for
 _THREADS, _WARPS, _TEAMS = 256, 8, 2
 _MEMBERS = _WARPS // _TEAMS
@@ -38,9 +37,7 @@ class Workspace:
 
     table: Tensor  # int32 [4 + 8 · visits]
     logits: Tensor  # float32 [rows · experts]
-    products: (
-        Tensor  # float32 [(visits + rows) · hidden]; for decode rows, of another format's shared expert: [rows · …]
-    )
+    products: Tensor  # float32 [(visits + rows) · hidden]; of decode rows: the shared expert's in another format
     counters: Tensor  # int32 [rows / 8 + 1]: 0 between launches
 
     @classmethod
@@ -62,12 +59,6 @@ def workspace_bytes(hidden: int, experts: int, top_k: int, rows: int = MAX_ROWS)
 
 def _products(rows: int, top_k: int) -> int:
     return rows if rows <= MAX_ROWS else rows * (top_k + 1)
-
-
-def sources(names: Iterable[str], *, chunks: bool) -> tuple[str, ...]:
-    """Return the files of a mixture whose weights are streamed as `names` say; `chunks`: those of a prefill as well."""
-    families = ("experts", "chunk_experts") if chunks else ("experts",)
-    return ("route.cu", *(f"{family}_{name}.cu" for family in families for name in names))
 
 
 def supports(*, hidden: int, intermediate: int, experts: int, top_k: int, groups: int = 1) -> str | None:

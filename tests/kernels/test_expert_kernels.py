@@ -10,7 +10,9 @@ from expert_mixtures import FORMATS, SHAPES, SMALL, WIDE, Packed, expected, mixt
 from mixtures import Shape
 
 from fwd.kernels import expert_kernels as kernels
+from fwd.kernels.builds import SHARED_LIMIT
 from fwd.kernels.host import HostLauncher
+from fwd.kernels.rows import MAX_ROWS
 
 BOUND = 1e-5  # of `difference`, as in test_gemv.py
 CHUNK = 48
@@ -180,9 +182,14 @@ def test_what_a_workspace_takes_is_counted():
         assert sum(tensor.nbytes for tensor in tensors) == kernels.workspace_bytes(64, 33, 5, rows)
 
 
+def test_what_the_most_visits_take_fits_in_shared_memory():
+    assert kernels.down_bytes(MAX_ROWS * kernels.MAX_TOP_K, MAX_ROWS) <= SHARED_LIMIT
+    assert 2 * kernels.down_bytes(MAX_ROWS * 8, MAX_ROWS) <= SHARED_LIMIT, "two blocks of the usual models"
+
+
 def test_what_no_kernel_takes_is_named():
     assert kernels.supports(hidden=2880, intermediate=2880, experts=128, top_k=4) is None
     assert kernels.supports(hidden=7168, intermediate=2048, experts=384, top_k=8, groups=1) is None
-    for refused in ({"hidden": 2881}, {"intermediate": 12}, {"experts": 513}, {"top_k": 33}, {"groups": 33}):
+    for refused in ({"hidden": 2881}, {"intermediate": 12}, {"experts": 513}, {"top_k": 17}, {"groups": 33}):
         given = {"hidden": 64, "intermediate": 64, "experts": 8, "top_k": 2, **refused}
         assert str(next(iter(refused.values()))) in kernels.supports(**given)
