@@ -18,7 +18,7 @@ constexpr int kNever = -0x7FFFFFFF;
 template <class Format, class Work>
 struct Stream {
     using Held = typename Format::Held;
-    static constexpr int kDepth = sizeof(Held) > 20 ? 3 : 4;  // so many registers remain; 29 KB under way and more
+    static constexpr int kDepth = Format::kBytes > 576 ? 3 : 4;  // as registers allow: 29 KB and more of a block of warps
     static constexpr int kBytes = Format::kBytes;
     Held held[kDepth][2];
     const unsigned char* next[2];
