@@ -77,14 +77,21 @@ def tool() -> Path | None:
 
 
 def loop(text: str) -> list[str]:
-    """The instructions of a kernel's main loop: the shortest that holds as many products as any."""
+    """The instructions of a kernel's main loop: of those that hold products and no such loop, the one with most."""
     code = [(int(place, 16), line.strip()) for place, line in LINE.findall(text)]
-    loops = []
+    loops = {}
     for place, line in code:
         branch = BRANCH.search(line)
         if branch and (first := int(branch[1], 16)) < place:
-            loops.append([each for at, each in code if first <= at <= place])
-    return max(loops, key=lambda body: (_products(body), -len(body)), default=[])
+            body = [each for at, each in code if first <= at <= place]
+            if _products(body):
+                loops[first, place] = body
+    inner = [body for span, body in loops.items() if not any(_within(other, span) for other in loops)]
+    return max(inner, key=lambda body: (_products(body), -len(body)), default=[])
+
+
+def _within(span: tuple[int, int], other: tuple[int, int]) -> bool:
+    return span != other and other[0] <= span[0] and span[1] <= other[1]
 
 
 def per_weight(kernel: str, body: list[str]) -> float:

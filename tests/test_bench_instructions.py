@@ -66,12 +66,19 @@ def test_mxfp4_stays_in_the_budget_of_hopper(table):
         assert count <= 3.3, kernel
 
 
-def test_the_shortest_loop_of_all_products_is_counted():
+def test_the_innermost_loop_of_products_is_counted():
     body = instructions.loop(SASS)
     assert [line.split()[0] for line in body] == ["LOP3.LUT", "HMMA.16816.F32.BF16", "HMMA.16816.F32.BF16", "@P0"]
     assert instructions.per_weight("linear_1x8", body) == 4 / 16
     assert instructions.per_weight("linear_1x16", body) == 4 / 8
     assert instructions.loop("nothing") == []
+
+
+def test_a_loop_around_the_main_one_is_not_counted_for_what_else_it_holds():
+    product = "HMMA.16816.F32.BF16 R8, R4, R16, R8"
+    lines = [product, product, "@P0 BRA 0x0", product, "@P1 BRA 0x30", "@P2 BRA 0x0"]
+    text = "\n".join(f"        /*{16 * at:04x}*/    {line} ;" for at, line in enumerate(lines))
+    assert instructions.loop(text) == lines[:3]
 
 
 def test_files_are_known_by_their_format():
