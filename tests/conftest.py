@@ -26,3 +26,11 @@ def run() -> Callable[[Coroutine[Any, Any, None]], None]:
         assert not unheard
 
     return runner
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests recorded as `measured`, from whichever process they ran in."""
+    for report in terminalreporter.getreports("passed"):
+        for name, line in report.user_properties:
+            if name == "measured":
+                terminalreporter.write_line(line)

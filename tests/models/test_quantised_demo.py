@@ -10,7 +10,6 @@ import sysconfig
 from functools import cache
 from pathlib import Path
 
-import click
 import numpy as np
 import pytest
 import torch
@@ -126,14 +125,14 @@ def chosen(found):
 
 
 @pytest.fixture
-def cost(capsys):
+def cost(record_property):
     """By how much the perplexity of a folder rises, and KL(plain ‖ quantised) in nats a token; both are printed."""
 
     def of(folder, layout):
         rise, divergence = compared(logprobs(folder))
         before = math.exp(-chosen(plain()).mean())
-        with capsys.disabled():
-            click.echo(f"\n{layout}: perplexity {before:.3f} rises by {rise:.2%}, KL divergence {divergence:.5f} nats")
+        found = f"{layout}: perplexity {before:.3f} rises by {rise:.2%}, KL divergence {divergence:.5f} nats"
+        record_property("measured", found)
         return rise, divergence
 
     return of
