@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -78,14 +79,31 @@ def pack(weight: "QTensor") -> "QTensor":
     Raises ModelError for a weight that this cannot hold exactly.
     """
     assert not weight.packed, "packed twice"
+    return _matrix(weight) if len(weight.shape) == 2 else _stack(weight)
+
+
+def _matrix(weight: "QTensor") -> "QTensor":
     if weight.format == "bf16":
-        return replace(weight, data=_stacked(weight, _bf16), packed=True)
+        return replace(weight, data=_bf16(weight), packed=True)
     if weight.format not in {"fp8", "mxfp4", "nvfp4", "int4"}:
         raise ModelError(f"the kernels take no weights in {weight.format}: use --dtype bfloat16 or --device cpu")
     ready = prepared(weight)
     layout = LAYOUTS[name_of(replace(ready, packed=True))]
-    data = _stacked(ready, lambda matrix: _slabs(matrix, layout))
+    data = _slabs(ready, layout)
     return replace(ready, data=data, scales=None, zeros=None, outer=formats.factors(ready), packed=True)
+
+
+def _stack(weight: "QTensor") -> "QTensor":
+    """Matrix by matrix: what it takes beside is what one takes."""
+    parts = (_matrix(weight.expert(index)) for index in range(weight.shape[0]))
+    first = next(parts)
+    data = first.data.new_empty(weight.shape[0], *first.data.shape)
+    outer = None if first.outer is None else first.outer.new_empty(weight.shape[0], *first.outer.shape)
+    for index, part in enumerate(chain((first,), parts)):
+        data[index] = part.data
+        if outer is not None and part.outer is not None:
+            outer[index] = part.outer
+    return replace(first, data=data, outer=outer, shape=weight.shape)
 
 
 def restore(weight: "QTensor", outputs: slice = slice(None)) -> "QTensor":
@@ -120,18 +138,6 @@ def unpack(weight: "QTensor", outputs: slice = slice(None), scratch: Tensor | No
         scratch = weight.data.new_empty(found.numel())
     rows = scratch[: found.numel()].view(found.shape).copy_(found).view(-1, weight.data.shape[1] * BLOCK)
     return rows[: stop - start, : weight.shape[1]]
-
-
-def _stacked(weight: "QTensor", packed: Callable[["QTensor"], Tensor]) -> Tensor:
-    if len(weight.shape) == 2:  # a matrix
-        return packed(weight)
-    parts = (packed(weight.expert(index)) for index in range(weight.shape[0]))
-    first = next(parts)
-    whole = first.new_empty(weight.shape[0], *first.shape)
-    whole[0] = first
-    for index, part in enumerate(parts, 1):
-        whole[index] = part
-    return whole
 
 
 def _bf16(weight: "QTensor") -> Tensor:

@@ -23,10 +23,11 @@ class Streamed(NamedTuple):
 
     @property
     def beside(self) -> int:
-        """Bytes that are there beside it while it is packed: what was read, its numbers rounded, one copy in blocks."""
+        """Bytes beside it while it is packed: what was read, its numbers rounded, what is looked for in one copy."""
         part = self.held.part
         rounded = 2 * part.numbers * part.copies if self.reason else 0
-        return self.held.nbytes * part.copies + rounded + self.nbytes if self.stream else 0
+        once = self.nbytes if self.stream == "bf16" else 3 * self.held.nbytes
+        return self.held.nbytes * part.copies + rounded + once if self.stream else 0
 
 
 def streamed(held: Held, *, shared: bool) -> Streamed:
