@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -60,7 +60,7 @@ def eval(  # noqa: A001, PLR0917  # the verb's name; one parameter an option
         status = private.ready()
         sizes = _sizes(status, context, stride, len(text.head))
         seconds = _score(private, text, sizes)
-    figures = _figures(text, _scored_bytes(tokenizer, text, raw)) | _divergence(model, text.ids, flags)
+    figures = _figures(text, _scored_bytes(tokenizer, text, raw)) | _divergence(model, text, flags)
     found = {"file": file, **sizes, **figures, "seconds": seconds, **_engine(status)}
     if as_json:
         for piece in _json(found, text, tokenizer):
@@ -150,14 +150,15 @@ def _figures(text: scoring.Text, size: int) -> dict[str, Any]:
     }
 
 
-def _divergence(model: str, ids: Sequence[int], flags: Mapping[str, Any]) -> dict[str, Any]:
+def _divergence(model: str, text: scoring.Text, flags: Mapping[str, Any]) -> dict[str, Any]:
     """How far the distributions are from those of the model as it is, where it is requantised."""
     if not flags["requant"]:
         return {}
     from fwd.models.divergence import divergence  # noqa: PLC0415  # the engine half, only where it is needed
 
     kinds = {name: flags[name] or "auto" for name in ("device", "dtype")}
-    nats, tokens = divergence(Config(model=model).folder, ids, requant=flags["requant"], **kinds)
+    folder = Config(model=model).folder
+    nats, tokens = divergence(folder, text.ids, requant=flags["requant"], head=text.head, **kinds)
     return {"kl_nats_per_token": nats, "kl_tokens": tokens}
 
 

@@ -17,15 +17,18 @@ MEMORY = 1 << 30  # bytes of distributions that are kept at most, but for one wi
 
 
 def divergence(
-    folder: Path, ids: Sequence[int], *, device: str, dtype: str, requant: Sequence[str]
+    folder: Path, ids: Sequence[int], *, device: str, dtype: str, requant: Sequence[str], head: Sequence[int] = ()
 ) -> tuple[float, int]:
     """Return the mean of KL(as it is ‖ requantised) in nats a token, exactly, and after how many tokens it was taken.
 
-    Windows of the text are read one by one, each from nothing. The two models are loaded one after the other.
+    Windows of the text, none longer than the model's context, are read one by one, each behind nothing but `head`, what
+    a text begins with. The two models are loaded one after the other.
     """
     plain = load(folder, device=device, dtype=dtype, context=WINDOW)
-    count = WINDOW * max(1, MEMORY // (4 * WINDOW * plain.spec.vocab))
-    windows = [torch.tensor(ids[start : start + WINDOW]) for start in range(0, min(len(ids), count), WINDOW)]
+    room = max(1, min(WINDOW, plain.spec.max_context) - len(head))
+    count = room * max(1, MEMORY // (4 * WINDOW * plain.spec.vocab))
+    starts = range(0, min(len(ids), count), room)
+    windows = [torch.tensor([*head, *ids[start : start + room]]) for start in starts]
     before = [_logprobs(plain, window).cpu() for window in windows]
     if not all(bool(found.isfinite().all()) for found in before):
         raise ConfigError("requant: the model as it is has distributions that are not finite on this text")

@@ -1,5 +1,8 @@
 """`--requant`: plain heads and attention projections become FP8 at load; what that takes, and what it costs."""
 
+import json
+import shutil
+
 import checkpoints
 import numpy as np
 import pytest
@@ -79,3 +82,15 @@ def test_the_divergence_is_that_of_the_distributions(folders, kind):
     assert found == pytest.approx((before.exp() * (before - after)).sum(dim=-1).mean().item(), rel=0.01)
     few, _ = divergence(folders[kind], ids, device="cpu", dtype="float32", requant=("fp8-head",))
     assert 0 < few < found
+
+
+def test_each_window_is_read_behind_what_a_text_begins_with_and_fits_the_context(folders, tmp_path):
+    shutil.copytree(folders["llama"], folder := tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32}))
+    ids = torch.randint(0, 256, (50,), generator=torch.Generator().manual_seed(3)).tolist()
+    how = {"device": "cpu", "dtype": "float32", "requant": ("fp8-attn",)}
+    found, tokens = divergence(folder, ids, head=[7], **how)
+    parts = [divergence(folder, [7, *part], **how) for part in (ids[:31], ids[31:])]
+    assert tokens == sum(count for _, count in parts) == 52
+    assert found == pytest.approx(sum(nats * count for nats, count in parts) / tokens, rel=1e-6)
