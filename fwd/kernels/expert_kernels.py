@@ -18,6 +18,7 @@ from fwd.kernels.qtensor import QTensor
 from fwd.kernels.rows import MAX_ROWS, Rows
 
 MAX_EXPERTS, MAX_TOP_K, MAX_GROUPS = 512, 16, 32  # visits of 16 rows fit in shared memory
+MAX_HIDDEN = 12288  # so do 8 rows of a router
 ITEM, CHUNK_ITEM = 8, 32  # rows of an item: visits of an expert that one read of its weights is for
 _THREADS, _WARPS, _TEAMS = 256, 8, 2
 _MEMBERS = _WARPS // _TEAMS
@@ -70,6 +71,7 @@ def supports(*, hidden: int, intermediate: int, experts: int, top_k: int, groups
         ("experts", experts, MAX_EXPERTS),
         ("experts a row", top_k, MAX_TOP_K),
         ("groups", groups, MAX_GROUPS),
+        ("numbers a row", hidden, MAX_HIDDEN),
     ):
         if size > most:
             return f"{size} {name}: the expert kernels take up to {most}"
@@ -112,7 +114,7 @@ def route(launcher: Launcher, workspace: Workspace, hidden: Tensor, router: Rout
     )
     shared = route_bytes(count, inputs, top_k)
     tiles = gemv.blocks(-(-experts // TILE), launcher, shared)
-    later = None if router.ahead is None else router.ahead.data
+    later = None if router.ahead is None or count > MAX_ROWS else router.ahead.data  # a chunk unpacks weights anyway
     ahead = Ahead.of(0 if later is None else later.nbytes, tiles * parts, launcher.multiprocessors)
     launcher.launch(
         Kernel("route.cu", "route"),

@@ -27,7 +27,7 @@ def routed(launcher, rows, ahead):
     shape = next(shape for shape in SHAPES if shape.hidden == 72)
     mixture = Mixture(shape, torch.bfloat16, 5)
     router = replace(mixture.router, weight=mixture.router.weight.pack(), ahead=ahead)
-    space = Workspace.of(launcher, shape.hidden, shape.experts, shape.top_k)
+    space = Workspace.of(launcher, shape.hidden, shape.experts, shape.top_k, rows=max(rows, 16))
     made = expert_kernels.route(launcher, space, mixture.hidden(rows), router, steps([0] * rows))
     order = space.table[4 + 4 * rows * shape.top_k :][: rows * shape.top_k]
     return [*made, order.clone(), space.counters]
@@ -81,6 +81,17 @@ def test_what_is_fetched_changes_no_result(execution, rows):
 
 def test_nothing_is_fetched_beside_the_weights():
     fetch(HostLauncher())
+
+
+def test_a_chunk_fetches_nothing(monkeypatch):
+    launcher, grids = HostLauncher(), []
+    launch = launcher.launch
+    monkeypatch.setattr(
+        launcher, "launch", lambda kernel, grid, *rest: (grids.append(grid), launch(kernel, grid, *rest))
+    )
+    for rows in (16, 24):
+        routed(launcher, rows, weights(40))
+    assert [grid[2] > 1 for grid in grids] == [True, False]
 
 
 def test_a_share_that_is_not_cut_is_caught(execution):

@@ -185,11 +185,19 @@ def test_what_a_workspace_takes_is_counted():
 def test_what_the_most_visits_take_fits_in_shared_memory():
     assert kernels.down_bytes(MAX_ROWS * kernels.MAX_TOP_K, MAX_ROWS) <= SHARED_LIMIT
     assert 2 * kernels.down_bytes(MAX_ROWS * 8, MAX_ROWS) <= SHARED_LIMIT, "two blocks of the usual models"
+    assert kernels.route_bytes(MAX_ROWS, kernels.MAX_HIDDEN, kernels.MAX_TOP_K) <= SHARED_LIMIT
 
 
 def test_what_no_kernel_takes_is_named():
     assert kernels.supports(hidden=2880, intermediate=2880, experts=128, top_k=4) is None
     assert kernels.supports(hidden=7168, intermediate=2048, experts=384, top_k=8, groups=1) is None
-    for refused in ({"hidden": 2881}, {"intermediate": 12}, {"experts": 513}, {"top_k": 17}, {"groups": 33}):
+    for refused in (
+        {"hidden": 2881},
+        {"hidden": 12296},
+        {"intermediate": 12},
+        {"experts": 513},
+        {"top_k": 17},
+        {"groups": 33},
+    ):
         given = {"hidden": 64, "intermediate": 64, "experts": 8, "top_k": 2, **refused}
         assert str(next(iter(refused.values()))) in kernels.supports(**given)
