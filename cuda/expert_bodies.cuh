@@ -157,8 +157,8 @@ FWD_INLINE void down(const bf16* active, const bf16* shared_active, gemv::Packed
         float sum = 0.0f;
         for (int visit = row * top_k; visit < (row + 1) * top_k && routed; ++visit) {
             if (choices.positions[visit] < 0) break;
-            sum += choices.weights[visit] *
-                   parts.template value<Format>(choices.positions[visit], choices.items[visit], m);
+            float value = parts.template value<Format>(choices.positions[visit], choices.items[visit], m);
+            sum += __fmul_rn(choices.weights[visit], value);
         }
         if (work.shared_items) sum += parts.template value<Format>(row, row / 8, m);
         if (!routed) {

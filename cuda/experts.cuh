@@ -174,8 +174,8 @@ struct Parts {
         float sum = of(0, position)[m];
 #pragma unroll
         for (int member = 1; member < kMembers; ++member) sum += of(member, position)[m];
-        if constexpr (Format::kFactors) sum *= early[item * kEarly + kTile + m];
-        if constexpr (Format::kScaled && !Format::kFactors) sum *= Format::kFactor;
+        if constexpr (Format::kFactors) sum = __fmul_rn(sum, early[item * kEarly + kTile + m]);
+        if constexpr (Format::kScaled && !Format::kFactors) sum = __fmul_rn(sum, Format::kFactor);
         return sum + early[item * kEarly + m];
     }
 };

@@ -281,7 +281,7 @@ FWD_INLINE void run(Weights<Format, kWide, Tiling>& weights, const Rows& rows, f
             if (!busy) break;
             int at = place + i * (kThreads / kTile);
             float sum = total<kSpan>(turn + at * kPitch + m);
-            if constexpr (Format::kScaled) sum *= factor[i];
+            if constexpr (Format::kScaled) sum = __fmul_rn(sum, factor[i]);  // apart from a bias in every build
             epilogue.put(tile * kWide + at / (8 * kColumns), at % (8 * kColumns), m, sum, early[i]);
         }
         epilogue.end(tile);

@@ -247,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(fwd::gemv::kThreads)
         float sum = 0.0f;
         for (int64_t visit = row * top_k; visit < (row + 1) * top_k; ++visit) {
             if (experts[visit] < 0) break;
-            sum += weights[visit] * products[visit * outputs + output];
+            sum += __fmul_rn(weights[visit], products[visit * outputs + output]);
         }
         if (shared) sum += products[(int64_t{rows} * top_k + row) * outputs + output];
         bf16* place = residual + row * outputs + output;

@@ -155,8 +155,8 @@ GATE_UP = {
 DOWN = {
     "bias after the weight": (
         "expert_bodies.cuh",
-        "choices.items[visit], m);",
-        "choices.items[visit], m) + (1 - choices.weights[visit]) * parts.early[choices.items[visit] * kEarly + m];",
+        "sum += __fmul_rn(choices.weights[visit], value);",
+        "float w = choices.weights[visit]; sum += w * value + (1 - w) * parts.early[choices.items[visit] * kEarly + m];",
         OSS,
     ),
     "the sums of the visit at this place": ("expert_bodies.cuh", "(choices.positions[visit],", "(visit,", OSS),

@@ -37,7 +37,7 @@ PLANTED = {
     "the scale of the neighbouring inputs": ("mxfp4", "quant.cuh", "return sub % 2 == 0", "return sub % 2 == 1"),
     "the scale of the inputs 64 on": ("nvfp4", "quant.cuh", "sub < 2 ? mul_bf16x2_low", "sub >= 2 ? mul_bf16x2_low"),
     "the scale of the other 16 inputs": ("nvfp4", "quant.cuh", "quarter() / 2 * 4", "quarter() % 2 * 4"),
-    "the outer factor forgotten": ("nvfp4", "gemv.cuh", "if constexpr (Format::kScaled) sum *= factor[i];", ""),
+    "the outer factor forgotten": ("nvfp4", "gemv.cuh", "sum = __fmul_rn(sum, factor[i]);", ""),
     "the outer factor of the first tile": ("nvfp4", "gemv.cuh", "tiling.first(wanted) + (2", "(2"),
     "the outer factor of one group": ("nvfp4", "gemv.cuh", "(2 * place + m / 8) * tiling", "2 * place * tiling"),
     "the sum's power of two forgotten": ("mxfp4", "quant.cuh", "kFactor = 0x1p60f", "kFactor = 1.0f"),
