@@ -3,7 +3,7 @@
 Parameters, bytes of weights, bytes that a token reads, bytes of KV a token: computed by hand from the models' published
 dimensions in decimal GB and rounded as they stand here. Of formats it was assumed that embeddings and heads stay
 bfloat16, and that scales of FP8 weigh nothing; of MLA, that the way up from latents is read as it is stored, while this
-engine holds it in bfloat16 (`WAYS_UP`).
+engine holds it in bfloat16 (`WAYS_UP`). Kernels' packed weights are a little larger (`PADDING`).
 """
 
 from dataclasses import replace
@@ -95,6 +95,12 @@ WAYS_UP = {  # bytes by which bfloat16 is over 8 bits
     "DeepSeek-V3": 61 * 128 * (128 + 128) * 512 / 1e9,
 }
 
+PADDING = {  # by which the order that kernels stream is larger
+    "gpt-oss-20b": 1.03,  # 2,880 inputs are 23 blocks of 128
+    "gpt-oss-120b": 1.03,
+    "Kimi-K2.5": 1.06,  # of groups of 32 in int4 a zero point each
+}
+
 EIGHT = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
 FOUR = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
 
@@ -177,9 +183,10 @@ def planned(name, quantised, **options):
 def test_a_model_costs_what_is_known(name, quantised, total, active, weights, read, kv):
     found = planned(name, quantised)
     spec, more = found.spec, WAYS_UP.get(name, 0) if quantised == "blocks" else 0
-    held = sum(size for kind, size in found.items.items() if kind.startswith(("weights_", "head_")))
+    packed = sum(size for kind, size in found.items.items() if kind.startswith(("weights_", "head_")))
     assert spec.parameters() / 1e9 == pytest.approx(total, rel=0.02)
-    assert held / 1e9 == pytest.approx(weights + more, rel=0.02)
+    assert spec.weight_bytes() / 1e9 == pytest.approx(weights + more, rel=0.02)
+    assert 1 <= packed / spec.weight_bytes() <= PADDING.get(name, 1.01)
     assert found.token_bytes == kv
     if active:
         assert spec.active_parameters() / 1e9 == pytest.approx(active, rel=0.02)
