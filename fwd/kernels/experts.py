@@ -5,7 +5,7 @@ own order. At their widest the ops take what one expert's matrix takes as it bec
 beside 20·rows·intermediate bytes of its activations, or 4·rows·hidden·(top_k + 2) of all experts' results.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import Literal
 
@@ -16,14 +16,13 @@ from torch import Tensor
 
 from fwd.kernels.ops import Active, Experts, Routed, Router
 from fwd.kernels.paged import aligned
-from fwd.kernels.products import product
+from fwd.kernels.products import by_whole_rows, product
 from fwd.kernels.qtensor import QTensor
 from fwd.kernels.rows import MAX_ROWS, Rows
 
 ALPHA, LIMIT = 1.702, 7.0  # of the clamped activation (gpt-oss)
 DECODE_TILE, CHUNK_TILE = 4, 16  # rows of a product
 _EPSILON = 1e-20  # keeps a sum of weights from 0
-_SPLIT = 32768  # torch divides an elementwise call of this many elements among threads, in the middle of a row
 
 
 def route(x: Tensor, router: Router, rows: Rows) -> Routed:
@@ -130,18 +129,11 @@ def _activated(wide: Tensor, activation: Literal["silu", "clamped"]) -> Tensor:
     gate, up = wide.chunk(2, dim=1)
     match activation:
         case "silu":
-            return _by_whole_rows(F.silu, gate).mul_(up)
+            return by_whole_rows(F.silu, gate).mul_(up)
         case "clamped":
             gate.clamp_(max=LIMIT)
             steep, _ = (wide * ALPHA).chunk(2, dim=1)
-            return gate.mul_(_by_whole_rows(torch.sigmoid, steep)).mul_(up.clamp_(-LIMIT, LIMIT).add_(1))
-
-
-def _by_whole_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The elementwise function of x, whose rows do not follow each other in memory, so that no call joins two."""
-    if x.numel() < _SPLIT:
-        return function(x)
-    return torch.stack([function(row) for row in x])
+            return gate.mul_(by_whole_rows(torch.sigmoid, steep)).mul_(up.clamp_(-LIMIT, LIMIT).add_(1))
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

@@ -3,6 +3,9 @@
 A weight is dequantised slab by slab, for the product only: in memory it stays what the checkpoint holds.
 """
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
 
@@ -12,6 +15,7 @@ from fwd.kernels.qtensor import QTensor
 SLAB_BYTES = 32 << 20  # of a slab in float32
 WORKSPACE_BYTES = 4 * SLAB_BYTES  # what a product holds beside its operands: a slab, and what it is made of
 _TILE = 16  # rows of one product, and outputs at least: of torch 2.13's smaller ones rows depend on their number
+_SPLIT = 32768  # torch divides an elementwise call of this many elements among threads, in the middle of a row
 
 
 def product(x: Tensor, weight: QTensor) -> Tensor:
@@ -30,6 +34,16 @@ def product(x: Tensor, weight: QTensor) -> Tensor:
             found = F.linear(aligned(padded[row : row + _TILE]), slab)
             total[row : row + _TILE, start : start + step] = found[:, : outputs - start]
     return total[: len(x)]
+
+
+def by_whole_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return the elementwise function of x [rows, width]: a row has the same bits in any company.
+
+    The last elements of what a thread takes may get other bits where they fill no vector, so a call holds whole rows.
+    Those of x are halves of wider ones: what follows each other in memory is joined.
+    """
+    rows = max(1, (_SPLIT - 1) // x.shape[1])
+    return torch.cat([function(part) for part in x.split(rows)])
 
 
 def _slab(weight: QTensor, start: int, stop: int) -> Tensor:

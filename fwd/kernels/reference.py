@@ -18,9 +18,9 @@ from fwd.kernels.attention import Piece, attend, decode_pieces, prefill_pieces
 from fwd.kernels.kv import KV, LatentKV
 from fwd.kernels.ops import QKV, Active, Draw, Experts, Latents, Norm, Routed, Router, Sampled, Top
 from fwd.kernels.paged import aligned, write, write_latents
-from fwd.kernels.products import product
+from fwd.kernels.products import by_whole_rows, product
 from fwd.kernels.qtensor import Format, QTensor
-from fwd.kernels.rows import MAX_ROWS, Rows
+from fwd.kernels.rows import Rows
 
 _block = torch.ops.mkldnn._reorder_linear_weight  # noqa: SLF001 -- torch.compile's own products, in no public module
 _blocked = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001
@@ -29,7 +29,6 @@ _BLOCKS: dict[Format, Callable[[], bool]] = {
     "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported,  # noqa: SLF001
     "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported,  # noqa: SLF001
 }
-_SPLIT = 32768  # torch divides an elementwise call of this many elements among threads, in the middle of a row
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,7 +139,7 @@ class Reference:
 
     def gate_up(self, hidden: Tensor, norm: Norm, weight: QTensor) -> Tensor:  # noqa: D102
         gate, up = _project(normed(hidden, norm), weight, None).chunk(2, dim=1)
-        return _by_whole_rows(gate).mul_(up)
+        return by_whole_rows(F.silu, gate).mul_(up)
 
     def route(self, hidden: Tensor, router: Router, rows: Rows) -> Routed:  # noqa: D102
         _check_rows(hidden)
@@ -230,12 +229,6 @@ def _rotate(x: Tensor, step: _Step) -> Tensor:
     wide = x.float()
     turned = wide.roll(x.shape[-1] // 2, dims=-1)
     return (wide * step.cos).add_(turned.mul_(step.sin)).to(x.dtype)
-
-
-def _by_whole_rows(gate: Tensor) -> Tensor:
-    if gate.numel() < _SPLIT or len(gate) > MAX_ROWS:
-        return F.silu(gate)
-    return torch.stack([F.silu(row) for row in gate])
 
 
 def _score_row(logits: sampling.Logits, token: int, top: int) -> tuple[float, bool, Top | None]:

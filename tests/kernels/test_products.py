@@ -1,6 +1,7 @@
 """Products with weights as they are stored: right, and with the same bits in any company."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from blocks import SHAPES, Block, decode_rows, scattered_tables
 from weights import FORMATS, quantised
 
 from fwd.kernels import products
-from fwd.kernels.products import product
+from fwd.kernels.products import by_whole_rows, product
 from fwd.kernels.qtensor import QTensor
 
 WIDE = [(7, 64), (33, 96), (301, 250), (129, 1030), (520, 2880)]
@@ -54,6 +55,17 @@ def test_slabs_bound_what_is_dequantised_at_once(form, monkeypatch):
     torch.testing.assert_close(product(x, weight), expected, atol=1e-4, rtol=1e-5)
     assert max(seen) == 32
     assert sum(seen) == 301
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("width", [37, 344, 2880, 33_000])
+def test_an_elementwise_function_gives_a_row_the_same_bits_in_any_company(width, threads, request):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(threads)
+    gate, _ = torch.randn(200, 2 * width, generator=torch.Generator().manual_seed(4)).chunk(2, dim=1)
+    alone = torch.stack([torch.sigmoid(row) for row in gate])
+    for count in (1, 4, 16, 20, 200):
+        assert same_bits(by_whole_rows(torch.sigmoid, gate[-count:]), alone[-count:]), count
 
 
 class Quantised(Block):
