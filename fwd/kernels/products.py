@@ -42,8 +42,8 @@ def by_whole_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     The last elements of what a thread takes may get other bits where they fill no vector, so a call holds whole rows.
     Those of x are halves of wider ones: what follows each other in memory is joined.
     """
-    rows = max(1, (_SPLIT - 1) // x.shape[1])
-    return torch.cat([function(part) for part in x.split(rows)])
+    step = max(1, (_SPLIT - 1) // x.shape[1])
+    return torch.cat([function(x[row : row + step]) for row in range(0, len(x), step)])
 
 
 def _slab(weight: QTensor, start: int, stop: int) -> Tensor:
