@@ -2,23 +2,17 @@
 
 from typing import TYPE_CHECKING
 
-from fwd.engine.scheduler import MAX_ROWS
+from fwd.kernels import sizes
+from fwd.kernels.sizes import EXPANDED_HEADS, GRAIN, MAX_ROWS, PIECE, PIECES, SLAB_BYTES, UNPACKED_BYTES
 from fwd.models.spec import ITEMSIZE, Held, LatentSpec, ModelSpec
 
 if TYPE_CHECKING:
     from fwd.engine.plan import Plan
 
 RING = 2  # decode steps whose buffers are apart where there are kernels
-PIECES = 256  # at most, in which attention splits a context (DESIGN §4)
-PIECE, PIECE_GRAIN = 4096, 64  # tokens of a piece on the CPU where there are fewer, and by which it grows
 GATHERED_BYTES = 48  # per number of a key: it and its value read from pages in any order, widened, copied; measured
-EXPANDED_HEADS, EXPANDED_BYTES = 8, 16  # heads whose keys and values are made of latents at once, bytes a number
-SLAB_BYTES, WIDENED = 32 << 20, 4  # of what is dequantised at once, and how often it stands (`kernels.products`)
-LATENT_PIECES = 128  # the same of latent attention on kernels
-VISIT_WORDS, VISIT_ROWS = 8, 8  # of a row's visit of an expert in the table; rows of an item (`kernels.expert_kernels`)
-OUTCOME_BYTES = 176  # of a row: what comes of it (`kernels.drawing`)
-MAX_TOPS, SCANNED, SELECTED_LEVELS = 20, 2048, 2048  # of the sampler (`kernels.sample`)
-UNPACKED_BYTES = 16 << 20  # weights that a GPU has in rows at once while it prefills (`kernels.prefill`)
+EXPANDED_BYTES = 16  # per number of keys and values that are made of latents
+WIDENED = 4  # how often a slab stands that is dequantised (`kernels.products`)
 SAMPLED_BYTES = 112  # per id of the vocabulary, while one row is sampled; measured
 
 
@@ -27,8 +21,10 @@ def kernel_items(plan: "Plan") -> dict[str, int]:
 
     On a GPU what is only sent or fetched is in the memory of the host, and a prefill needs weights in rows.
     """
-    vocab, kernels = plan.spec.vocab, _attending(plan) + _mixing(plan, MAX_ROWS) + _sampled(plan)
-    fetched = RING * (MAX_ROWS * OUTCOME_BYTES + 8 * plan.max_seqs + 8) + 8 * vocab
+    vocab = plan.spec.vocab
+    next_ids = 8 * MAX_ROWS
+    kernels = _attending(plan) + _mixing(plan, MAX_ROWS) + sizes.sampler_bytes(vocab) + next_ids
+    fetched = RING * sizes.outcome_bytes(MAX_ROWS, plan.max_seqs) + 8 * vocab
     if plan.device.gpu:
         chunk = _mixing(plan, plan.chunk) + UNPACKED_BYTES
         return {"lines": plan.max_seqs * 8 * vocab, "kernels": kernels + chunk}
@@ -49,50 +45,22 @@ def workspace(plan: "Plan") -> int:
 
 def _attending(plan: "Plan") -> int:
     """What the launches of a layer's attention leave for each other."""
-    if plan.spec.mla:
-        return _latent_launches(plan, plan.spec.mla)
-    return _split(plan) + _projected(plan)
-
-
-def _latent_launches(plan: "Plan", mla: LatentSpec) -> int:
-    """Of latent attention (`kernels.latent_kernels`): vectors in bfloat16, sums of pieces with marks, arrivals."""
-    heads = plan.spec.heads
-    vectors = mla.q_rank + mla.latent + mla.rope + heads * (mla.nope + mla.latent + 2 * mla.rope)
-    return MAX_ROWS * (2 * vectors + heads * LATENT_PIECES * (2 * mla.latent + 8)) + 4 * (1 + heads)
+    spec, mla = plan.spec, plan.spec.mla
+    if mla:
+        return sizes.latent_bytes(spec.heads, mla.q_rank, mla.latent, mla.nope, mla.rope)
+    projected = sizes.projection_bytes(spec.heads + 2 * spec.kv_heads, spec.head_dim)
+    return projected + sizes.split_bytes(spec.heads, spec.kv_heads, spec.head_dim)
 
 
 def _mixing(plan: "Plan", rows: int) -> int:
-    """Of experts (`kernels.expert_kernels`): the table of visits, logits, products in float32, arrivals."""
-    spec, moe = plan.spec, plan.spec.moe
-    if moe is None:
-        return 0
-    products = rows if rows <= MAX_ROWS else rows * (moe.top_k + 1)
-    words = 4 + VISIT_WORDS * rows * moe.top_k + rows * moe.experts + products * spec.hidden
-    return 4 * (words + -(-rows // VISIT_ROWS) + 1)
+    """The same of experts."""
+    moe = plan.spec.moe
+    return sizes.mixture_bytes(plan.spec.hidden, moe.experts, moe.top_k, rows) if moe else 0
 
 
 def _absorbed(plan: "Plan", mla: LatentSpec) -> int:
     """Queries of a chunk as they are scored on latents, and on their way there."""
     return plan.chunk * plan.spec.heads * (3 * mla.latent + mla.rope) * 2
-
-
-def _split(plan: "Plan") -> int:
-    """What the pieces of a context leave (`kernels.paged_attention`): values, maximum and sum in float32, arrivals."""
-    spec = plan.spec
-    return MAX_ROWS * (spec.heads * PIECES * (spec.head_dim + 2) + spec.kv_heads) * 4
-
-
-def _projected(plan: "Plan") -> int:
-    """Heads that are normed or quantised once they are whole (`kernels.gemv`), and their counters."""
-    spec = plan.spec
-    return (spec.heads + 2 * spec.kv_heads) * (MAX_ROWS * spec.head_dim * 2 + 4)
-
-
-def _sampled(plan: "Plan") -> int:
-    """What the parts of a row of logits leave (`kernels.sample`), and the tokens that the next step starts from."""
-    vocab = plan.spec.vocab
-    a_row = -(-vocab // SCANNED) * 8 * (3 + MAX_TOPS) + vocab * 4 + 24 + MAX_TOPS * 8 + SELECTED_LEVELS * 12 + 4
-    return MAX_ROWS * a_row + 4 + 8 * MAX_ROWS
 
 
 def _width(spec: ModelSpec) -> int:
@@ -144,7 +112,7 @@ def _latents(plan: "Plan", mla: LatentSpec) -> int:
 
 def _cells(plan: "Plan") -> int:
     """Keys of a piece."""
-    return min(plan.context + plan.chunk, max(PIECE, -(-plan.context // PIECES) + PIECE_GRAIN))
+    return min(plan.context + plan.chunk, max(PIECE, -(-plan.context // PIECES) + GRAIN))
 
 
 def _spans(plan: "Plan") -> int:

@@ -13,10 +13,8 @@ from torch import Tensor
 from fwd.kernels.kv import KV, LatentKV
 from fwd.kernels.paged import Span, locate_branch, locate_within, read
 from fwd.kernels.rows import Rows
+from fwd.kernels.sizes import GRAIN, PIECE, PIECES
 
-PIECE = 4096  # keys in a piece, more where there would be over PIECES of them
-PIECES = 256
-_GRAIN = 64  # longer pieces are multiples of this many keys
 _LOWEST = torch.finfo(torch.float32).min
 
 
@@ -39,7 +37,7 @@ def split(start: int, stop: int) -> Iterator[range]:
     """Cut positions start…stop−1 into pieces of equal length, the last one shorter."""
     length = PIECE
     if stop - start > PIECE * PIECES:
-        length = -(-(stop - start) // (PIECES * _GRAIN)) * _GRAIN
+        length = -(-(stop - start) // (PIECES * GRAIN)) * GRAIN
     return (range(first, min(first + length, stop)) for first in range(start, stop, length))
 
 

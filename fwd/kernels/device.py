@@ -19,7 +19,8 @@ from fwd.kernels.kv import KV, LatentKV
 from fwd.kernels.launch import Launcher
 from fwd.kernels.ops import QKV, Active, Draw, Experts, Latents, Norm, Routed, Router, Sampled
 from fwd.kernels.qtensor import QTensor
-from fwd.kernels.rows import MAX_ROWS, Rows
+from fwd.kernels.rows import Rows
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.kernels.spaces import Spaces
 
 
@@ -100,18 +101,6 @@ def sources(shape: Shape) -> tuple[str, ...]:
     """Return the files that a decode step is made of."""
     attention = ("latent_attention.cu", "latent_value.cu") if shape.latents else ("paged_attention.cu",)
     return tuple(dict.fromkeys(("gemv.cu", "sample.cu", *attention, *shape.products)))
-
-
-def workspace_bytes(shape: Shape) -> int:
-    """Bytes of the workspaces that `DeviceOps` makes for the decode steps of a model, and of `next_ids`."""
-    if shape.latents:
-        attended = latent_kernels.workspace_bytes(*shape.latents)
-    else:
-        split = paged_attention.workspace_bytes(shape.heads, shape.kv_heads, shape.head_dim)
-        attended = gemv.Workspace.nbytes(shape.heads + 2 * shape.kv_heads, shape.head_dim) + split
-    mixture = shape.mixture
-    mixed = expert_kernels.workspace_bytes(shape.hidden, mixture.experts, mixture.top_k) if mixture else 0
-    return attended + mixed + sampler.workspace_bytes(shape.vocab) + 8 * MAX_ROWS
 
 
 class DeviceOps:

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from fwd.kernels.ops import Draw
 from fwd.kernels.sampling import single
-
-MAX_TOPS = 20
+from fwd.kernels.sizes import MAX_TOPS
 
 DRAWN = 1  # kinds: the row's token is wanted
 PENALTIES = 2  # kinds: `counts` of its line are read, and gain what is committed
@@ -105,11 +104,6 @@ def new_outcome(rows: int, lines: int, device: torch.device, *, pinned: bool = F
         zeros(lines),
         zeros(1, dtype=torch.int64),
     )
-
-
-def outcome_bytes(rows: int, lines: int) -> int:
-    """Bytes of an `Outcome`."""
-    return rows * (16 + MAX_TOPS * 8) + lines * 8 + 8
 
 
 def kinds_of(draw: Draw) -> int:

@@ -15,11 +15,12 @@ from fwd.kernels.launch import Argument, Kernel, Launcher
 from fwd.kernels.ops import Active, Experts, Routed, Router
 from fwd.kernels.packing import TILE, name_of
 from fwd.kernels.qtensor import QTensor
-from fwd.kernels.rows import MAX_ROWS, Rows
+from fwd.kernels.rows import Rows
+from fwd.kernels.sizes import ITEM, MAX_ROWS, mixture_products
 
 MAX_EXPERTS, MAX_TOP_K, MAX_GROUPS = 512, 16, 32  # visits of 16 rows fit in shared memory
 MAX_HIDDEN = 12288  # so do 8 rows of a router
-ITEM, CHUNK_ITEM = 8, 32  # rows of an item: visits of an expert that one read of its weights is for
+CHUNK_ITEM = 32  # rows of an item, of a chunk
 _THREADS, _WARPS, _TEAMS = 256, 8, 2
 _MEMBERS = _WARPS // _TEAMS
 _AHEAD = 16 << 20  # bytes that are fetched ahead at most: what experts of few rows leave of an L2 of 50 MB
@@ -43,23 +44,13 @@ class Workspace:
 
     @classmethod
     def of(cls, launcher: Launcher, hidden: int, experts: int, top_k: int, *, rows: int = MAX_ROWS) -> "Workspace":
-        """Return one for steps of up to `rows` rows: `workspace_bytes`."""
+        """Return one for steps of up to `rows` rows: `sizes.mixture_bytes`."""
         return cls(
             launcher.empty((4 + 8 * rows * top_k,), torch.int32),
             launcher.empty((rows * experts,), torch.float32),
-            launcher.empty((_products(rows, top_k) * hidden,), torch.float32),
+            launcher.empty((mixture_products(rows, top_k) * hidden,), torch.float32),
             torch.zeros(-(-rows // ITEM) + 1, dtype=torch.int32, device=launcher.device),
         )
-
-
-def workspace_bytes(hidden: int, experts: int, top_k: int, rows: int = MAX_ROWS) -> int:
-    """Bytes of a `Workspace`."""
-    words = 4 + 8 * rows * top_k + rows * experts + _products(rows, top_k) * hidden + -(-rows // ITEM) + 1
-    return 4 * words
-
-
-def _products(rows: int, top_k: int) -> int:
-    return rows if rows <= MAX_ROWS else rows * (top_k + 1)
 
 
 def supports(*, hidden: int, intermediate: int, experts: int, top_k: int, groups: int = 1) -> str | None:
@@ -197,7 +188,7 @@ def expert_down(
     assert residual.dtype == torch.bfloat16, residual.dtype
     assert residual.is_contiguous(), residual.stride()
     assert len(residual) == len(routed.experts) == count, (len(residual), count)
-    assert workspace.products.numel() >= _products(count, top_k) * outputs, (count, outputs)
+    assert workspace.products.numel() >= mixture_products(count, top_k) * outputs, (count, outputs)
     if count > MAX_ROWS:
         _chunk_down(launcher, workspace, active, experts, outputs)
         kernel, arguments = Kernel("route.cu", "combine"), (count, top_k, outputs, int(shared is not None))

@@ -18,7 +18,8 @@ from fwd.kernels.ops import Active, Experts, Routed, Router
 from fwd.kernels.paged import aligned
 from fwd.kernels.products import by_whole_rows, product
 from fwd.kernels.qtensor import QTensor
-from fwd.kernels.rows import MAX_ROWS, Rows
+from fwd.kernels.rows import Rows
+from fwd.kernels.sizes import MAX_ROWS
 
 ALPHA, LIMIT = 1.702, 7.0  # of the clamped activation (gpt-oss)
 DECODE_TILE, CHUNK_TILE = 4, 16  # rows of a product

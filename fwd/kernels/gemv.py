@@ -13,7 +13,8 @@ from fwd.kernels.ops import QKV, Norm
 from fwd.kernels.packing import BLOCK, TILE, inputs_of, name_of
 from fwd.kernels.paged_attention import HEAD_DIMS, KV_DTYPES
 from fwd.kernels.qtensor import QTensor
-from fwd.kernels.rows import MAX_ROWS, Rows
+from fwd.kernels.rows import Rows
+from fwd.kernels.sizes import MAX_ROWS
 
 _THREADS = 256
 _WARPS = 8
@@ -33,14 +34,9 @@ class Workspace:
 
     @classmethod
     def of(cls, device: torch.device, heads: int, head_dim: int) -> "Workspace":
-        """Return one for `heads` heads of q, k and v together: `nbytes(heads, head_dim)` bytes."""
+        """Return one for `heads` heads of q, k and v together: `sizes.projection_bytes`."""
         projected = torch.empty(MAX_ROWS * heads * head_dim, dtype=torch.bfloat16, device=device)
         return cls(projected, torch.zeros(heads, dtype=torch.int32, device=device))
-
-    @staticmethod
-    def nbytes(heads: int, head_dim: int) -> int:
-        """Bytes of both."""
-        return heads * (MAX_ROWS * head_dim * 2 + 4)
 
 
 def check_model(*, hidden: int, intermediate: int, head_dim: int) -> None:

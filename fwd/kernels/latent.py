@@ -14,8 +14,7 @@ from fwd.kernels.attention import Part, Piece, online_softmax
 from fwd.kernels.kv import LatentKV
 from fwd.kernels.ops import Latents
 from fwd.kernels.paged import aligned, read_latents
-
-HEADS = 8  # whose keys and values a chunk has at once
+from fwd.kernels.sizes import EXPANDED_HEADS
 
 
 def decode(q: Tensor, layer: Latents, kv: LatentKV, pieces: Sequence[Sequence[Piece]]) -> Tensor:
@@ -32,7 +31,8 @@ def decode(q: Tensor, layer: Latents, kv: LatentKV, pieces: Sequence[Sequence[Pi
 
 def prefill(q: Tensor, layer: Latents, kv: LatentKV, pieces: Sequence[Piece]) -> Tensor:
     """Return [C, heads·value] of q [C, heads, nope + rope]."""
-    mixed = [_prefill_heads(q, layer, slice(first, first + HEADS), kv, pieces) for first in range(0, q.shape[1], HEADS)]
+    firsts = range(0, q.shape[1], EXPANDED_HEADS)
+    mixed = [_prefill_heads(q, layer, slice(first, first + EXPANDED_HEADS), kv, pieces) for first in firsts]
     return torch.cat(mixed, dim=1).flatten(1)
 
 

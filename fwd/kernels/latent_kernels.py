@@ -16,11 +16,12 @@ from fwd.kernels.ops import Latents, Norm
 from fwd.kernels.packing import TILE, inputs_of, name_of
 from fwd.kernels.paged_attention import KV_DTYPES
 from fwd.kernels.qtensor import QTensor
-from fwd.kernels.rows import MAX_ROWS, Cells, Rows
+from fwd.kernels.rows import Cells, Rows
+from fwd.kernels.sizes import LATENT_PIECES as PIECES
+from fwd.kernels.sizes import MAX_ROWS
 
 LATENT, ROPE = 512, 64  # numbers of a cell, at most
 MAX_HEADS = 128
-PIECES = 128  # at most
 _SPREAD, _SHORT, _GRAIN = 64, 256, 64  # pieces of up to SHORT keys are made longer to be SPREAD at most
 _THREADS = 256
 _KEYS = 64  # of a tile
@@ -46,7 +47,7 @@ class Workspace:
 
     @classmethod
     def new(cls, launcher: Launcher, layer: Latents) -> "Workspace":
-        """Return the workspace of a model that has such layers: `workspace_bytes` bytes."""
+        """Return the workspace of a model that has such layers: `sizes.latent_bytes`."""
         heads, nope, latent = layer.up_key.shape
         rank, rope = _rank(layer), layer.rope
 
@@ -62,12 +63,6 @@ class Workspace:
             marks=empty(heads, PIECES, 2, dtype=torch.float32),
             counters=torch.zeros(1 + heads, dtype=torch.int32, device=launcher.device),
         )
-
-
-def workspace_bytes(heads: int, rank: int, latent: int, nope: int, rope: int) -> int:
-    """Bytes of a `Workspace`; `rank` is that of the query latent, 0 where there is none."""
-    vectors = rank + latent + rope + heads * (nope + latent + 2 * rope)
-    return MAX_ROWS * (2 * vectors + heads * PIECES * (2 * latent + 8)) + 4 * (1 + heads)
 
 
 def piece_length(length: int) -> int:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fwd.kernels.kv import KV
 from fwd.kernels.launch import Kernel, Launcher
-from fwd.kernels.rows import MAX_ROWS, Rows
+from fwd.kernels.rows import Rows
+from fwd.kernels.sizes import MAX_ROWS, PIECES
 
 GROUP = 16  # query heads of a kv head, at most
 HEAD_DIMS = (64, 128, 256)
 KV_DTYPES = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8"}
-PIECES = 256  # at most
 _SPREAD, _SHORT, _GRAIN = 32, 256, 64  # pieces of up to SHORT keys are made longer to be SPREAD at most
 _THREADS = 128
 
@@ -45,11 +45,6 @@ class Workspace:
         sums = launcher.empty((rows, heads, PIECES, head_dim), torch.float32)
         marks = launcher.empty((rows, heads, PIECES, 2), torch.float32)
         return cls(sums, marks, torch.zeros((rows, kv_heads), dtype=torch.int32, device=launcher.device))
-
-
-def workspace_bytes(heads: int, kv_heads: int, head_dim: int, rows: int = MAX_ROWS) -> int:
-    """Bytes of a `Workspace`."""
-    return rows * (heads * PIECES * (head_dim + 2) + kv_heads) * 4
 
 
 def piece_length(length: int) -> int:

@@ -18,10 +18,10 @@ from fwd.kernels.paged_attention import KV_DTYPES, check
 from fwd.kernels.qtensor import QTensor
 from fwd.kernels.reference import normed
 from fwd.kernels.rows import Rows
+from fwd.kernels.sizes import UNPACKED_BYTES
 from fwd.kernels.spaces import Spaces
 from fwd.kernels.unpack import unpack
 
-SLAB = 16 << 20  # bytes of unpacked weights: written and read again before they leave L2 (50 MB on an H200)
 _OUTPUTS = 128  # outputs of a slab are a multiple of this, the width of the library's tiles, where there are as many
 _THREADS = 128
 
@@ -29,7 +29,7 @@ _THREADS = 128
 class Prefill:
     """The ops of a prefill chunk over packed weights, bfloat16 [C, …]; nothing here waits for the device."""
 
-    def __init__(self, launcher: Launcher, slab: int = SLAB, spaces: Spaces | None = None) -> None:
+    def __init__(self, launcher: Launcher, slab: int = UNPACKED_BYTES, spaces: Spaces | None = None) -> None:
         self._launcher, self._spaces = launcher, spaces or Spaces(launcher)
         self._scratch = launcher.empty((slab // 2,), torch.bfloat16)
 

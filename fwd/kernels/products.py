@@ -11,9 +11,8 @@ from torch import Tensor
 
 from fwd.kernels.paged import aligned
 from fwd.kernels.qtensor import QTensor
+from fwd.kernels.sizes import SLAB_BYTES
 
-SLAB_BYTES = 32 << 20  # of a slab in float32
-WORKSPACE_BYTES = 4 * SLAB_BYTES  # what a product holds beside its operands: a slab, and what it is made of
 _TILE = 16  # rows of one product, and outputs at least: of torch 2.13's smaller ones rows depend on their number
 _SPLIT = 32768  # torch divides an elementwise call of this many elements among threads, in the middle of a row
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
 
-MAX_ROWS = 16  # of a decode step; more are a prefill chunk, whose shapes are fixed
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cells:

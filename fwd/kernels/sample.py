@@ -17,7 +17,6 @@ from fwd.kernels.drawing import (
     DRAWN,
     FIELDS,
     GIVEN,
-    MAX_TOPS,
     PENALTIES,
     Drawing,
     Outcome,
@@ -29,16 +28,16 @@ from fwd.kernels.drawing import (
 )
 from fwd.kernels.launch import Kernel, Launcher
 from fwd.kernels.ops import Draw, Sampled, Top
-from fwd.kernels.rows import MAX_ROWS, Rows
+from fwd.kernels.rows import Rows
+from fwd.kernels.sizes import LEVELS, MAX_ROWS, MAX_TOPS, SCANNED
 
 MAX_VOCAB = 1 << 19  # a thread of the last block of a row for each chunk
 
 _SCAN, _SELECT = Kernel("sample.cu", "sample_scan"), Kernel("sample.cu", "sample_select")
 _SCAN_THREADS, _SELECT_THREADS = 256, 512
-_CHUNK, _PIECE = 2048, 4096  # logits of a block, of the second launch at least
+_PIECE = 4096  # logits of a block of the second launch, at least
 _BLOCKS = 128  # of the second launch: no more than the smallest GPU has multiprocessors
-_LEVELS = 2048
-_SCAN_SHARED, _SELECT_SHARED = 640 + MAX_TOPS * 8, 640 + 12 * (_LEVELS + 1984)
+_SCAN_SHARED, _SELECT_SHARED = 640 + MAX_TOPS * 8, 640 + 12 * (LEVELS + 1984)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,8 +71,8 @@ class Workspace:
             launcher.empty((rows, 3), torch.int64),
             launcher.empty((rows, MAX_TOPS), torch.int32),
             launcher.empty((rows, MAX_TOPS), torch.float32),
-            zeros(rows, _LEVELS),
-            zeros(rows, _LEVELS, dtype=torch.int64),
+            zeros(rows, LEVELS),
+            zeros(rows, LEVELS, dtype=torch.int64),
             zeros(rows),
             zeros(1),
         )
@@ -100,14 +99,9 @@ class _Call(NamedTuple):
     lines: int = 0
 
 
-def workspace_bytes(vocab: int, rows: int = MAX_ROWS) -> int:
-    """Bytes of a `Workspace`."""
-    return rows * (chunks(vocab) * 8 * (3 + MAX_TOPS) + vocab * 4 + 24 + MAX_TOPS * 8 + _LEVELS * 12 + 4) + 4
-
-
 def chunks(vocab: int) -> int:
     """Blocks of a row in the first launch; their sums are joined in order, so a row's bits depend on it."""
-    return -(-vocab // _CHUNK)
+    return -(-vocab // SCANNED)
 
 
 def pieces(vocab: int, rows: int) -> int:

@@ -6,7 +6,7 @@ from typing import TypeVar
 from fwd.kernels import expert_kernels, gemv, latent_kernels, paged_attention, sample
 from fwd.kernels.launch import Launcher
 from fwd.kernels.ops import QKV, Experts, Latents, Routed, Router
-from fwd.kernels.rows import MAX_ROWS
+from fwd.kernels.sizes import MAX_ROWS
 
 Space = TypeVar("Space")
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fwd.errors import ConfigError
-from fwd.kernels.rows import MAX_ROWS, Cells, Rows
+from fwd.kernels.rows import Cells, Rows
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.models.layout import groups
 from fwd.models.load import load
 from fwd.models.model import Model

@@ -10,16 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fwd.engine import plan as planning
-from fwd.engine import workspaces
 from fwd.engine.device import GPUS, cpu, host
 from fwd.engine.plan import PAGE_SIZE, Plan, ceilings, kv_format, plan
 from fwd.engine.scheduler import MAX_ROWS
 from fwd.errors import ConfigError
-from fwd.kernels import attention, drawing, expert_kernels, latent, latent_kernels, paged_attention, prefill, products
-from fwd.kernels import device as kernels
+from fwd.kernels import drawing, sizes
 from fwd.models.config import parse_spec
 from fwd.models.layout import Latent, Paged, State
-from fwd.models.load import shape
 from fwd.models.spec import ModelSpec
 
 SMALL = {
@@ -330,33 +327,21 @@ def test_a_kind_that_is_forgotten_is_noticed(monkeypatch, item, nothing):
     assert plan(SPECS["full"], cpu(8 << 30)).total < before
 
 
-def test_attention_splits_a_context_as_is_planned():
-    assert (workspaces.PIECE, workspaces.PIECE_GRAIN) == (attention.PIECE, attention._GRAIN)
-    assert workspaces.PIECES == attention.PIECES == paged_attention.PIECES
-    assert workspaces.LATENT_PIECES == latent_kernels.PIECES
-    assert workspaces.EXPANDED_HEADS == latent.HEADS
-    assert workspaces.SLAB_BYTES == products.SLAB_BYTES
-    assert workspaces.SLAB_BYTES * workspaces.WIDENED == products.WORKSPACE_BYTES
-
-
 @pytest.mark.parametrize("config", [SMALL, EIGHT_B, SLIDING, {**SMALL, "vocab_size": 50_257}, MIXED, MLA])
-def test_kernels_take_what_is_planned_for_them(config):
+def test_what_a_step_draws_takes_what_is_planned_for_it(config):
     spec = parse_spec(config)
     found = plan(spec, host(64 << 30), context=1024, max_seqs=7).items
-    assert found["kernels"] == kernels.workspace_bytes(shape(spec))
-    fetched = 2 * drawing.outcome_bytes(MAX_ROWS, 7) + spec.vocab * 8
+    fetched = 2 * sizes.outcome_bytes(MAX_ROWS, 7) + spec.vocab * 8
     assert found["lines"] == drawing.drawing_bytes(0, 7, spec.vocab) + fetched
     assert drawing.drawing_bytes(1, 0, 0) == planning.DRAWING_BYTES
-    assert workspaces.UNPACKED_BYTES == prefill.SLAB
 
 
 @pytest.mark.parametrize("config", [MIXED, MLA])
-def test_a_chunk_on_a_gpu_takes_what_is_planned_for_its_experts(config):
+def test_a_chunk_on_a_gpu_takes_a_slab_and_a_workspace_of_its_experts_more(config):
     spec, device = parse_spec({**config, "torch_dtype": "bfloat16"}), GPUS["h100"]
-    assert spec.moe
-    chunk = expert_kernels.workspace_bytes(spec.hidden, spec.moe.experts, spec.moe.top_k, device.chunk)
-    found = plan(spec, device, context=1024, max_seqs=7).items
-    assert found["kernels"] == kernels.workspace_bytes(shape(spec)) + prefill.SLAB + chunk
+    step, chunk = (plan(spec, each, context=1024, max_seqs=7).items["kernels"] for each in (host(64 << 30), device))
+    experts = sizes.mixture_bytes(spec.hidden, spec.moe.experts, spec.moe.top_k, device.chunk)
+    assert chunk - step == sizes.UNPACKED_BYTES + experts
 
 
 def test_a_tied_model_has_one_copy_of_its_head_where_there_are_kernels():

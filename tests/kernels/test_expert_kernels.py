@@ -12,7 +12,7 @@ from mixtures import Shape
 from fwd.kernels import expert_kernels as kernels
 from fwd.kernels.builds import SHARED_LIMIT
 from fwd.kernels.host import HostLauncher
-from fwd.kernels.rows import MAX_ROWS
+from fwd.kernels.sizes import MAX_ROWS, mixture_bytes
 
 BOUND = 1e-5  # of `difference`, as in test_gemv.py
 CHUNK = 48
@@ -179,7 +179,7 @@ def test_what_a_workspace_takes_is_counted():
     for rows in (16, 512):
         space = kernels.Workspace.of(HostLauncher(), 64, 33, 5, rows=rows)
         tensors = (space.table, space.logits, space.products, space.counters)
-        assert sum(tensor.nbytes for tensor in tensors) == kernels.workspace_bytes(64, 33, 5, rows)
+        assert sum(tensor.nbytes for tensor in tensors) == mixture_bytes(64, 33, 5, rows)
 
 
 def test_what_the_most_visits_take_fits_in_shared_memory():

@@ -30,6 +30,7 @@ from fwd.kernels.host import HostLauncher
 from fwd.kernels.qtensor import QTensor
 from fwd.kernels.reference import Reference
 from fwd.kernels.rows import Cells, Rows
+from fwd.kernels.sizes import latent_bytes
 
 # Queries of latents, weights of cells, sums of pieces and what is summed of latents are rounded to bf16 before tensor
 # cores take them: each of the four adds some 3e-6. What was seen most is 1.3e-5.
@@ -295,7 +296,7 @@ def test_what_is_not_taken_is_said():
 def test_a_workspace_takes_what_is_said(shape):
     workspace = latents.Workspace.new(HostLauncher(), Layer(shape).plain)
     tensors = (getattr(workspace, name) for name in workspace.__slots__)
-    expected = latents.workspace_bytes(shape.heads, shape.rank, shape.latent, shape.nope, shape.rope)
+    expected = latent_bytes(shape.heads, shape.rank, shape.latent, shape.nope, shape.rope)
     assert sum(tensor.nbytes for tensor in tensors) == expected
 
 

@@ -9,6 +9,7 @@ from fwd.errors import ModelError
 from fwd.kernels import gemv, packing
 from fwd.kernels.host import HostLauncher
 from fwd.kernels.qtensor import QTensor
+from fwd.kernels.sizes import projection_bytes
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (24, 40), (48, 2880), (50, 72)], ids=str)
@@ -77,7 +78,7 @@ def test_bytes_are_those_of_the_weights_and_a_little():
     assert gemv.head_bytes(1, 4096, 128256) == 4096 * 128256 * 2 + 2 * 2 * 4096 + 4 * 128256
     assert gemv.embed_bytes(3, 4096) == 3 * (8 + 4 * 4096)
     space = gemv.Workspace.of(torch.device("cpu"), 48, 128)
-    assert space.projected.nbytes + space.counters.nbytes == gemv.Workspace.nbytes(48, 128)
+    assert space.projected.nbytes + space.counters.nbytes == projection_bytes(48, 128)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from contexts import Context, Shape, on, queries, reference, sinks_of, trimmed
 from fwd.errors import KernelError
 from fwd.kernels import paged_attention as paged
 from fwd.kernels.host import HostLauncher
+from fwd.kernels.sizes import split_bytes
 
 BOUND = 1e-5  # weights of keys are rounded to bf16 before they meet values; the most seen is 2.5e-6
 SHAPES = [
@@ -152,7 +153,7 @@ def test_the_kernel_cuts_a_context_as_stated(execution, length):
 def test_launches_fit(head_dim):
     blocks = paged.grid(head_dim, 132) // 132
     assert blocks * (paged.shared_bytes(head_dim) + 1024) <= 228 * 1024
-    assert paged.workspace_bytes(4, 2, head_dim) == sum(
+    assert split_bytes(4, 2, head_dim) == sum(
         each.nbytes for each in vars_of(paged.Workspace.new(HostLauncher(), 4, 2, head_dim))
     )
 
@@ -301,6 +302,7 @@ def test_sanitizers_find_nothing(sanitized, tmp_path):
     done = sanitized(f"""
         from contexts import Context, Shape, trimmed_folder
         from fwd.kernels.host import HostLauncher
+from fwd.kernels.sizes import split_bytes
         from test_paged_attention import attend, last_rows, queries, tree
         folder = trimmed_folder({str(tmp_path / "cuda")!r}, "paged_attention.cu", "decode_attention_fp8_64")
         shape = Shape("fp8", 64, 2, 3, 4, window=100)

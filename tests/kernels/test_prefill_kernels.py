@@ -16,6 +16,7 @@ from fwd.kernels.host import HostLauncher
 from fwd.kernels.ops import QKV, Norm
 from fwd.kernels.qtensor import QTensor
 from fwd.kernels.reference import Reference
+from fwd.kernels.sizes import UNPACKED_BYTES
 
 BOUND = 1e-5  # weights of keys are rounded to bf16 before they meet values; the most seen is 2.5e-6
 C = 64
@@ -146,7 +147,7 @@ def test_queries_and_cells_are_the_references(execution, shape, extras):
 # ---- the whole block ----
 
 
-@pytest.mark.parametrize("slab", [prefill.SLAB, 128 * 1024], ids="slab{}".format)
+@pytest.mark.parametrize("slab", [UNPACKED_BYTES, 128 * 1024], ids="slab{}".format)
 @pytest.mark.parametrize("hidden", [96, 2880], ids="hidden{}".format)
 def test_a_block_agrees_with_the_reference(execution, hidden, slab):
     shape, inner = Shape("bf16", 64, 2, 3, 16, window=100), 296
@@ -179,11 +180,11 @@ def test_a_block_agrees_with_the_reference(execution, hidden, slab):
 
 
 def test_a_matrix_is_cut_into_slabs_of_like_size():
-    assert prefill.slabs(4096, 4096, prefill.SLAB // 2) == [slice(0, 2048), slice(2048, 4096)]
+    assert prefill.slabs(4096, 4096, UNPACKED_BYTES // 2) == [slice(0, 2048), slice(2048, 4096)]
     chance = random.Random(4)
     for _ in range(300):
         outputs, inputs = chance.randrange(8, 40000, 8), chance.randrange(8, 30000, 8)
-        numbers = prefill.SLAB // 2
+        numbers = UNPACKED_BYTES // 2
         parts = prefill.slabs(outputs, inputs, numbers)
         assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
         assert parts[-1].stop == outputs

@@ -15,7 +15,6 @@ from fwd.kernels.drawing import (
     DRAWN,
     FIELDS,
     IN_PROMPT,
-    MAX_TOPS,
     PENALTIES,
     Drawing,
     drawing_bytes,
@@ -25,12 +24,12 @@ from fwd.kernels.drawing import (
     line_counts,
     new_drawing,
     new_outcome,
-    outcome_bytes,
 )
 from fwd.kernels.ops import Draw
 from fwd.kernels.reference import Reference
 from fwd.kernels.rows import Rows
 from fwd.kernels.sampling import sample_row
+from fwd.kernels.sizes import MAX_TOPS, outcome_bytes, sampler_bytes
 
 REFERENCE = Reference()
 LOGPROB_BOUND = 1e-5
@@ -492,8 +491,8 @@ def test_bytes_are_those_of_the_buffers(execution):
         return sum(getattr(buffers, name).nbytes for name in type(buffers).__dataclass_fields__)
 
     launcher, cpu = execution.launcher, torch.device("cpu")
-    assert size(sample.Workspace.new(launcher, 5001)) == sample.workspace_bytes(5001)
-    assert size(sample.Workspace.new(launcher, 2048, rows=3)) == sample.workspace_bytes(2048, 3)
+    assert size(sample.Workspace.new(launcher, 5001)) == sampler_bytes(5001)
+    assert size(sample.Workspace.new(launcher, 2048, rows=3)) == sampler_bytes(2048, 3)
     assert size(new_drawing(cpu, 16, 5, 33)) == drawing_bytes(16, 5, 33)
     assert size(new_outcome(16, 5, cpu)) == outcome_bytes(16, 5)
 
