@@ -35,7 +35,7 @@ DEVICE = {"torch", "cupy", "triton", "cuda"}
 NO_TORCH = {f"engine/{name}" for name in ("request", "scheduler", "pages", "prefix", "plan", "workspaces")}
 NO_TORCH |= {"models/config", "models/architectures", "models/positions", "models/fields"}
 NO_TORCH |= {"models/safetensors", "models/spec", "models/quantization", "models/layout"}
-NO_TORCH |= {"models/names", "models/schemes", "kernels/blocking"}
+NO_TORCH |= {"models/names", "models/schemes", "kernels/blocking", "kernels/sizes", "kernels/streams"}
 CODE_AS_DATA = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__"}
 TRAINER = ROOT / "fwd/demo/train.py"  # its own checkpoints, which it loads with weights_only=True
