@@ -33,6 +33,7 @@ LAZY = {"cli": {"engine", "models", "kernels"}}
 FRONT = {"cli", "daemon", "api", "front", "text", "protocol", "config", "errors", "log", "fwd"}
 DEVICE = {"torch", "cupy", "triton", "cuda"}
 NO_TORCH = {f"engine/{name}" for name in ("request", "scheduler", "pages", "prefix", "plan", "workspaces")}
+NO_TORCH |= {f"engine/speculate/{name}" for name in ("drafter", "verify")}
 NO_TORCH |= {"models/config", "models/architectures", "models/positions", "models/fields"}
 NO_TORCH |= {"models/safetensors", "models/spec", "models/quantization", "models/layout"}
 NO_TORCH |= {"models/names", "models/schemes", "kernels/blocking", "kernels/sizes", "kernels/streams"}

@@ -60,8 +60,8 @@ class DeviceRunner(Prefiller):
             self._steps.launch(place, size)
             self._slots[place].launched()
 
-    def collect(self) -> Sequence[Drawn]:
-        """Wait for the oldest step that is not collected: what it drew."""
+    def collect(self) -> Sequence[Sequence[Drawn]]:
+        """Wait for the oldest step that is not collected: what it commits."""
         assert self._collected < self._launched, "nothing is in flight"
         self._collected += 1
         with _device_errors():

@@ -57,12 +57,12 @@ class Lines:
         """Whether the device knows of the request what it was told last."""
         return self._lines[line].request is request
 
-    def fill(self, step: Step, row: int, line: int, span: Span) -> bool:
-        """Have the row draw what comes after the span's last id; True if nothing but its place changes from now on."""
-        if self._lines[line].request is not span.request:
-            self._lines[line] = _Line(span.request)
+    def fill(self, step: Step, row: int, line: int, request: Request, place: int) -> bool:
+        """Have the row draw what comes at `place`; True if nothing but its place changes from now on."""
+        if self._lines[line].request is not request:
+            self._lines[line] = _Line(request)
         known = self._lines[line]
-        wanted = draw(span.request, span.end, history=not known.counted)
+        wanted = draw(request, place, history=not known.counted)
         kinds = kinds_of(wanted)
         if kinds & PENALTIES and not known.counted:
             self._counts.rewrite(line, *line_counts(wanted))

@@ -3,12 +3,12 @@
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
 
-from fwd.engine.pages import Copy
-from fwd.engine.request import Drawn, Prefilled, Request
+from fwd.engine.request import Drawn, Request
 from fwd.engine.scheduler import Chunk, Scheduler, Span
 from fwd.engine.space import Space
+from fwd.engine.speculate.drafter import Off, Speculator
+from fwd.engine.work import HostWork, Runner
 from fwd.errors import BadFrameError, NonFiniteError
 from fwd.protocol.frames import Channel
 from fwd.protocol.messages import (
@@ -30,62 +30,29 @@ from fwd.protocol.messages import (
 )
 
 
-class Runner(Protocol):
-    """Executes work on the device, in the order in which it is given."""
-
-    ahead: bool  # a step can be launched before the one before it is collected: it reads its ids where they are drawn
-    deferred: bool  # `launch` returns before the step is computed
-
-    def copy(self, copies: Sequence[Copy]) -> None:
-        """Copy pages, in order, before what is launched next."""
-
-    def prefill(self, chunk: Chunk) -> Prefilled:
-        """Run one chunk: a drawn token for each of `chunk.drawing`, and the scores that are wanted."""
-
-    def launch(self, spans: Sequence[Span]) -> None:
-        """Launch one decode step."""
-
-    def collect(self) -> Sequence[Drawn]:
-        """Wait for the oldest step that is not collected: a drawn token for each span that draws, in their order."""
-
-
-class HostWork:
-    """Measures what the host does between reading one step and having launched the next."""
-
-    WEIGHT = 1 / 64  # of the latest in the mean
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-        self.mean_us = 0.0
-
-    def collected(self) -> None:
-        """A step was read."""
-        self._since = time.perf_counter()
-
-    def launched(self) -> None:
-        """The next one is launched."""
-        if self._since is not None:
-            spent = (time.perf_counter() - self._since) * 1e6
-            self.mean_us += (spent - self.mean_us) * (self.WEIGHT if self.mean_us else 1.0)
-        self._since = None
-
-    def stop(self) -> None:
-        """What comes next is no step, or nothing."""
-        self._since = None
-
-
 class Loop:
     """Serves one front over `channel` until it closes. `chunk` is the prefill chunk in tokens."""
 
-    def __init__(self, channel: Channel[ToEngine], runner: Runner, space: Space, *, max_seqs: int, chunk: int) -> None:
+    def __init__(
+        self,
+        channel: Channel[ToEngine],
+        runner: Runner,
+        space: Space,
+        *,
+        max_seqs: int,
+        chunk: int,
+        speculator: Speculator | None = None,
+    ) -> None:
         self._channel = channel
         self._runner = runner
         self._space = space
-        self._scheduler = Scheduler(space, max_seqs, chunk)
+        self._speculator = speculator or Off()
+        self._scheduler = Scheduler(space, max_seqs, chunk, self._speculator)
         self._requests: dict[int, Request] = {}
         self._out: list[Message] = []
         self._flight: deque[Sequence[Span]] = deque()  # steps that are launched and not collected
         self._work = HostWork()
+        self._since = 0.0  # when the step that is collected next was launched, or the one before it was collected
         self.steps = 0
         self.computed = 0
 
@@ -179,6 +146,7 @@ class Loop:
 
     def _launch(self, spans: Sequence[Span]) -> None:
         self._enter()
+        self._since = self._since if self._flight else time.perf_counter()
         self._runner.launch(spans)
         self._flight.append(spans)
         self._work.launched()
@@ -222,18 +190,36 @@ class Loop:
         drawn = iter(self._runner.collect())
         self._work.collected()
         spans = self._flight.popleft()
+        self._measure(sum(span.reach - span.start for span in spans))
         launched = {span.request.id for later in self._flight for span in later}
         for span in spans:
-            token = next(drawn) if span.draws else None
+            tokens = next(drawn) if span.draws else ()
             if self._requests.get(span.request.id) is span.request:
-                self._keep(span, ahead=span.request.id in launched)
-                if token:
-                    self._settle(span.request, token)
+                self._keep(span, _until_stop(span.request, tokens), ahead=span.request.id in launched)
 
-    def _keep(self, span: Span, *, ahead: bool) -> None:
-        span.request.clock.steps += 1
-        self.computed += span.end - span.start
-        self._space.commit(span.request, span.end, int(ahead))
+    def _measure(self, rows: int) -> None:
+        before, self._since = self._since, time.perf_counter()
+        self._speculator.measured(rows, self._since - before)
+
+    def _keep(self, span: Span, drawn: Sequence[Drawn], *, ahead: bool) -> None:
+        """Commit what a span drew as one: ids, cells and records; what rejected drafts took is given back."""
+        request, finite = span.request, [token for token in drawn if token.finite]
+        request.clock.steps += 1
+        if finite:
+            self._commit(request, finite)
+        held = max(0, len(finite) - 1)
+        self.computed += span.end - span.start + held
+        self._space.commit(request, span.end + held, int(ahead))
+        if span.drafts:
+            self._space.rollback(request)
+            request.drafted[span.proposal.drafter] += len(span.drafts)
+            request.accepted[span.proposal.drafter] += held
+        if finite:
+            self._speculator.settle(request, span.proposal, len(finite))
+        if len(finite) < len(drawn):
+            self._fail_non_finite(request)
+        elif drawn:
+            self._end(request)
 
     def _score(self, request: Request, start: int, scores: Sequence[Drawn]) -> None:
         if request.id not in self._requests:
@@ -259,6 +245,10 @@ class Loop:
             return
         if drawn:
             self._commit(request, [drawn])
+        self._end(request)
+
+    def _end(self, request: Request) -> None:
+        """End the request if its last token is known."""
         last = request.ids[-1]
         if request.output and last in request.stop_ids:
             self._finish(request, "stop", last)
@@ -291,6 +281,7 @@ class Loop:
 
     def _drop(self, request: Request) -> None:
         self._scheduler.remove(request)
+        self._speculator.end(request)
         del self._requests[request.id]
 
     def _flush(self) -> None:
@@ -310,5 +301,13 @@ def _timing(request: Request) -> Timing:
         steps=clock.steps,
         cached_tokens=max(0, request.cached),
         cache_miss=request.miss,
+        drafted=dict(request.drafted),
+        accepted=dict(request.accepted),
         differs_at=request.differs_at,
     )
+
+
+def _until_stop(request: Request, drawn: Sequence[Drawn]) -> Sequence[Drawn]:
+    """The tokens up to the one that ends the request, if one does: what drafts had right after it is not said."""
+    ends = (place for place, token in enumerate(drawn, 1) if token.id in request.stop_ids)
+    return drawn[: next(ends, len(drawn))]

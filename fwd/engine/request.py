@@ -52,7 +52,8 @@ class Request:
     in the prefix tree; `fresh_at` is the version of the tree that was looked at, −1 once it computes. `cached` tokens
     were found there before it had `begun` (−1: never placed), and `miss` and `differs_at` say why not more. One that
     was refused `needs` so many pages to be available.
-    A request with a `leader` waits for that one to prefill the prompt they share.
+    A request with a `leader` waits for that one to prefill the prompt they share. `drafted` and `accepted` count ids
+    by the drafter that proposed them.
     """
 
     def __init__(self, submit: Submit, ids: "array[int] | None" = None) -> None:
@@ -63,6 +64,8 @@ class Request:
         self.limit = max(self.prompt + submit.limits.max_tokens, self.length)
         self.stop_ids = frozenset(submit.limits.stop_ids)
         self.clock = Clock()
+        self.drafted: Counter[str] = Counter()
+        self.accepted: Counter[str] = Counter()
         self.history = History()
         self.leader: Request | None = None
         self.begun = False
@@ -95,6 +98,16 @@ class Request:
     def output(self) -> int:
         """Tokens drawn so far, replayed ones included."""
         return self.length - self.prompt
+
+    @property
+    def room(self) -> int:
+        """How many ids may be drafted after the known ones.
+
+        What follows the last of them must be within the limit, and stop ids are banned for all rows of a step or none.
+        """
+        left = self.limit - self.length - 1
+        banned = self.submit.limits.min_tokens - self.output
+        return min(left, banned - 1) if banned > 0 else left
 
     @cached_property
     def prefill_key(self) -> tuple[bytes, str, int, bool]:

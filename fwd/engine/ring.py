@@ -10,6 +10,7 @@ from fwd.engine.plan import Plan
 from fwd.engine.request import Drawn, Request
 from fwd.engine.sampler import NO_TOP
 from fwd.engine.scheduler import MAX_ROWS, Span
+from fwd.engine.speculate.verify import verified
 from fwd.engine.step import BUCKETS, CPU, Step, Table
 from fwd.errors import EngineError
 from fwd.kernels.drawing import FIELDS, new_outcome
@@ -31,7 +32,7 @@ class Slot:
         arrays = self._step.block.arrays
         self._numbers, self._kinds, self._places = arrays["numbers"], arrays["kinds"], arrays["places"]
         self._told: list[tuple[Request | None, int]] = [(None, -1)] * MAX_ROWS
-        self._wanted: list[tuple[int, int]] = []  # rows that draw, and how many of the most likely ids each wants
+        self._wanted: list[tuple[Span, int]] = []  # those that draw, and the first of their rows that does
         self._done = torch.cuda.Event() if device != CPU else None  # type: ignore[no-untyped-call]
         self.outcome = new_outcome(MAX_ROWS, plan.max_seqs, device, pinned=device != CPU)
         self._stamp = self.outcome.stamp.numpy()
@@ -45,40 +46,60 @@ class Slot:
         lines, step = self._lines.assign(spans), self._step
         size, drawing = step.decode(spans, lines)
         self._numbers[0] = number
-        draws = [(line, span) for line, span in zip(lines, spans, strict=True) if span.draws]
         if len(drawing) < size:
             self._silence(set(range(size)) - set(drawing))
-        for row, (line, span) in zip(drawing, draws, strict=True):
-            self._draw(row, line, span)
-        self._wanted = [
-            (row, span.request.submit.sampling.logprobs) for row, (_, span) in zip(drawing, draws, strict=True)
-        ]
+        self._wanted.clear()
+        rows = iter(drawing)
+        for line, span in zip(lines, spans, strict=True):
+            if span.draws:
+                self._want(line, span, [next(rows) for _ in range(len(span.drafts) + 1)])
         step.block.upload()
         return size
+
+    def _want(self, line: int, span: Span, rows: Sequence[int]) -> None:
+        for place, row in enumerate(rows, span.end):
+            self._draw(row, line, span.request, place)
+        self._wanted.append((span, rows[0]))
 
     def _silence(self, rows: set[int]) -> None:
         for row in rows:
             self._kinds[row], self._told[row] = 0, (None, -1)
 
-    def _draw(self, row: int, line: int, span: Span) -> None:
-        """Have the row draw for a span: all it takes is the place, if the row has drawn for the same request before."""
-        if self._told[row] == (span.request, line) and self._lines.owns(line, span.request):
-            self._places[row] = span.end
+    def _draw(self, row: int, line: int, request: Request, place: int) -> None:
+        """Have the row draw what comes at `place`: that is all to be told, if it drew for the request before."""
+        if self._told[row] == (request, line) and self._lines.owns(line, request):
+            self._places[row] = place
         else:
-            steady = self._lines.fill(self._step, row, line, span)
-            self._told[row] = (span.request, line) if steady else (None, -1)
+            steady = self._lines.fill(self._step, row, line, request, place)
+            self._told[row] = (request, line) if steady else (None, -1)
 
     def launched(self) -> None:
         """All of the step is launched."""
         if self._done:
             self._done.record()
 
-    def collect(self, number: int) -> list[Drawn]:
-        """Wait for the step and return what its rows drew; raises `EngineError` if it never came to its end."""
+    def collect(self, number: int) -> list[Sequence[Drawn]]:
+        """Wait for the step and return what its spans commit; raises `EngineError` if it never came to its end.
+
+        The device has verified the drafts already: what the next step reads does not wait for the host.
+        """
         self._wait(number)
         found = self.outcome
         ids, logprobs, finite = found.ids.tolist(), found.logprobs.tolist(), found.finite.tolist()
-        return [Drawn(ids[row], logprobs[row], self._top(row, top), finite[row] != 0) for row, top in self._wanted]
+
+        def drawn(row: int, tops: int) -> Drawn:
+            return Drawn(ids[row], logprobs[row], self._top(row, tops), finite[row] != 0)
+
+        return [
+            verified(
+                span.drafts,
+                [
+                    drawn(row, span.request.submit.sampling.logprobs)
+                    for row in range(first, first + span.reach - span.end + 1)
+                ],
+            )
+            for span, first in self._wanted
+        ]
 
     def _wait(self, number: int) -> None:
         for _ in range(SPINS):

@@ -10,6 +10,7 @@ from fwd.engine.plan import Plan
 from fwd.engine.request import Drawn, Prefilled
 from fwd.engine.sampler import draw, drawn
 from fwd.engine.scheduler import MAX_ROWS, Chunk, Span
+from fwd.engine.speculate.verify import verified
 from fwd.engine.step import Step, new_tables
 from fwd.kernels.ops import Draw
 from fwd.models.model import Model
@@ -67,16 +68,23 @@ class ModelRunner(Prefiller):
         super().__init__(model, plan)
         tables, device = new_tables(plan, plan.max_seqs, model.ops.device), model.ops.device
         self._decode = Step(plan, MAX_ROWS, model.ops.row_block, tables, device=device)
-        self._drawn: deque[list[Drawn]] = deque()
+        self._drawn: deque[list[Sequence[Drawn]]] = deque()
 
     @torch.inference_mode()
     def launch(self, spans: Sequence[Span]) -> None:
         """Run one decode step at once."""
         size, drawing = self._decode.decode(spans, range(len(spans)))
         hidden = self._model.forward(self._decode.ids[:size], self._decode.rows(size), self._cache)
-        draws = [draw(span.request, span.end) for span in spans if span.draws]
-        self._drawn.append(self._draw(hidden[drawing], draws))
+        spans = [span for span in spans if span.draws]
+        draws = [draw(span.request, span.end, span.drafts[:count]) for span in spans for count in _counts(span)]
+        tokens = iter(self._draw(hidden[drawing], draws))
+        self._drawn.append([verified(span.drafts, [next(tokens) for _ in _counts(span)]) for span in spans])
 
-    def collect(self) -> Sequence[Drawn]:
-        """What the oldest step drew that is not collected."""
+    def collect(self) -> Sequence[Sequence[Drawn]]:
+        """What the oldest step commits that is not collected."""
         return self._drawn.popleft()
+
+
+def _counts(span: Span) -> range:
+    """How many drafts stand before each row that draws."""
+    return range(len(span.drafts) + 1)

@@ -1,5 +1,6 @@
 """Between requests and the sampling ops: what each row is to draw, and what came of it."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from fwd.engine.request import Drawn, Request
@@ -10,15 +11,20 @@ from fwd.protocol.messages import TopLogprobs
 NO_TOP = TopLogprobs()
 
 
-def draw(request: Request, length: int, *, history: bool = True) -> Draw:
-    """How a request draws the token that comes after `length` ones; without `history` the ids they are stay out."""
+def draw(request: Request, length: int, drafts: Sequence[int] = (), *, history: bool = True) -> Draw:
+    """How a request draws the token that comes after `length` ones and `drafts`, which count as output.
+
+    Without `history` the ids they are stay out.
+    """
     submit = request.submit
     sampling = submit.sampling
     wanted = history and penalized(request)
     seen, counts = request.history.read(request.ids, request.prompt) if wanted else ((), {})
+    if wanted and drafts:
+        seen, counts = {*seen, *drafts}, Counter(counts) + Counter(drafts)
     return Draw(
         seed=seed(request),
-        position=length,
+        position=length + len(drafts),
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
@@ -27,7 +33,7 @@ def draw(request: Request, length: int, *, history: bool = True) -> Draw:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         bias=sampling.logit_bias,
-        banned=banned(request, length),
+        banned=banned(request, length + len(drafts)),
         seen=seen,
         counts=counts,
         top_logprobs=sampling.logprobs,

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from fwd.engine.request import Request
 from fwd.engine.space import Space
+from fwd.engine.speculate.drafter import NOTHING, Off, Proposal, Speculator
 from fwd.protocol.messages import EMPTY, Limits
 
 MAX_ROWS = 16
@@ -37,17 +38,28 @@ class Chunk(NamedTuple):
 class Span(NamedTuple):
     """Decode rows for the ids [start, end) of a request; a token is drawn if that is all of them.
 
-    A span that runs ahead is one row, for the id that the step before it draws.
+    A span that runs ahead is one row, for the id that the step before it draws. Rows for drafts follow; each draws.
     """
 
     request: Request
     start: int
     end: int
+    proposal: Proposal = NOTHING
 
     @property
     def draws(self) -> bool:
-        """The last row of the span draws the next token."""
+        """The row of the last known id draws the next token."""
         return self.end >= self.request.length
+
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        """Ids that may stand at `end` and after it."""
+        return self.proposal.ids
+
+    @property
+    def reach(self) -> int:
+        """The position after that of the last row."""
+        return self.end + len(self.drafts)
 
 
 class Scheduler:
@@ -59,8 +71,9 @@ class Scheduler:
     to be done, finished answers are prefilled on the chunk grid, for the next turn to find them in the prefix tree.
     """
 
-    def __init__(self, space: Space, max_seqs: int, chunk: int) -> None:
+    def __init__(self, space: Space, max_seqs: int, chunk: int, speculator: Speculator | None = None) -> None:
         assert max_seqs <= MAX_ROWS
+        self._speculator = speculator or Off()
         self._space = space
         self._max_seqs = max_seqs
         self._chunk = chunk
@@ -134,12 +147,14 @@ class Scheduler:
     def follow(self, spans: Sequence[Span]) -> list[Span]:
         """The step after `spans`, to be launched before their tokens are known; empty if it must wait for them.
 
-        It waits for whoever may be placed now, for chunks and replays, and where it would have to preempt. A request
-        that reaches its limit in `spans` is left out; one that ends there for another reason has a row in vain.
+        It waits for whoever may be placed now, for chunks, replays and drafts, and where it would have to preempt. A
+        request that reaches its limit in `spans` is left out; one that ends there for another reason has a row in vain.
         """
         if (self._changed and any(self._waiting)) or any(self.prefilling) or not all(span.draws for span in spans):
             return []
         going_on = [span.request for span in spans if span.request in self._running]
+        if any(span.drafts for span in spans) or any(map(self._speculator.drafts, going_on)):
+            return []
         ahead = [Span(each, each.length, each.length + 1) for each in going_on if each.length + 1 < each.limit]
         return ahead if all(self._space.prepare(span.request, span.end) for span in ahead) else []
 
@@ -205,7 +220,7 @@ class Scheduler:
         return Chunk(request, request.computed // self._chunk, request.computed, self._end(request), followers)
 
     def _spans(self) -> list[Span]:
-        """One row for everyone who decodes, the rest of the rows for whoever has ids to replay, oldest first."""
+        """One row for everyone who decodes, the rest for whoever has ids to replay, oldest first, then for drafts."""
         deciding = [request for request in self._running if request.phase == "decode"]
         spare = MAX_ROWS - len(deciding)
         spans: list[Span] = []
@@ -213,8 +228,20 @@ class Scheduler:
             rows = min(request.pending, 1 + spare)
             spare -= rows - 1
             spans.append(Span(request, request.computed, request.computed + rows))
-        secured = [span for span in spans if self._secure(span.request, span.end)]
-        return [span for span in secured if span.request.placed]
+        secured = [span for span in self._drafted(spans, MAX_ROWS - spare) if self._secure(span.request, span.end)]
+        return [self._with_room(span) for span in secured if span.request.placed]
+
+    def _drafted(self, spans: list[Span], rows: int) -> list[Span]:
+        """The spans with drafts for those that have nothing to replay."""
+        steady = {span.request.id for span in spans if span.request.pending == 1}
+        proposals = iter(self._speculator.propose([span.request for span in spans if span.request.id in steady], rows))
+        return [span._replace(proposal=next(proposals)) if span.request.id in steady else span for span in spans]
+
+    def _with_room(self, span: Span) -> Span:
+        """The span without drafts where there are no pages for them: nobody is preempted for a guess."""
+        if span.drafts and not self._space.prepare(span.request, span.reach):
+            return span._replace(proposal=NOTHING)
+        return span
 
     def _secure(self, request: Request, end: int) -> bool:
         """Make ready to compute up to `end`, preempting whom it must; False if that was the request itself."""

@@ -13,11 +13,12 @@ from fwd import __version__
 from fwd.engine.device import Device, cpu, gpu, host
 from fwd.engine.device_runner import DeviceRunner
 from fwd.engine.keyfile import prefix_key
-from fwd.engine.loop import Loop, Runner
+from fwd.engine.loop import Loop
 from fwd.engine.memory import available, blocks_apart
 from fwd.engine.plan import Plan, plan
 from fwd.engine.runner import ModelRunner
 from fwd.engine.space import Space
+from fwd.engine.work import Runner
 from fwd.errors import ConfigError, KernelError, ModelError
 from fwd.kernels.cuda import CudaLauncher, Facts, probe
 from fwd.kernels.device import DeviceOps

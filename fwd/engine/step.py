@@ -132,14 +132,15 @@ class Step:
     def decode(self, spans: Sequence[Span], lines: Sequence[int]) -> tuple[int, list[int]]:
         """Fill in the rows of a decode step, in the order of `spans`, which have `lines` of the tables.
 
-        Returns the number of rows with padding up to the bucket, and the rows that draw.
+        Returns the number of rows with padding up to the bucket, and the rows that draw: of a span with drafts several.
         """
-        row, drawing = 0, []
+        row = 0
+        drawing: list[int] = []
         for line, span in zip(lines, spans, strict=True):
             self._fill(row, line, span)
-            row += span.end - span.start
+            row += span.reach - span.start
             if span.draws:
-                drawing.append(row - 1)
+                drawing += range(row - 1 - len(span.drafts), row)
         size = bucket(row, self._rows_block)
         self._pad(row, size)
         return size, drawing
@@ -179,9 +180,9 @@ class Step:
         )
 
     def _fill(self, row: int, line: int, span: Span) -> None:
-        request, start, end = span
-        if end - start > 1:
-            self._fill_many(row, line, request, range(start, end))
+        request, start, reach = span.request, span.start, span.reach
+        if reach - start > 1:
+            self._fill_many(row, line, request, range(start, reach), span.drafts)
         else:
             self._fill_one(row, line, request, start)
         if self._states:
@@ -197,10 +198,10 @@ class Step:
             table.write(line, pages_of)
             slots[row] = pages_of.pages[page] * self._page_size + offset
 
-    def _fill_many(self, row: int, line: int, request: Request, positions: range) -> None:
-        rows = slice(row, row + len(positions))
+    def _fill_many(self, row: int, line: int, request: Request, positions: range, drafts: Sequence[int] = ()) -> None:
+        rows, known = slice(row, row + len(positions)), positions.stop - len(drafts)
         pages, offsets = np.divmod(np.arange(positions.start, positions.stop), self._page_size)
-        self._ids[rows] = request.ids[positions.start : positions.stop]
+        self._ids[rows] = [*request.ids[positions.start : known], *drafts]
         self._positions[rows] = positions
         self._sequences[rows] = line
         for slots, table, pages_of in zip(self._slots, self._tables, request.tables, strict=True):
@@ -211,7 +212,7 @@ class Step:
 
     def _chain(self, row: int, span: Span) -> None:
         """Each row of a span goes on from the state that the row before it leaves."""
-        request, count = span.request, span.end - span.start
+        request, count = span.request, span.reach - span.start
         rows, first = slice(row, row + count), len(request.staged) - count
         self._writes[rows] = request.staged[first:]
         self._reads[rows] = [request.record, *request.staged[:-1]][first:]

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 from fwd.engine.request import Drawn, Prefilled
 from fwd.engine.scheduler import MAX_ROWS
+from fwd.engine.speculate.verify import verified
 from fwd.models.layout import Group
 from fwd.protocol.messages import TopLogprobs
 
@@ -88,7 +89,7 @@ class MockRunner:
 
     def launch(self, spans):
         self.before()
-        rows = sum(span.end - span.start for span in spans)
+        rows = sum(span.reach - span.start for span in spans)
         assert 0 < rows <= MAX_ROWS
         assert len({span.request.id for span in spans}) == len(spans)
         self.launches.append(("decode", tuple(span.request.id for span in spans), rows))
@@ -104,12 +105,14 @@ class MockRunner:
 
     def _given(self, span):
         """What the device is given of a span: nothing that happens afterwards is seen."""
-        request, start, end = span
+        request, start, end, _ = span
         assert request.prompt <= span.start
         assert start == (request.length if end > request.length else request.computed)
         assert self.ahead or end <= request.length
+        assert not span.drafts or end == request.length
+        assert span.reach < request.limit
         reads = [request.record, *request.staged[:-1]]
-        first = len(request.staged) - (end - start)  # where it runs ahead, the one before it stages a record too
+        first = len(request.staged) - (span.reach - start)  # where it runs ahead, the one before it stages a record too
         return SimpleNamespace(
             span=span,
             draws=span.draws,
@@ -132,25 +135,26 @@ class MockRunner:
         """Run the oldest step that has not run."""
         step, drawn = self.steps.popleft(), {}
         for given in step:
-            request, (_, start, end) = given.request, given.span
-            if end > len(request.ids):
+            request, span = given.request, given.span
+            if span.end > len(request.ids):
                 request.ids += array("i", [self.drawn[request.id]])
-            assert end <= len(request.ids), "the id of the last row is known"
-            self._write(request, start, end)
+            assert span.end <= len(request.ids), "the id of the last row is known"
+            request.ids += array("i", span.drafts)
+            self._write(request, span.start, span.reach)
         for given in step:
-            self._check(given.request, *given.span[1:])
+            self._check(given.request, given.span.start, given.span.reach)
             if self.states:
                 self._chain(given)
-        results = [self._draw(given.request) for given in step if given.draws]
+        results = [self._verified(given) for given in step if given.draws]
         for given, result in zip([given for given in step if given.draws], results, strict=True):
-            drawn[given.request.id] = result.id
+            drawn[given.request.id] = result[-1].id
         self.drawn = drawn
         self.done.append(results)
 
     def _chain(self, given):
-        request, (_, start, end) = given.request, given.span
-        assert len(given.writes) == end - start
-        for position, read, write in zip(range(start, end), given.reads, given.writes, strict=True):
+        request, span = given.request, given.span
+        assert len(given.writes) == span.reach - span.start
+        for position, read, write in zip(range(span.start, span.reach), given.reads, given.writes, strict=True):
             self._check_record(request, read, position)
             self.records[write] = _content(request, position)
 
@@ -177,8 +181,13 @@ class MockRunner:
                 cell = self._cell(request, index, position)
                 assert self.cells[index][cell] == _content(request, position), (request.id, position, group)
 
-    def _draw(self, request):
-        return self._drawn(request, next_token(request.ids, request.submit.seed, request.submit.choice))
+    def _verified(self, given):
+        request, span = given.request, given.span
+        tokens = [self._draw(request, end) for end in range(span.end, span.reach + 1)]
+        return verified(span.drafts, tokens)
+
+    def _draw(self, request, end=None):
+        return self._drawn(request, next_token(request.ids[:end], request.submit.seed, request.submit.choice))
 
     def _drawn(self, request, token):
         return Drawn(token, -float(token), TopLogprobs(), not self.fail(request))

@@ -1,0 +1,88 @@
+"""What a drafter is, and what the scheduler and the loop see of all of them together."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from fwd.engine.request import Request
+
+
+class Proposal(NamedTuple):
+    """Ids that may follow the known ones of a request.
+
+    `level` says how much there is to go by, 0 the least; acceptance is estimated for each drafter, level and place.
+    """
+
+    drafter: str = ""
+    ids: tuple[int, ...] = ()
+    level: int = 0
+
+
+NOTHING = Proposal()
+
+
+class Wish(NamedTuple):
+    """A request that a drafter may propose `most` ≥ 1 ids for."""
+
+    request: Request
+    most: int
+
+
+class Drafter(Protocol):
+    """One way of guessing. What it keeps of a request it reads from its ids, which only grow, until `end`."""
+
+    name: str
+    free: bool  # costs next to nothing: it is asked at each step, and scored on what others have drafted too
+
+    def propose(self, wishes: Sequence[Wish]) -> list[Proposal]:
+        """Return what may follow the known ids of each request, an empty proposal where there is nothing to go by."""
+        ...
+
+    def end(self, request: Request) -> None:
+        """Forget a request that has ended."""
+        ...
+
+
+class Speculator(Protocol):
+    """Proposes drafts for the rows that a step has to spare, and learns from what became of them."""
+
+    def drafts(self, request: Request) -> bool:
+        """Whether the request may have drafts in its next step, which then must wait for the one before it."""
+        ...
+
+    def propose(self, requests: Sequence[Request], rows: int) -> list[Proposal]:
+        """Return drafts for requests all of whose ids but one are computed, for a step that has `rows` rows already.
+
+        Together they take no more than `MAX_ROWS` − `rows` rows, and each no more than its request has `room` for.
+        """
+        ...
+
+    def settle(self, request: Request, proposal: Proposal, count: int) -> None:
+        """The last `count` ids of a request were committed in a step with a proposal, of which `count` − 1 held."""
+        ...
+
+    def measured(self, rows: int, seconds: float) -> None:
+        """A decode step of so many rows took so long."""
+        ...
+
+    def end(self, request: Request) -> None:
+        """The request has ended."""
+        ...
+
+
+class Off:
+    """No drafters."""
+
+    def drafts(self, request: Request) -> bool:  # noqa: ARG002, D102
+        return False
+
+    def propose(self, requests: Sequence[Request], rows: int) -> list[Proposal]:  # noqa: ARG002, D102
+        return [NOTHING] * len(requests)
+
+    def settle(self, request: Request, proposal: Proposal, count: int) -> None:
+        """Nothing is learnt."""
+
+    def measured(self, rows: int, seconds: float) -> None:
+        """Nothing depends on it."""
+
+    def end(self, request: Request) -> None:
+        """Nothing is kept."""
