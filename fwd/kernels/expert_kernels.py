@@ -1,17 +1,18 @@
 """Mixtures of experts as kernels, in bfloat16 over packed weights: decode rows, or all rows of a prefill chunk.
 
-`cuda/route.cu` chooses and sorts visits by expert; `cuda/experts_*.cu` and `cuda/chunk_experts_*.cu` take them in items
-of one expert and up to so many rows. A row has the same bits in both, and in any company.
+`cuda/route.cu` chooses and sorts visits by expert; `cuda/experts_*.cu`, and of a chunk `cuda/chunk_experts_*.cu`, take
+them in items of one expert and up to so many rows. A row has the same bits in both, and in any company.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fwd.kernels import gemv
-from fwd.kernels.launch import Argument, Kernel, Launcher
+from fwd.kernels import chunk_experts, gemv
+from fwd.kernels.chunk_experts import CHUNK_ITEM
+from fwd.kernels.expert_items import EARLY, MEMBERS, PITCH, THREADS, WARPS, Workspace, item_bytes, pairs, turns
+from fwd.kernels.launch import Kernel, Launcher
 from fwd.kernels.ops import Active, Experts, Routed, Router
 from fwd.kernels.packing import TILE, name_of
 from fwd.kernels.qtensor import QTensor
@@ -20,37 +21,8 @@ from fwd.kernels.sizes import ITEM, MAX_ROWS, mixture_products
 
 MAX_EXPERTS, MAX_TOP_K, MAX_GROUPS = 512, 16, 32  # visits of 16 rows fit in shared memory
 MAX_HIDDEN = 12288  # so do 8 rows of a router
-CHUNK_ITEM = 32  # rows of an item, of a chunk
-_THREADS, _WARPS, _TEAMS = 256, 8, 2
-_MEMBERS = _WARPS // _TEAMS
 _AHEAD = 16 << 20  # bytes that are fetched ahead at most: what experts of few rows leave of an L2 of 50 MB
-_PITCH = 20  # floats from the sums of a visit to those of the next
-_EARLY = 32  # floats of an item's biases and factors
 _SCORINGS = {"softmax": 0, "topk_softmax": 1, "sigmoid": 2}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Workspace:
-    """What kernels leave for each other between `route` and `expert_down`, for layers that take turns.
-
-    `table` holds the number of items; from word 4 on the items, by expert: number, first of its visits in order, how
-    many, 0; then the visits in order, row · top_k + place; their rows; where each visit stands there; and its item.
-    """
-
-    table: Tensor  # int32 [4 + 8 · visits]
-    logits: Tensor  # float32 [rows · experts]
-    products: Tensor  # float32 [(visits + rows) · hidden]; of decode rows: the shared expert's in another format
-    counters: Tensor  # int32 [rows / 8 + 1]: 0 between launches
-
-    @classmethod
-    def of(cls, launcher: Launcher, hidden: int, experts: int, top_k: int, *, rows: int = MAX_ROWS) -> "Workspace":
-        """Return one for steps of up to `rows` rows: `sizes.mixture_bytes`."""
-        return cls(
-            launcher.empty((4 + 8 * rows * top_k,), torch.int32),
-            launcher.empty((rows * experts,), torch.float32),
-            launcher.empty((mixture_products(rows, top_k) * hidden,), torch.float32),
-            torch.zeros(-(-rows // ITEM) + 1, dtype=torch.int32, device=launcher.device),
-        )
 
 
 def supports(*, hidden: int, intermediate: int, experts: int, top_k: int, groups: int = 1) -> str | None:
@@ -110,7 +82,7 @@ def route(launcher: Launcher, workspace: Workspace, hidden: Tensor, router: Rout
     launcher.launch(
         Kernel("route.cu", "route"),
         (tiles, parts, 1 + ahead.planes),
-        _THREADS,
+        THREADS,
         shared,
         *(hidden, router.norm.weight, router.norm.eps, router.weight.data, router.bias, router.correction),
         *(rows.sequences, *routed, workspace.table, workspace.logits, workspace.counters),
@@ -135,7 +107,8 @@ def expert_gate_up(launcher: Launcher, workspace: Workspace, routed: Routed, exp
         launcher.empty((count, top_k, width), torch.bfloat16),
         None if shared is None else launcher.empty((count, shared_width), torch.bfloat16),
     )
-    (_chunk_gate_up if count > MAX_ROWS else _step_gate_up)(launcher, workspace, routed, experts, active)
+    launch = chunk_experts.gate_up if count > MAX_ROWS else _step_gate_up
+    launch(launcher, workspace, routed, experts, active)
     return active
 
 
@@ -143,32 +116,15 @@ def _step_gate_up(launcher: Launcher, workspace: Workspace, routed: Routed, expe
     count, top_k, width = active.experts.shape
     shared_width = 0 if active.shared is None else active.shared.shape[1]
     ahead = experts.down.data if name_of(experts.down) == name_of(experts.gate_up) else None
-    for weight, alone in _launches(experts.gate_up, experts.shared_gate_up):
-        given = weight if weight is experts.gate_up else None
-        units = (count * top_k * _pairs(width) if given else 0) + (count * _pairs(shared_width) if alone else 0)
+    for turn in turns(experts.gate_up, experts.shared_gate_up):
+        units = turn.total(count * top_k * pairs(width), count * pairs(shared_width))
         launcher.launch(
-            Kernel(f"experts_{name_of(weight)}.cu", "expert_gate_up"),
+            Kernel(f"experts_{turn.name}.cu", "expert_gate_up"),
             (gemv.blocks(units, launcher, item_bytes(ITEM)), 1, 1),
-            _THREADS,
+            THREADS,
             item_bytes(ITEM),
-            *(routed.x, *_pointers(given), experts.gate_up_bias, *_pointers(alone), ahead if given else None),
+            *(routed.x, *turn.weights(experts.gate_up_bias), ahead if turn.own else None),
             *(workspace.table, *active, count, top_k, routed.x.shape[1], width, shared_width),
-            int(experts.activation == "clamped"),
-        )
-
-
-def _chunk_gate_up(launcher: Launcher, workspace: Workspace, routed: Routed, experts: Experts, active: Active) -> None:
-    x, (count, top_k, width) = routed.x, active.experts.shape
-    shared_width = 0 if active.shared is None else active.shared.shape[1]
-    for weight, alone in _launches(experts.gate_up, experts.shared_gate_up):
-        given = weight if weight is experts.gate_up else None
-        units = (count * top_k * _pairs(width) if given else 0) + (count * _pairs(shared_width) if alone else 0)
-        _launch_chunk(
-            launcher,
-            weight,
-            units,
-            *(x, x, *_pointers(given), experts.gate_up_bias, *_pointers(alone), workspace.table, *active, None),
-            *(count, top_k, x.shape[1], x.shape[1], 2 * width, 2 * shared_width),
             int(experts.activation == "clamped"),
         )
 
@@ -189,13 +145,8 @@ def expert_down(
     assert residual.is_contiguous(), residual.stride()
     assert len(residual) == len(routed.experts) == count, (len(residual), count)
     assert workspace.products.numel() >= mixture_products(count, top_k) * outputs, (count, outputs)
-    if count > MAX_ROWS:
-        _chunk_down(launcher, workspace, active, experts, outputs)
-        kernel, arguments = Kernel("route.cu", "combine"), (count, top_k, outputs, int(shared is not None))
-        given = (workspace.products, routed.experts, routed.weights, residual)
-        launcher.launch(kernel, (count, 1, 1), _THREADS, 0, *given, *arguments)
-    else:
-        _step_down(launcher, workspace, active, routed, experts, residual=residual)
+    launch = chunk_experts.down if count > MAX_ROWS else _step_down
+    launch(launcher, workspace, active, routed, experts, residual=residual)
     return residual
 
 
@@ -203,79 +154,35 @@ def _step_down(
     launcher: Launcher, workspace: Workspace, active: Active, routed: Routed, experts: Experts, *, residual: Tensor
 ) -> None:
     count, top_k, inputs = active.experts.shape
-    outputs, launches = residual.shape[1], _launches(experts.down, experts.shared_down)
+    outputs, launches = residual.shape[1], turns(experts.down, experts.shared_down)
     shared_inputs = 0 if active.shared is None else active.shared.shape[1]
-    for weight, alone in launches:
-        given = weight if weight is experts.down else None
-        size = down_bytes(count * top_k if given else 0, count if alone else 0)
+    for turn in launches:
+        size = down_bytes(count * top_k if turn.own else 0, count if turn.shared else 0)
         launcher.launch(
-            Kernel(f"experts_{name_of(weight)}.cu", "expert_down"),
+            Kernel(f"experts_{turn.name}.cu", "expert_down"),
             (gemv.blocks(-(-outputs // TILE), launcher, size), 1, 1),
-            _THREADS,
+            THREADS,
             size,
-            *(active.experts, active.shared, *_pointers(given), experts.down_bias, *_pointers(alone)),
+            *(active.experts, active.shared, *turn.weights(experts.down_bias)),
             *(workspace.table, routed.experts, routed.weights, residual),
             *(workspace.products if launches[1:] else None, count, top_k, inputs, shared_inputs, outputs),
         )
 
 
-def _chunk_down(launcher: Launcher, workspace: Workspace, active: Active, experts: Experts, outputs: int) -> None:
-    count, top_k, inputs = active.experts.shape
-    shared_inputs = 0 if active.shared is None else active.shared.shape[1]
-    for weight, alone in _launches(experts.down, experts.shared_down):
-        given = weight if weight is experts.down else None
-        items = (count * top_k if given else 0) + (count if alone else 0)
-        _launch_chunk(
-            launcher,
-            weight,
-            items * _pairs(outputs // 2),
-            *(active.experts, active.shared, *_pointers(given), experts.down_bias, *_pointers(alone)),
-            *(workspace.table, None, None, workspace.products),
-            *(count, top_k, inputs, shared_inputs, outputs, outputs, 0),
-        )
-
-
-def _launch_chunk(launcher: Launcher, weight: QTensor, units: int, *arguments: Argument) -> None:
-    size = item_bytes(CHUNK_ITEM)
-    kernel = Kernel(f"chunk_experts_{name_of(weight)}.cu", "chunk_experts")
-    launcher.launch(kernel, (gemv.blocks(units, launcher, size, resident=1), 1, 1), _THREADS, size, *arguments)
-
-
 def route_bytes(rows: int, inputs: int, top_k: int) -> int:
     """Bytes of shared memory of a block of `route`: its normed rows, then its scores, then all visits."""
     staged = gemv.staged_bytes(min(rows, ITEM), inputs)
-    return max(staged, 4 * _WARPS * MAX_EXPERTS, 4 * (rows * top_k + _WARPS))
-
-
-def item_bytes(item: int) -> int:
-    """Bytes of shared memory of a block that takes items of up to `item` rows: sums and what is early, twice."""
-    return 2 * 4 * _TEAMS * (_MEMBERS * _PITCH * item + _EARLY)
+    return max(staged, 4 * WARPS * MAX_EXPERTS, 4 * (rows * top_k + WARPS))
 
 
 def down_bytes(visits: int, shared: int) -> int:
     """Bytes of shared memory of a block of `expert_down` for visits to experts, and rows that visit the shared one."""
     items = visits + -(-shared // ITEM)
-    return 4 * (3 * visits + _MEMBERS * _PITCH * (visits + shared) + _EARLY * items)
-
-
-def _pairs(width: int) -> int:
-    """Units of an item: pairs of tiles, each of 8 places that have gate and up, or of 16 outputs of twice as many."""
-    return -(-width // TILE)
+    return 4 * (3 * visits + MEMBERS * PITCH * (visits + shared) + EARLY * items)
 
 
 def _item(rows: int) -> int:
     return ITEM if rows <= MAX_ROWS else CHUNK_ITEM
-
-
-def _launches(own: QTensor, shared: QTensor | None) -> list[tuple[QTensor, QTensor | None]]:
-    """Whose format a launch has, and its shared expert: one in another format goes first, alone."""
-    if shared is None or name_of(shared) == name_of(own):
-        return [(own, shared)]
-    return [(shared, shared), (own, None)]
-
-
-def _pointers(weight: QTensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if weight is None else (weight.data, weight.outer)
 
 
 def _check_router(hidden: Tensor, router: Router, rows: Rows) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from fwd.kernels import expert_kernels, gemv, latent_kernels, paged_attention, sample
+from fwd.kernels import expert_items, gemv, latent_kernels, paged_attention, sample
 from fwd.kernels.launch import Launcher
 from fwd.kernels.ops import QKV, Experts, Latents, Routed, Router
 from fwd.kernels.sizes import MAX_ROWS
@@ -19,7 +19,7 @@ class Spaces:
         self._projections: dict[tuple[int, ...], gemv.Workspace] = {}
         self._splits: dict[tuple[int, ...], paged_attention.Workspace] = {}
         self._samplers: dict[tuple[int, ...], sample.Workspace] = {}
-        self._mixtures: dict[tuple[int, ...], expert_kernels.Workspace] = {}
+        self._mixtures: dict[tuple[int, ...], expert_items.Workspace] = {}
         self._latents: dict[tuple[int, ...], latent_kernels.Workspace] = {}
 
     def projection(self, layer: QKV) -> gemv.Workspace:
@@ -36,12 +36,12 @@ class Spaces:
         """Of `sample`."""
         return _made(self._samplers, (vocab,), lambda: sample.Workspace.new(self._launcher, vocab))
 
-    def router(self, rows: int, router: Router) -> expert_kernels.Workspace:
+    def router(self, rows: int, router: Router) -> expert_items.Workspace:
         """Of `expert_kernels`, for a step or a chunk of rows that are to be routed."""
         experts, hidden = router.weight.shape
         return self._mixture(rows, hidden, experts, router.top_k)
 
-    def mixture(self, routed: Routed, experts: Experts) -> expert_kernels.Workspace:
+    def mixture(self, routed: Routed, experts: Experts) -> expert_items.Workspace:
         """The same, of rows that were."""
         (rows, hidden), top_k = routed.x.shape, routed.experts.shape[1]
         return self._mixture(rows, hidden, experts.gate_up.shape[0], top_k)
@@ -52,10 +52,10 @@ class Spaces:
         key = (*layer.up_key.shape, layer.rope, rank)
         return _made(self._latents, key, lambda: latent_kernels.Workspace.new(self._launcher, layer))
 
-    def _mixture(self, rows: int, hidden: int, experts: int, top_k: int) -> expert_kernels.Workspace:
+    def _mixture(self, rows: int, hidden: int, experts: int, top_k: int) -> expert_items.Workspace:
         rows = max(rows, MAX_ROWS)
         key = (rows, hidden, experts, top_k)
-        make = expert_kernels.Workspace.of
+        make = expert_items.Workspace.of
         return _made(self._mixtures, key, lambda: make(self._launcher, hidden, experts, top_k, rows=rows))
 
 
