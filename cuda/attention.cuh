@@ -65,8 +65,8 @@ FWD_INLINE float2 widen(uint32_t pair) {
     return __half22float2(__half2(halves));
 }
 
-// The B fragment of the k16 step `step` of a chunk of keys. The four lanes of a key hold 4·kPer neighbouring dimensions,
-// kPer each; since q comes in the same order, which of them a step takes does not matter.
+// The B fragment of the k16 step `step` of a chunk of keys. The four lanes of a key hold 4·kPer neighbouring
+// dimensions, kPer each; since q comes in the same order, which of them a step takes does not matter.
 template <int step>
 FWD_INLINE void key_fragment(uint32_t (&b)[2], const uint4& chunk, bf16, float) {
     b[0] = step == 0 ? chunk.x : chunk.z;

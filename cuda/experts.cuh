@@ -12,26 +12,39 @@
 
 namespace fwd::experts {
 
-constexpr int kNever = -0x7FFFFFFF;
+constexpr int kAlways = 1 << 30;
 
-// The weights on their way: always one turn of `kDepth` blocks ahead of the sums.
+// Of an item, in steps of a turn counted from its first: `own` have no more blocks of this warp's, `all` no more of the
+// team's, where the next item begins.
+struct Steps {
+    int own, all;
+
+    FWD_INLINE void none() { own = 0, all = kAlways; }
+    FWD_INLINE void start(int from, int blocks) {
+        own = from + (blocks - member_index() + kMembers - 1u) / kMembers;
+        all = from + (blocks + kMembers - 1u) / kMembers;
+    }
+    FWD_INLINE void turn(int depth) { own -= depth, all -= depth; }
+};
+
+// The weights on their way: always one turn of `kDepth` steps ahead of the sums, a step being a block of each warp.
 template <class Format, class Work>
 struct Stream {
-    using Held = typename Format::Held;
     static constexpr int kDepth = Format::kBytes > 576 ? 3 : 4;  // as registers allow: 29 KB and more of a block of warps
-    static constexpr int kBytes = Format::kBytes;
-    Held held[kDepth][2];
-    const unsigned char* next[2];
+    static constexpr int kStep = kMembers * Format::kBytes;
+    typename Format::Held held[kDepth][2];
+    const unsigned char* next[2];  // what step 0 would fetch
     const float* cells[2];
+    const unsigned char* words[2];
     Unit unit;
     int index, item;
-    int left, stop;  // blocks of the item from this warp's next on; the item is over when so few are left
-    int there;       // of the first turn, before the wait
+    Steps steps;
+    int there;  // of the first turn, before the wait
 
     // Before the wait: what is the shared expert's.
     FWD_INLINE Stream(const Work& work) {
         enter(work, blockIdx.x);
-        aim(work);
+        aim(work, 0);
         there = 0;
         fill(work);
     }
@@ -43,17 +56,17 @@ struct Stream {
         } else {
             unit = work.unit(index);
         }
-        if (stop == kNever) aim(work);
+        if (steps.own == 0) aim(work, there);
         fill(work);
-        advance(work, true);
+        advance(work, kDepth);
     }
     FWD_INLINE void fill(const Work& work) {
 #pragma unroll
         for (int step = 0; step < kDepth; ++step) {
-            if (step < there || stop == kNever) continue;
+            if (step < there || item >= unit.end) continue;
             fetch(step);
-            advance(work, false);
             there = step + 1;
+            if (there < kDepth) advance(work, there);
         }
     }
     FWD_INLINE void enter(const Work& work, int wanted) {
@@ -67,68 +80,82 @@ struct Stream {
         while (item >= unit.end && index < work.units) enter(work, index + gridDim.x), moved = true;
         return moved;
     }
-    FWD_INLINE void aim(const Work& work) {
-        left = 0, stop = kNever;
+    FWD_INLINE void aim(const Work& work, int from) {
+        steps.none();
         if (item >= unit.end) return;
         const Stack<Format> stack = work.stack(item < work.shared_items);
         int expert = max(work.item(item).expert, 0);
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
             int64_t place = int64_t{expert} * stack.groups + stack.group(unit.tile, which);
-            next[which] = stack.data + (place * stack.blocks + member_index()) * kBytes + lane_index() * 16;
-            if constexpr (Format::kCells) cells[which] = stack.factors + place * stack.pitch + 8 + member_index() / 2;
+            next[which] = stack.data + (place * stack.blocks + member_index()) * Format::kBytes + lane_index() * 16;
+            next[which] -= from * kStep;
+            words[which] = next[which] + Format::word();
+            if constexpr (Format::kCells)
+                cells[which] = stack.factors + place * stack.pitch + 8 + member_index() / 2 - from * (kMembers / 2);
         }
-        left = stack.blocks - member_index(), stop = -member_index();
+        steps.start(from, stack.blocks);
     }
     FWD_INLINE void fetch(int step) {
+        if (step >= steps.own) return;
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
-            if (left > 0) {
-                held[step][which].fetch(next[which]);
-                if constexpr (Format::kCells) held[step][which].cell = *cells[which];
-            }
-            next[which] += kMembers * kBytes;
-            if constexpr (Format::kCells) cells[which] += kMembers / 2;
+            held[step][which].fetch(next[which] + step * kStep, words[which] + step * kStep);
+            if constexpr (Format::kCells) held[step][which].cell = cells[which][step * (kMembers / 2)];
         }
-        left -= kMembers;
     }
-    FWD_INLINE bool passed() const { return left <= stop; }
-    // To the next item, and where a turn is over to the next unit.
-    FWD_INLINE void advance(const Work& work, bool turned) {
-        bool moved = passed();
+    // Behind `done` steps of a turn: to the next item where one is over, and at the end of the turn to the next unit.
+    FWD_INLINE void advance(const Work& work, int done) {
+        bool moved = done == steps.all, turned = done == kDepth;
         if (moved) item += kTeams;
-        if (turned && seek(work)) moved = true;
-        if (moved) aim(work);
+        if (turned) {
+            turn();
+            if (seek(work)) moved = true;
+        }
+        if (moved) aim(work, turned ? 0 : done);
+    }
+    FWD_INLINE void turn() {
+        steps.turn(kDepth);
+#pragma unroll
+        for (int which = 0; which < 2; ++which) {
+            next[which] += kDepth * kStep;
+            words[which] += kDepth * kStep;
+            if constexpr (Format::kCells) cells[which] += kDepth * (kMembers / 2);
+        }
     }
 };
 
 // The rows that visit an item; past the last one, that one: its sums go nowhere. Inputs past the last: weights are 0.
 template <int kColumns>
 struct Visitors {
-    const unsigned char* x;
-    uint32_t place[kColumns], last[kColumns];  // bytes
+    const uint4* x;
+    uint32_t place[kColumns], last[kColumns];  // of 8 inputs
 
     template <class Work>
-    FWD_INLINE void aim(const Work& work, const Item& item) {
+    FWD_INLINE void aim(const Work& work, const Item& item, int first) {  // sub-block of a turn's step 0
         const auto stack = work.stack(item.expert < 0);
-        x = reinterpret_cast<const unsigned char*>(stack.x);
+        x = reinterpret_cast<const uint4*>(stack.x);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
             int position = item.first + min(8 * c + lane_index() / 4, item.count - 1);
             uint32_t row = item.expert < 0 ? position : stack.by_rows ? work.table.row(position) : work.table.visit(position);
-            place[c] = row * stack.inputs * 2 + lane_index() % 4 * 16;
-            last[c] = row * stack.inputs * 2 + stack.inputs * 2 - 16;
+            row *= stack.inputs / 8;
+            place[c] = row + gemv::quarter() + first * (kInputs / 8), last[c] = row + stack.inputs / 8 - 1;
         }
     }
+    FWD_INLINE void move(int subs) {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) place[c] += subs * (kInputs / 8);
+    }
     FWD_INLINE uint4 at(int column, int sub) const {
-        return load_global(x + min(place[column] + sub * (2 * kInputs), last[column]));
+        return load_global(x + min(place[column] + sub * (kInputs / 8), last[column]));
     }
 };
 
-// A warp's block of one item.
+// A warp's block of one item: that of a step.
 template <class Format, int kColumns>
 FWD_INLINE void multiply(float (&sums)[kColumns][4], const typename Format::Held (&held)[2],
-                         const Visitors<kColumns>& rows, int count, int block) {
+                         const Visitors<kColumns>& rows, int count, int step) {
     constexpr int kSub = Format::kSub;
     float span[kColumns][4];
     uint4 x[kSub][kColumns];  // all reads are under way at once
@@ -137,7 +164,7 @@ FWD_INLINE void multiply(float (&sums)[kColumns][4], const typename Format::Held
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
             x[sub][c] = make_uint4(0, 0, 0, 0);
-            if (c == 0 || 8 * c < count) x[sub][c] = rows.at(c, block * kSub + sub);
+            if (c == 0 || 8 * c < count) x[sub][c] = rows.at(c, step * kMembers * kSub + sub);
         }
 #pragma unroll
     for (int sub = 0; sub < kSub; ++sub) gemv::accumulate<Format>(sums, span, held[0], held[1], sub, x[sub]);
@@ -203,47 +230,65 @@ FWD_INLINE void fetch_early(const Work& work, const Unit& unit, const Parts& par
     cp_async_commit();
 }
 
+// Where a team is in a unit, and a warp's sums there.
+template <class Format, int kColumns>
+struct Team {
+    static constexpr int kSubs = kMembers * Format::kSub;  // of a step
+    Visitors<kColumns> rows;
+    float sums[kColumns][4];
+    Item item{};
+    int at;
+    Steps steps;
+
+    // To item `at`, whose first step is `from` of a turn.
+    template <class Work>
+    FWD_INLINE void aim(const Work& work, const Unit& unit, int from) {
+        clear(sums);
+        steps.none();
+        if (at >= unit.end) return;
+        item = work.item(at);
+        steps.start(from, work.blocks(at));
+        rows.aim(work, item, member_index() * Format::kSub - from * kSubs);
+    }
+    // A unit's sums to `parts`, step by step until an item is over here or in the stream: what follows stands in the
+    // code once.
+    template <class Work>
+    FWD_INLINE void sum(const Work& work, Stream<Format, Work>& stream, const Unit& unit, const Parts& parts) {
+        constexpr int kDepth = Stream<Format, Work>::kDepth;
+        at = unit.begin;
+        aim(work, unit, 0);
+        for (int done = 0; at < unit.end || done != 0;) {
+            int until = min(min(steps.all, stream.steps.all), kDepth);
+#pragma unroll
+            for (int step = 0; step < kDepth; ++step) {
+                if (step < done || step >= until) continue;
+                if (step < steps.own) multiply<Format>(sums, stream.held[step], rows, item.count, step);
+                stream.fetch(step);
+            }
+            done = until;
+            if (done == steps.all) {
+                store_sums(parts.of(member_index(), work.base(item)), sums, item.count);
+                at += kTeams;
+                aim(work, unit, done);
+            }
+            stream.advance(work, done);
+            if (done == kDepth) done = 0, steps.turn(kDepth), rows.move(kDepth * kSubs);
+        }
+    }
+};
+
 // All units of this block, behind the wait: what `before(unit)` found early goes to put(unit, parts, found) when the
 // parts are there. `kTurns` parts take turns, `floats` apart.
 template <class Format, int kColumns, int kTurns, class Work, class Before, class Put>
 FWD_INLINE void run(const Work& work, Stream<Format, Work>& stream, Parts parts, int floats, Before before, Put put) {
     stream.open(work);
-    Visitors<kColumns> rows;
+    Team<Format, kColumns> team;
     bool used = false;
     for (int index = blockIdx.x; index < work.units; index += gridDim.x) {
         Unit unit = work.unit(index);
         fetch_early<Format>(work, unit, parts);
         auto found = before(unit);
-        float sums[kColumns][4];
-        Item item{};
-        int at = unit.begin, done = 0, left, stop;  // as those of the stream
-        auto aim = [&] {
-            clear(sums);
-            left = 0, stop = kNever;
-            if (at >= unit.end) return;
-            item = work.item(at);
-            left = work.blocks(at) - member_index(), stop = -member_index();
-            rows.aim(work, item);
-        };
-        aim();
-        int block = member_index();
-        while (at < unit.end || done != 0) {
-#pragma unroll
-            for (int step = 0; step < stream.kDepth; ++step) {
-                if (step < done) continue;
-                if (left > 0) multiply<Format>(sums, stream.held[step], rows, item.count, block);
-                stream.fetch(step);
-                block += kMembers, left -= kMembers, done = step + 1;
-                if (left <= stop || stream.passed()) break;  // rare: what follows stands in the code once
-            }
-            if (left <= stop) {
-                store_sums(parts.of(member_index(), work.base(item)), sums, item.count);
-                at += kTeams, block = member_index();
-                aim();
-            }
-            stream.advance(work, done == stream.kDepth);
-            if (done == stream.kDepth) done = 0;
-        }
+        team.sum(work, stream, unit, parts);
         cp_async_wait<0>();
         block_barrier();
         put(unit, parts, found);

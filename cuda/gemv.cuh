@@ -65,23 +65,22 @@ struct Staged {
     FWD_INLINE uint4 at(int column, int block) const { return load_shared(place[column] + block * (2 * kInputs)); }
 };
 
-// Inputs past the last are the last 8: their weights are 0.
+// Inputs past the last are the last 8: their weights are 0. Places count 8 inputs: an address is one instruction then.
 template <int kColumns, int kReads>
 struct Direct {
     static constexpr int kBatch = kReads;
-    const bf16* x;
-    uint32_t place[kColumns], last[kColumns];  // bytes from there
+    const uint4* x;
+    uint32_t place[kColumns], last[kColumns];
 
-    FWD_INLINE Direct(const bf16* x, int rows, int inputs) : x(x) {
+    FWD_INLINE Direct(const bf16* rows_, int rows, int inputs) : x(reinterpret_cast<const uint4*>(rows_)) {
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-            uint32_t row = row_of(c, rows) * inputs * 2;
-            place[c] = row + lane_index() % 4 * 16, last[c] = row + inputs * 2 - 16;
+            uint32_t row = row_of(c, rows) * (inputs / 8);
+            place[c] = row + quarter(), last[c] = row + inputs / 8 - 1;
         }
     }
     FWD_INLINE uint4 at(int column, int block) const {
-        uint32_t offset = min(place[column] + block * (2 * kInputs), last[column]);
-        return load_global(reinterpret_cast<const unsigned char*>(x) + offset);
+        return load_global(x + min(place[column] + block * (kInputs / 8), last[column]));
     }
 };
 
@@ -128,6 +127,7 @@ struct Weights {
     int blocks, tiles, pitch;
     int tile;                            // what is fetched next: of this one,
     const unsigned char* next[kGroups];  // from here,
+    const unsigned char* words[kGroups];
     const float* cells[kGroups];         // with the scales from here,
     int left;                            // as many blocks and those between them, which are other warps'
     typename Format::Held held[kDepth][kGroups];
@@ -150,6 +150,7 @@ struct Weights {
         for (int group = 0; group < kGroups; ++group) {
             int place = tiling.first(tile) + group * tiling.stride();
             next[group] = data + int64_t{place} * (blocks * kBlockBytes);
+            words[group] = next[group] + Format::word();
             if constexpr (Format::kCells) cells[group] = factors + int64_t{place} * pitch + 8 + warp_index() / 2;
         }
         left = tile < tiles ? blocks - warp_index() : 0;
@@ -158,7 +159,8 @@ struct Weights {
         if (step * kWarps >= left) return;
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
-            held[step][group].fetch(next[group] + step * (kWarps * kBlockBytes));
+            int apart = step * (kWarps * kBlockBytes);
+            held[step][group].fetch(next[group] + apart, words[group] + apart);
             if constexpr (Format::kCells) held[step][group].cell = cells[group][step * (kWarps / 2)];
         }
     }
@@ -173,6 +175,7 @@ struct Weights {
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
             next[group] += kDepth * kWarps * kBlockBytes;
+            words[group] += kDepth * kWarps * kBlockBytes;
             if constexpr (Format::kCells) cells[group] += kDepth * (kWarps / 2);
         }
         left -= kDepth * kWarps;

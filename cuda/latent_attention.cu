@@ -234,8 +234,8 @@ FWD_INLINE void attend(const Call<T>& call, unsigned char* shared) {
              int max_pages, int page_size, int next_bytes, float scale) {                                            \
         FWD_SHARED(shared);                                                                                          \
         fwd::latent::prefetch_share(next, next_bytes);                                                               \
-        fwd::latent::attend<T, sixteens>({sums, marks, q, latents, keys, scales, positions, sequences, parents,      \
-                                          slots, tables, rows, heads, latent, rope, max_pages, page_size,            \
+        fwd::Places places{positions, sequences, parents, slots, tables, rows, max_pages, page_size, 0};             \
+        fwd::latent::attend<T, sixteens>({places, sums, marks, q, latents, keys, scales, heads, latent, rope,        \
                                           scale * fwd::LOG2_E},                                                      \
                                          shared);                                                                    \
     }

@@ -1,8 +1,8 @@
 // The items of a decode step over latents, and how tiles of cells come to shared memory: see latent_attention.cu.
 #pragma once
 
+#include "items.cuh"
 #include "latent.cuh"
-#include "paged_items.cuh"
 
 namespace fwd::latent {
 
@@ -10,34 +10,20 @@ constexpr int kThreads = 256, kWarps = 8;
 constexpr int kKeys = 64;                         // cells of a tile
 constexpr int kLatent = 512, kRope = 64;          // numbers of a cell at most; what a model has less are zeros
 constexpr int kRow = 2 * (kLatent + kRope);       // bytes of a cell in bf16
-constexpr int kPieces = 128, kSpread = 64, kShort = 256, kGrain = 64;
-
-// `fwd.kernels.latent_kernels.piece_length` is the same.
-FWD_INLINE int piece_length(int length) {
-    int spread = (length + kSpread * kGrain - 1) / (kSpread * kGrain) * kGrain;
-    if (spread <= kShort) return spread > 0 ? spread : kGrain;
-    int fewest = (length + kPieces * kGrain - 1) / (kPieces * kGrain) * kGrain;
-    return fewest > kShort ? fewest : kShort;
-}
-FWD_INLINE int piece_count(int length) { return (length + piece_length(length) - 1) / piece_length(length); }
+constexpr int kPieces = 128;
+using Pieces = Cut<kPieces, 64>;
 
 template <typename T>
-struct Call {
+struct Call : Places {
     bf16* sums;    // [rows][heads][kPieces][latent]
     float* marks;  // [rows][heads][kPieces][2]: maximum and total
     const bf16* q;  // [rows][heads][latent + rope], of latents
     const T* latents;
     const bf16* keys;
     const float* scales;  // of fp8
-    const int64_t* positions;
-    const int64_t* sequences;
-    const int64_t* parents;
-    const int64_t* slots;
-    const int* tables;
-    int rows, heads, latent, rope, max_pages, page_size;
+    int heads, latent, rope;
     float scale;  // of scores, to base 2
 
-    FWD_INLINE int length(int row) const { return sequences[row] < 0 ? 0 : static_cast<int>(positions[row]) + 1; }
     FWD_INLINE int64_t piece(const Tag& tag, int head) const {
         return (int64_t{tag.row} * heads + head) * kPieces + tag.piece;
     }
@@ -64,52 +50,12 @@ struct Shape {
 
 // Brings tiles to shared memory one after the other, item after item; a warp eight cells of each.
 template <typename T, int kM>
-struct Loader {
+struct Loader : Walk<Pieces, kWarps, kKeys / kWarps> {
     using S = Shape<T, kM>;
     const Call<T>& call;
-    Items items;
-    Tag tag, loaded;  // of the tile that comes next, and of the one that was asked for last
-    int item, lane, warp;
-    int last;         // the row's position
-    const int* line;  // of the block table, the row's
-    int cell;         // of key `lane` % 8 of this warp's; −1: none
+    Tag loaded;  // of the tile that was asked for last
 
-    FWD_INLINE Loader(const Call<T>& c) : call(c), item(blockIdx.x), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {
-        int length = lane < call.rows ? call.length(lane) : 0;
-        items.pieces = length ? piece_count(length) : 0;
-        items.first = 0;
-        items.level(0);
-        open();
-    }
-    FWD_INLINE void open() {
-        items.find(tag, item, (call.heads + S::kHeads - 1) / S::kHeads);
-        if (tag.row < 0) return;
-        int length = call.length(tag.row), piece = piece_length(length);
-        last = length - 1;
-        line = call.tables + call.sequences[tag.row] * call.max_pages;
-        tag.begin = tag.piece * piece;
-        tag.stop = min(tag.begin + piece, length);
-        tag.first = 1;
-        look();
-    }
-    FWD_INLINE void look() {
-        tag.last = tag.begin + kKeys >= tag.stop;
-        int position = tag.begin + warp * 8 + lane % 8;
-        cell = position < tag.stop ? find(position) : -1;
-    }
-    // The cell in which the row finds a position: drafts on its branch stand in their own slots.
-    FWD_INLINE int find(int position) const {
-        int draft = tag.row, at = last;
-        int64_t parent = call.parents[draft];
-        for (; parent >= 0 && at > position; --at) draft = static_cast<int>(parent), parent = call.parents[draft];
-        return parent < 0 ? paged_cell(line, call.page_size, position) : static_cast<int>(call.slots[draft]);
-    }
-    FWD_INLINE void advance() {
-        tag.first = 0, tag.begin += kKeys;
-        if (!tag.last) return look();
-        item += gridDim.x;
-        open();
-    }
+    FWD_INLINE Loader(const Call<T>& c) : Walk(c, (c.heads + S::kHeads - 1) / S::kHeads, 0), call(c) {}
     FWD_INLINE void load(unsigned char* stage) {
         loaded = tag;
         if (tag.row >= 0) {

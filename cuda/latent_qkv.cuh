@@ -210,7 +210,8 @@ struct Query {
             uint32_t b[2] = {two[0], whole ? two[4] : 0};
 #pragma unroll
             for (int t = 0; t < 4; ++t) {
-                uint32_t low[2] = {gemv::word_of(k[0], t), gemv::word_of(k[1], t)}, high[2] = {gemv::word_of(k[2], t), gemv::word_of(k[3], t)};
+                uint32_t low[2] = {gemv::word_of(k[0], t), gemv::word_of(k[1], t)};
+                uint32_t high[2] = {gemv::word_of(k[2], t), gemv::word_of(k[3], t)};
                 uint32_t a[4] = {lower_halves(low[0], low[1]), upper_halves(low[0], low[1]),
                                  lower_halves(high[0], high[1]), upper_halves(high[0], high[1])};
                 mma_m16n8k16_bf16(sums[t], a, b);

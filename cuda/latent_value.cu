@@ -27,7 +27,7 @@ struct Up {
     FWD_INLINE int count() const { return min(at_once, rows - row()); }
     FWD_INLINE int64_t piece(int row) const { return (int64_t{row} * heads + head()) * kPieces; }
     FWD_INLINE int pieces(int row) const {
-        return sequences[row] < 0 ? 0 : piece_count(static_cast<int>(positions[row]) + 1);
+        return sequences[row] < 0 ? 0 : Pieces::count(static_cast<int>(positions[row]) + 1);
     }
 
     // The share of each piece in a row, by a warp.

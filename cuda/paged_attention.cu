@@ -1,10 +1,11 @@
 // Attention of decode rows over a paged cache, the context split in pieces.
 //
-// An item is one piece of one row and kv head. Blocks stride over the items, which they find from the positions, so that
-// the grid of a captured graph fits any context. Of 64 keys each of the four warps takes 16: it copies them to its own
-// slots of shared memory, several tiles ahead and across items, and keeps its own softmax; the query heads of the group
-// are the 16 rows of the products. At the end of an item the warps are summed in their order; the block that comes last
-// at a row and kv head sums the pieces in theirs. Nothing that a row's bits come from depends on other rows or the grid.
+// An item is one piece of one row and kv head. Blocks stride over the items, which they find from the positions, so
+// that the grid of a captured graph fits any context. Of 64 keys each of the four warps takes 16: it copies them to its
+// own slots of shared memory, several tiles ahead and across items, and keeps its own softmax; the query heads of the
+// group are the 16 rows of the products. At the end of an item the warps are summed in their order; the block that
+// comes last at a row and kv head sums the pieces in theirs. Nothing that a row's bits come from depends on other rows
+// or the grid.
 #include "paged_items.cuh"
 
 namespace fwd {
@@ -40,8 +41,8 @@ struct Query {
     }
 };
 
-// The softmax of a warp over its keys of an item: of heads lane / 4 and lane / 4 + 8 their maximum, this lane's share of
-// their total, and the weighted values.
+// The softmax of a warp over its keys of an item: of heads lane / 4 and lane / 4 + 8 their maximum, this lane's share
+// of their total, and the weighted values.
 template <typename T, int kDim>
 struct Softmax {
     using S = Shape<T, kDim>;
@@ -204,7 +205,8 @@ FWD_INLINE void combine(const Call<T>& call, const Tag& tag, float* shares) {
 
 // The end of an item: `slots` are those of the four warps that its last tiles were in.
 template <typename T, int kDim>
-FWD_INLINE void finish(const Call<T>& call, const Tag& tag, Softmax<T, kDim>& softmax, unsigned char* slots, float* marks) {
+FWD_INLINE void finish(const Call<T>& call, const Tag& tag, Softmax<T, kDim>& softmax, unsigned char* slots,
+                       float* marks) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     warp_barrier();
     float4* dump = reinterpret_cast<float4*>(slots + warp * Shape<T, kDim>::kSlot) + lane;
@@ -258,9 +260,9 @@ FWD_INLINE void decode_attention(const Call<T>& call, unsigned char* shared) {
         int rows, int group, int kv_heads, int max_pages, int page_size, int window, float scale
 #define DECODE(T, dim)                                                                                               \
     FWD_SHARED(shared);                                                                                              \
-    fwd::decode_attention<T, dim>({out, q, keys, values, key_scales, value_scales, sinks, positions, sequences,      \
-                                   parents, slots, tables, sums, marks, arrivals, rows, group, kv_heads, max_pages,  \
-                                   page_size, window, scale * fwd::LOG2_E},                                          \
+    fwd::Places places{positions, sequences, parents, slots, tables, rows, max_pages, page_size, window};            \
+    fwd::decode_attention<T, dim>({places, out, q, keys, values, key_scales, value_scales, sinks, sums, marks,       \
+                                   arrivals, group, kv_heads, scale * fwd::LOG2_E},                                  \
                                   shared)
 
 extern "C" __global__ void __launch_bounds__(128, 3) decode_attention_bf16_64(PARAMETERS(fwd::bf16)) {

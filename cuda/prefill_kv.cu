@@ -135,6 +135,12 @@ extern "C" __global__ void __launch_bounds__(128) prefill_kv_bf16_128(PARAMETERS
 extern "C" __global__ void __launch_bounds__(128) prefill_kv_bf16_256(PARAMETERS(fwd::bf16)) {
     PREFILL_KV(fwd::bf16, 256);
 }
-extern "C" __global__ void __launch_bounds__(128) prefill_kv_fp8_64(PARAMETERS(fwd::fp8)) { PREFILL_KV(fwd::fp8, 64); }
-extern "C" __global__ void __launch_bounds__(128) prefill_kv_fp8_128(PARAMETERS(fwd::fp8)) { PREFILL_KV(fwd::fp8, 128); }
-extern "C" __global__ void __launch_bounds__(128) prefill_kv_fp8_256(PARAMETERS(fwd::fp8)) { PREFILL_KV(fwd::fp8, 256); }
+extern "C" __global__ void __launch_bounds__(128) prefill_kv_fp8_64(PARAMETERS(fwd::fp8)) {
+    PREFILL_KV(fwd::fp8, 64);
+}
+extern "C" __global__ void __launch_bounds__(128) prefill_kv_fp8_128(PARAMETERS(fwd::fp8)) {
+    PREFILL_KV(fwd::fp8, 128);
+}
+extern "C" __global__ void __launch_bounds__(128) prefill_kv_fp8_256(PARAMETERS(fwd::fp8)) {
+    PREFILL_KV(fwd::fp8, 256);
+}

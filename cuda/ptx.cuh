@@ -48,11 +48,16 @@ using Pack16 = uint4;  // 16 bytes: what one load brings
 constexpr unsigned FULL_WARP = 0xFFFFFFFFu;
 
 #ifndef FWD_HOST
-// The policy "first to leave L2" as an operand: 16-byte loads take no `.L2::evict_first` of their own.
+// The policy "first to leave L2" as an operand: 16-byte loads take no `.L2::evict_first` of their own. For sm_100a it is
+// the number that `createpolicy` gives: there ptxas makes it anew in six instructions for every load.
 FWD_INLINE uint64_t evict_first() {
+#if __CUDA_ARCH__ >= 1000
+    return 0x12F0000000000000u;
+#else
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
+#endif
 }
 FWD_INLINE uint32_t shared_address(const void* shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -533,12 +538,43 @@ FWD_INLINE uint32_t mul_bf16x2_high(uint32_t a, uint32_t b) {
 #endif
 }
 
-FWD_INLINE uint32_t sub_bf16x2(uint32_t a, uint32_t b) {
+// Differences of two bf16 and the lower half of b, or the upper.
+FWD_INLINE uint32_t sub_bf16x2_low(uint32_t a, uint32_t b) {
 #ifdef FWD_HOST
-    return host::subtracted(a & 0xFFFF, b & 0xFFFF) | host::subtracted(a >> 16, b >> 16) << 16;
+    return host::subtracted(a & 0xFFFF, b & 0xFFFF) | host::subtracted(a >> 16, b & 0xFFFF) << 16;
 #else
     uint32_t value;
-    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(value) : "r"(a), "r"(b));
+    asm("{\n.reg .b16 low, high;\n.reg .b32 pair;\n"
+        "mov.b32 {low, high}, %2;\n"
+        "mov.b32 pair, {low, low};\n"
+        "sub.rn.bf16x2 %0, %1, pair;\n}"
+        : "=r"(value)
+        : "r"(a), "r"(b));
+    return value;
+#endif
+}
+FWD_INLINE uint32_t sub_bf16x2_high(uint32_t a, uint32_t b) {
+#ifdef FWD_HOST
+    return host::subtracted(a & 0xFFFF, b >> 16) | host::subtracted(a >> 16, b >> 16) << 16;
+#else
+    uint32_t value;
+    asm("{\n.reg .b16 low, high;\n.reg .b32 pair;\n"
+        "mov.b32 {low, high}, %2;\n"
+        "mov.b32 pair, {high, high};\n"
+        "sub.rn.bf16x2 %0, %1, pair;\n}"
+        : "=r"(value)
+        : "r"(a), "r"(b));
+    return value;
+#endif
+}
+
+// a·b + c in one instruction, where a compiler would make shifts and masks of it.
+FWD_INLINE uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef FWD_HOST
+    return a * b + c;
+#else
+    uint32_t value;
+    asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(value) : "r"(a), "r"(b), "r"(c));
     return value;
 #endif
 }

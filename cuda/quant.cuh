@@ -42,6 +42,7 @@ struct Plain {
     static constexpr bool kScaled = true;       // sums are multiplied by that, or by
     static constexpr float kFactor = 1.0f;
     FWD_INLINE static int pitch(int) { return 0; }  // floats of a group
+    FWD_INLINE static int word() { return 0; }  // from a lane's numbers to its scales
 };
 
 struct Bf16 : Plain {
@@ -51,7 +52,7 @@ struct Bf16 : Plain {
     struct Held {
         uint4 words;
 
-        FWD_INLINE void fetch(const unsigned char* lane) { words = load_stream(lane); }
+        FWD_INLINE void fetch(const unsigned char* lane, const unsigned char* word) { words = load_stream(lane); }
         FWD_INLINE void numbers_of(int, uint32_t (&pairs)[4]) const {
             pairs[0] = words.x, pairs[1] = words.y, pairs[2] = words.z, pairs[3] = words.w;
         }
@@ -76,12 +77,13 @@ struct Scaled4 {
 
 // The factor 2^(s − 127 + 126 − 60) is an exponent of bf16.
 struct Mxfp4 : Plain {
+    FWD_INLINE static int word() { return word_of_row(); }
     static constexpr int kSub = 4, kBytes = 544;
     static constexpr float kFactor = 0x1p60f;
 
     struct Held : Scaled4 {
-        FWD_INLINE void fetch(const unsigned char* lane) {
-            words = load_stream(lane), scales = load_stream_4(lane + word_of_row());
+        FWD_INLINE void fetch(const unsigned char* lane, const unsigned char* word) {
+            words = load_stream(lane), scales = load_stream_4(word);
         }
         FWD_INLINE void numbers_of(int sub, uint32_t (&pairs)[4]) const {
             scaled(sub, half_of(sub) & 0x7F807F80u, pairs);
@@ -91,13 +93,14 @@ struct Mxfp4 : Plain {
 
 // The factor scale·2^117: of its 16 bits the highest are alike for all scales.
 struct Nvfp4 : Plain {
+    FWD_INLINE static int word() { return word_of_half(); }
     static constexpr int kSub = 4, kBytes = 576;
     static constexpr bool kFactors = true;
     FWD_INLINE static int pitch(int) { return 8; }
 
     struct Held : Scaled4 {
-        FWD_INLINE void fetch(const unsigned char* lane) {
-            words = load_stream(lane), scales = load_stream_4(lane + word_of_half());
+        FWD_INLINE void fetch(const unsigned char* lane, const unsigned char* word) {
+            words = load_stream(lane), scales = load_stream_4(word);
         }
         FWD_INLINE void numbers_of(int sub, uint32_t (&pairs)[4]) const {
             scaled(sub, and_or(half_of(sub), 0x0FF00FF0u, 0x70007000u), pairs);
@@ -115,7 +118,7 @@ struct Fp8 : Plain {
         uint4 words;
         float cell;
 
-        FWD_INLINE void fetch(const unsigned char* lane) { words = load_stream(lane); }
+        FWD_INLINE void fetch(const unsigned char* lane, const unsigned char* word) { words = load_stream(lane); }
         FWD_INLINE static void spread(uint32_t word, uint32_t& first, uint32_t& second) {
             first = mul_bf16x2(word & 0x87F087F0u, 0x7B807B80u);
             second = mul_bf16x2((rotated(word, 28) & 0x87808780u) | (rotated(word, 4) & 0x00700070u), 0x7B807B80u);
@@ -128,21 +131,25 @@ struct Fp8 : Plain {
     };
 };
 
-// Nibbles q as 128 + q, less 128 + zero: a bf16 has ones from 128 to 256.
-FWD_INLINE void spread_int4(uint32_t word, uint32_t zero, uint32_t (&pairs)[4]) {
+// Nibbles q as 128 + q, less 128 + zero: a bf16 has ones from 128 to 256. That of the zero is a half of `zeros`.
+FWD_INLINE void spread_int4(uint32_t word, uint32_t zeros, bool upper, uint32_t (&pairs)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = sub_bf16x2(and_or(word >> 4 * i, 0x000F000Fu, 0x43004300u), zero);
+    for (int i = 0; i < 4; ++i) {
+        uint32_t number = and_or(word >> 4 * i, 0x000F000Fu, 0x43004300u);
+        pairs[i] = upper ? sub_bf16x2_high(number, zeros) : sub_bf16x2_low(number, zeros);
+    }
 }
-// A byte of zero points as 128 + zero, twice.
-FWD_INLINE uint32_t zero_of(uint32_t zeros, int byte) { return __byte_perm(zeros, 0x43u, 0x4040u | byte | byte << 8); }
+// Bytes 0 and 2 of zero points as 128 + zero.
+FWD_INLINE uint32_t zeros_of(uint32_t bytes) { return and_or(bytes, 0x00FF00FFu, 0x43004300u); }
 // 16 bits, the exponent's 6 from −32 on, are a positive scale: those of float16, and of bfloat16 in that range.
-FWD_INLINE float int4_scale(uint32_t bits) { return __uint_as_float((bits << 13) + (95u << 23)); }
+FWD_INLINE float int4_scale(uint32_t bits) { return __uint_as_float(multiply_add(bits, 1u << 13, 95u << 23)); }
 
 template <int kGroup>
 struct Int4;
 
 template <>
 struct Int4<32> : Plain {
+    FWD_INLINE static int word() { return word_of_row(); }
     static constexpr int kSub = 4, kBytes = 608, kSpan = 1, kSteps = 2;  // four would spill
     static constexpr bool kScaled = false;
 
@@ -150,13 +157,13 @@ struct Int4<32> : Plain {
         uint4 words;
         uint32_t scales[2], zeros;
 
-        FWD_INLINE void fetch(const unsigned char* lane) {
+        FWD_INLINE void fetch(const unsigned char* lane, const unsigned char* word) {
             words = load_stream(lane);
-            const unsigned char* row = lane + word_of_row();
+            const unsigned char* row = word;
             scales[0] = load_stream_4(row), scales[1] = load_stream_4(row + 32), zeros = load_stream_4(row + 64);
         }
         FWD_INLINE void numbers_of(int sub, uint32_t (&pairs)[4]) const {
-            spread_int4(word_of(words, sub), zero_of(zeros, sub), pairs);
+            spread_int4(word_of(words, sub), zeros_of(sub % 2 == 0 ? zeros : zeros >> 8), sub >= 2, pairs);
         }
         FWD_INLINE float scale_of(int sub) const {
             return int4_scale(sub % 2 == 0 ? scales[sub / 2] & 0xFFFFu : scales[sub / 2] >> 16);
@@ -166,6 +173,7 @@ struct Int4<32> : Plain {
 
 template <>
 struct Int4<128> : Plain {
+    FWD_INLINE static int word() { return word_of_row(); }
     static constexpr int kSub = 4, kBytes = 544, kSpan = 4;
     static constexpr bool kScaled = false;
 
@@ -173,11 +181,11 @@ struct Int4<128> : Plain {
         uint4 words;
         uint32_t row;  // scale, zero
 
-        FWD_INLINE void fetch(const unsigned char* lane) {
-            words = load_stream(lane), row = load_stream_4(lane + word_of_row());
+        FWD_INLINE void fetch(const unsigned char* lane, const unsigned char* word) {
+            words = load_stream(lane), row = load_stream_4(word);
         }
         FWD_INLINE void numbers_of(int sub, uint32_t (&pairs)[4]) const {
-            spread_int4(word_of(words, sub), zero_of(row, 2), pairs);
+            spread_int4(word_of(words, sub), zeros_of(row), true, pairs);
         }
         FWD_INLINE float scale_of(int) const { return int4_scale(row & 0xFFFFu); }
     };

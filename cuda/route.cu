@@ -148,8 +148,8 @@ FWD_INLINE uint32_t before(uint32_t value, uint32_t& all, uint32_t* scratch) {
     return below + sum - value;
 }
 
-// Visits in the order of their experts, of one expert in the order of rows, in items of up to `limit`. A thread has some
-// experts, the next thread the next ones.
+// Visits in the order of their experts, of one expert in the order of rows, in items of up to `limit`. A thread has
+// some experts, the next thread the next ones.
 FWD_INLINE void sort_visits(const int* experts, int visits, int top_k, int many, int limit, int* table,
                             unsigned char* shared) {
     int* found = reinterpret_cast<int*>(shared);  // [visits]
@@ -181,8 +181,8 @@ FWD_INLINE void sort_visits(const int* experts, int visits, int top_k, int many,
     }
 }
 
-// Weights that are needed later start on their way to L2 while memory has little to do, which is behind the wait: before
-// it the launch before this one streams its own. Block z = 1 … of all rows and tiles have `each` bytes of them in turn.
+// Weights that are needed later start on their way to L2 while memory has little to do, which is behind the wait:
+// before it the launch before this one streams its own. Blocks z = 1 … of all rows and tiles have `each` bytes in turn.
 FWD_INLINE void fetch_ahead(const unsigned char* ahead, int bytes, int each) {
     grid_dependency_wait();
     int64_t from = int64_t{((blockIdx.z - 1) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x} * each;
@@ -217,7 +217,8 @@ extern "C" __global__ void __launch_bounds__(fwd::gemv::kThreads, fwd::gemv::kRe
     staging.stage();
     for (int at = blockIdx.x * kThreads + threadIdx.x; at < rows * (inputs / 8); at += gridDim.x * kThreads) {
         int row = at / (inputs / 8), chunk = at - row * (inputs / 8);
-        store_global(x + int64_t{row} * inputs + chunk * 8, load_shared(staging.staged + row * staging.pitch + chunk * 16));
+        uint4 eight = load_shared(staging.staged + row * staging.pitch + chunk * 16);
+        store_global(x + int64_t{row} * inputs + chunk * 8, eight);
     }
     gemv::Logits epilogue{logits, rows, many};
     gemv::run<1>(matrix, gemv::Staged<1>(staging.staged, staging.pitch, rows), staging.behind(), epilogue);

@@ -1,8 +1,8 @@
 // The sampler of fwd/kernels/sampling.py on a device, and verify and commit behind it: two launches, whatever is asked.
 //
-// `sample_scan`: every block takes a chunk of a row; the one that comes last at the row joins the chunks, in their order.
-// A row without thresholds is then drawn. `sample_select`: the blocks of a row with thresholds sum the histogram of its
-// levels; the one that comes last cuts and draws; the one that comes last of all rows commits.
+// `sample_scan`: every block takes a chunk of a row; the one that comes last at the row joins the chunks, in their
+// order. A row without thresholds is then drawn. `sample_select`: the blocks of a row with thresholds sum the histogram
+// of its levels; the one that comes last cuts and draws; the one that comes last of all rows commits.
 #include "commit.cuh"
 #include "selection.cuh"
 

@@ -167,8 +167,8 @@ struct Selection {
         return level;
     }
 
-    // The last token, in the order, that is needed for `limit` tokens or so much weight. Every step halves what is left,
-    // to where tokens are.
+    // The last token, in the order, that is needed for `limit` tokens or so much weight. Every step halves what is
+    // left, to where tokens are.
     FWD_INLINE uint64_t border(bool mass, uint64_t limit) {
         view(border_level(mass, limit));
         uint64_t low = 0, high = ~uint64_t{0};

@@ -4,7 +4,7 @@ First the down projection, whose last block writes the cells; then queries, whos
 latents; attention over pieces of the context; the pieces summed and taken to values. How work is cut shapes no result.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from fwd.kernels.ops import Latents, Norm
 from fwd.kernels.packing import TILE, inputs_of, name_of
 from fwd.kernels.paged_attention import KV_DTYPES
 from fwd.kernels.qtensor import QTensor
-from fwd.kernels.rows import Cells, Rows
+from fwd.kernels.rows import Rows
 from fwd.kernels.sizes import LATENT_PIECES as PIECES
 from fwd.kernels.sizes import MAX_ROWS
 
@@ -49,7 +49,7 @@ class Workspace:
     def new(cls, launcher: Launcher, layer: Latents) -> "Workspace":
         """Return the workspace of a model that has such layers: `sizes.latent_bytes`."""
         heads, nope, latent = layer.up_key.shape
-        rank, rope = _rank(layer), layer.rope
+        rank, rope = query_rank(layer), layer.rope
 
         def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return launcher.empty((MAX_ROWS, *shape), dtype)
@@ -106,7 +106,7 @@ def latent_qkv(
     """
     count = len(hidden)
     assert 1 <= count <= MAX_ROWS, f"{count} rows"
-    _check(layer, rope, rows, kv)
+    check(layer, rope, rows, kv)
     assert workspace.absorbed.shape[1:] == (len(layer.up_key), kv.latents.shape[1] + layer.rope), layer.up_key.shape
     _down(launcher, workspace, hidden, layer, rope, rows=rows, kv=kv)
     if layer.q_norm is None:
@@ -119,7 +119,7 @@ def latent_qkv(
 def _down(
     launcher: Launcher, workspace: Workspace, hidden: Tensor, layer: Latents, rope: Tensor, *, rows: Rows, kv: LatentKV
 ) -> None:
-    latent, rank, slots = layer.up_key.shape[2], _rank(layer), rows.cells[kv.group].slots
+    latent, rank, slots = layer.up_key.shape[2], query_rank(layer), rows.cells[kv.group].slots
     outputs = rank + latent + layer.rope
     assert layer.down.shape[0] == outputs, (layer.down.shape, rank, latent, layer.rope)
     for part, name, grid, shared in _launches(launcher, "latent_down", hidden, layer.norm, layer.down, resident=2):
@@ -153,12 +153,13 @@ def decode_latent_attention(
     """See `fwd.kernels.ops.LatentOps.decode_latent_attention`; q is what `latent_qkv` returned last."""
     assert rows.chunk < 0, "prefill rows"
     assert q.data_ptr() == workspace.queries.data_ptr(), "q is not what latent_qkv returned of this workspace"
-    return _attend(launcher, workspace, workspace.absorbed[: len(q)], layer, rows=rows, kv=kv)
+    return attend(launcher, workspace, workspace.absorbed[: len(q)], layer, rows=rows, kv=kv)
 
 
-def _attend(
+def attend(
     launcher: Launcher, workspace: Workspace, absorbed: Tensor, layer: Latents, *, rows: Rows, kv: LatentKV
 ) -> Tensor:
+    """Attention of up to 16 rows whose queries, bfloat16 [rows, heads, latent + rope], are of latents."""
     count, (heads, value, latent) = len(absorbed), layer.up_value.shape
     cells = rows.cells[kv.group]
     assert 1 <= count <= MAX_ROWS, f"{count} rows"
@@ -185,50 +186,6 @@ def _attend(
         *(count, at_once, heads, latent, value),
     )
     return out
-
-
-# ---- prefill chunks on a GPU ----
-
-
-def latent_rows(
-    launcher: Launcher, down: Tensor, q: Tensor, layer: Latents, rope: Tensor, *, rows: Rows, kv: LatentKV
-) -> Tensor:
-    """Write the cells of a chunk and rotate its queries, which are returned.
-
-    `down` bfloat16 [C, q_rank + latent + rope] and q bfloat16 [C, heads, nope + rope] are what the products gave.
-    """
-    _check(layer, rope, rows, kv)
-    heads, nope, latent = layer.up_key.shape
-    assert down.shape == (len(q), _rank(layer) + latent + layer.rope), (tuple(down.shape), latent)
-    assert q.shape[1:] == (heads, nope + layer.rope), tuple(q.shape)
-    assert down.is_contiguous(), down.stride()
-    assert q.is_contiguous(), q.stride()
-    launcher.launch(
-        *(Kernel("latent_qkv.cu", "latent_rows"), (len(q), 1, 1), _THREADS, 0),
-        *(down, layer.kv_norm.weight, layer.kv_norm.eps, rope, rows.positions, rows.cells[kv.group].slots),
-        *(kv.latents, kv.keys, kv.scales, q),
-        *(len(rope), _rank(layer), heads, nope, latent, layer.rope // 2),
-    )
-    return q
-
-
-def prefill_latent_attention(
-    launcher: Launcher, workspace: Workspace, q: Tensor, layer: Latents, *, rows: Rows, kv: LatentKV
-) -> Tensor:
-    """See `fwd.kernels.ops.LatentOps.prefill_latent_attention`: in the absorbed form, as decode rows, 16 at a time."""
-    nope = layer.up_key.shape[1]
-    onto_latents = torch.bmm(q[..., :nope].transpose(0, 1), layer.up_key).transpose(0, 1)  # [C, heads, latent]
-    absorbed = torch.cat((onto_latents, q[..., nope:]), dim=-1)
-    parts = [slice(start, min(start + MAX_ROWS, len(q))) for start in range(0, len(q), MAX_ROWS)]
-    return torch.cat(
-        [_attend(launcher, workspace, absorbed[part], layer, rows=_part(rows, part), kv=kv) for part in parts]
-    )
-
-
-def _part(rows: Rows, part: slice) -> Rows:
-    cells = tuple(Cells(each.slots[part], each.tables) for each in rows.cells)
-    parents = rows.parents[part]
-    return replace(rows, positions=rows.positions[part], sequences=rows.sequences[part], parents=parents, cells=cells)
 
 
 # ---- how work is cut: none of it shapes a result ----
@@ -272,13 +229,15 @@ def _source(weight: QTensor) -> str:
     return "latent_qkv.cu" if weight.format == "bf16" else f"latent_qkv_{name_of(weight)}.cu"
 
 
-def _rank(layer: Latents) -> int:
+def query_rank(layer: Latents) -> int:
+    """Numbers of a query latent; 0 where there is none."""
     return 0 if layer.q_norm is None else len(layer.q_norm.weight)
 
 
-def _check(layer: Latents, rope: Tensor, rows: Rows, kv: LatentKV) -> None:
+def check(layer: Latents, rope: Tensor, rows: Rows, kv: LatentKV) -> None:
+    """Assert that the kernels take a layer, its rows and its cells."""
     heads, nope, latent = layer.up_key.shape
-    refusal = supports(heads, _rank(layer), latent, nope, layer.rope)
+    refusal = supports(heads, query_rank(layer), latent, nope, layer.rope)
     assert refusal is None, refusal
     slots = rows.cells[kv.group].slots
     assert rope.dtype == torch.float32, rope.dtype

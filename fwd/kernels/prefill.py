@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
 
-from fwd.kernels import expert_kernels, latent_kernels, packing
+from fwd.kernels import chunk_latents, expert_kernels, packing
 from fwd.kernels.kv import KV, LatentKV
 from fwd.kernels.launch import Kernel, Launcher
 from fwd.kernels.ops import QKV, Active, Experts, Latents, Norm, Routed, Router
@@ -76,12 +76,12 @@ class Prefill:
         if layer.q_norm is not None:
             x = normed(down[:, : layer.query.shape[1]], layer.q_norm)
         q = self._product(x, layer.query, None).view(len(x), heads, -1)
-        return latent_kernels.latent_rows(self._launcher, down, q, layer, rope, rows=rows, kv=kv)
+        return chunk_latents.latent_rows(self._launcher, down, q, layer, rope, rows=rows, kv=kv)
 
     def latent_attention(self, q: Tensor, layer: Latents, rows: Rows, kv: LatentKV) -> Tensor:
         """See `fwd.kernels.ops.LatentOps.prefill_latent_attention`."""
         space = self._spaces.latents(layer)
-        return latent_kernels.prefill_latent_attention(self._launcher, space, q, layer, rows=rows, kv=kv)
+        return chunk_latents.prefill_latent_attention(self._launcher, space, q, layer, rows=rows, kv=kv)
 
     def _product(self, x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
         out = x.new_empty(len(x), weight.shape[0])

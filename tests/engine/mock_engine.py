@@ -18,10 +18,10 @@ def submit(number, prompt, tokens=4, **fields):
 class Engine:
     """`output` and `results` by request id; `read` is called with every message."""
 
-    def __init__(self, groups=(FULL,), units=(64,), seqs=4, key=b"secret", nodes=1000, ahead=False):
+    def __init__(self, groups=(FULL,), units=(64,), seqs=4, key=b"secret", nodes=1000, ahead=False, speculator=None):
         self.runner = MockRunner(PAGE, CHUNK, groups, ahead=ahead)
         self.space = Space(groups, units, PAGE, chunk=CHUNK, key=key, nodes=nodes)
-        self.loop = Loop(self, self.runner, self.space, max_seqs=seqs, chunk=CHUNK)
+        self.loop = Loop(self, self.runner, self.space, max_seqs=seqs, chunk=CHUNK, speculator=speculator)
         self.messages, self.output, self.results = [], {}, {}
 
     @property

@@ -1,9 +1,10 @@
-"""Same seed, same bytes, whatever the cache does, and nothing is lost: random arrivals, turns, cancels, crashes and
-evictions on a mock model that checks each cell and record it reads, for every mix of cache layouts."""
+"""Same seed, same bytes, whatever the cache does and whoever drafts, and nothing is lost: random arrivals, turns,
+cancels, crashes and evictions on a mock model that checks each cell and record it reads, for every mix of layouts."""
 
 import random
 
 import pytest
+from guesser import NATURES, Guesser
 from mock_engine import CHUNK, PAGE, Engine
 from mock_runner import FULL, STATE, VOCAB, oracle, sliding
 from msgspec.structs import replace
@@ -38,6 +39,7 @@ class World:
 
     def __init__(self, rng, layout, ahead):
         self.rng, self.groups, self.ahead = rng, LAYOUTS[layout], ahead
+        self.nature, self.most = rng.choice([*NATURES, ""]), rng.randrange(1, MAX_ROWS)
         self.seqs = rng.choice([1, 2, 5, MAX_SEQS])
         self.full = rng.randrange(LONGEST // PAGE + 1, rng.choice([30, 100]))
         self.spare = rng.randrange(0, 40)
@@ -46,9 +48,9 @@ class World:
         self.start()
 
     def start(self):
-        self.engine = Engine(
-            self.groups, units_of(self.groups, self.full, self.seqs, self.spare), self.seqs, ahead=self.ahead
-        )
+        units = units_of(self.groups, self.full, self.seqs, self.spare)
+        guesser = Guesser(self.rng, self.nature, self.most, PAGE) if self.nature else None
+        self.engine = Engine(self.groups, units, self.seqs, ahead=self.ahead, speculator=guesser)
 
     def submit(self):
         rng, number = self.rng, len(self.requests) + 1
@@ -147,8 +149,16 @@ class World:
             if request.prompt_logprobs >= 0:
                 assert self.scores[number] == [-float(token) for token in request.prompt.cast("i")[1:]]
             assert 0 <= result.timing.cached_tokens <= len(request.prompt) // 4
+            self.check_drafts(result)
         for pool in self.engine.space.pools:
             assert pool.available == pool.total
+
+    def check_drafts(self, result):
+        """Every right guess held up to the stop, and no wrong one."""
+        drafted, accepted = (counts.get(self.nature, 0) for counts in (result.timing.drafted, result.timing.accepted))
+        assert set(result.timing.drafted) <= {self.nature}
+        right = drafted if result.reason == "length" else accepted
+        assert {"oracle": right, "liar": 0}.get(self.nature, accepted) == accepted <= drafted
 
 
 def live(seed, layout, events=60):

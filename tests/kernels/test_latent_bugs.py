@@ -14,7 +14,8 @@ SMALL = Shape("bf16", 64, 4, 32, 32, 16, 8, 16)
 RAGGED = Shape("fp8", 136, 3, 16, 272, 8, 16, 20)
 BOUNDS = (1e-6, 2e-5, 1e-4, 1e-6)  # of q, attention, latents and keys
 KERNELS = ("latent_down_8", "latent_query_8", "latent_attention_bf16_16", "latent_attention_fp8_16", "latent_value")
-QKV, ITEMS, ATTENTION, VALUE = "latent_qkv.cuh", "latent_items.cuh", "latent_attention.cu", "latent_value.cu"
+QKV, ITEMS, TILES = "latent_qkv.cuh", "items.cuh", "latent_items.cuh"
+ATTENTION, VALUE = "latent_attention.cu", "latent_value.cu"
 BUGS = {
     "rows of up_key exchanged": (QKV, "keys + (n + pair + 1) * latent", "keys + (n + pair) * latent"),
     "another head's up_key": (QKV, "int64_t{head} * nope * latent", "int64_t{heads - 1 - head} * nope * latent"),
@@ -74,8 +75,8 @@ def test_a_planted_bug_is_seen(execution, bug):
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        (ITEMS, "scales[key * 4 + chunk / 8]", "scales[(key ^ 1) * 4 + chunk / 8]"),
-        (ITEMS, "scales[key * 4 + chunk / 8]", "scales[key * 4]"),
+        (TILES, "scales[key * 4 + chunk / 8]", "scales[(key ^ 1) * 4 + chunk / 8]"),
+        (TILES, "scales[key * 4 + chunk / 8]", "scales[key * 4]"),
         (QKV, "+ block] = scale;", "+ block] = 1.0f;"),
     ],
     ids=["another cell's scale", "the first block's scale", "a scale that is not written"],

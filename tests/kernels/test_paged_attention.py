@@ -220,7 +220,7 @@ def test_an_accepted_branch_had_the_bits_of_the_plain_chain(execution, shape):
 
 # ---- bugs that must be seen ----
 
-SOURCE, ITEMS, SHARED = "paged_attention.cu", "paged_items.cuh", "attention.cuh"
+SOURCE, ITEMS, SHARED = "paged_attention.cu", "items.cuh", "attention.cuh"
 BUGS = {
     "a page too far": (SHARED, "int page = position / page_size;", "int page = (position + 1) / page_size;"),
     "a window too wide": (SHARED, "? position + 1 - window : 0", "? position - window : 0"),

@@ -73,10 +73,11 @@ def test_a_row_has_the_same_bits_wherever_the_prefill_began_and_ends(execution, 
         assert same_bits(found[live], bits[live]), (shape, first, end)
 
 
-def test_a_chunk_of_padding_reads_nothing(execution):
-    shape = SHAPES[0]
-    context = Context(shape, (64,))
-    rows = context.chunk(0, C, 0, 0)
+@pytest.mark.parametrize("index", [0, 2])
+@pytest.mark.parametrize("shape", FEW, ids=str)
+def test_a_chunk_of_padding_reads_nothing(execution, shape, index):
+    context = Context(shape, (192,))
+    rows = context.chunk(index, C, 0, 0)
     rows.cells[0].tables[:] = -(1 << 20)
     assert not attend(execution.launcher, queries(shape, C), rows, context.kv).any()
 
@@ -200,14 +201,14 @@ def test_two_blocks_share_a_multiprocessor(head_dim, itemsize):
 
 # ---- bugs that must be seen ----
 
-SOURCE, SHARED = "prefill.cu", "attention.cuh"
+SOURCE, TILES, SHARED = "prefill.cu", "prefill_tiles.cuh", "attention.cuh"
 SMALL = Shape("bf16", 64, 1, 3, 4, window=90)
 BUGS = {
     "a page too far": (SHARED, "int page = position / page_size;", "int page = (position + 1) / page_size;"),
     "the key after the query": (SOURCE, "key <= at &&", "key <= at + 1 &&"),
     "a window too wide": (SOURCE, "at - window : -1", "at - window - 1 : -1"),
-    "cells that nobody sees": (SOURCE, "bool known = position >= range.first_key &&", "bool known ="),
-    "cells after the last": (SOURCE, "&& position <= range.last_key", ""),
+    "cells that nobody sees": (TILES, "bool known = position >= range.first_key &&", "bool known ="),
+    "cells after the last": (TILES, "&& position <= range.last_key", ""),
     "no wait for the tile": (SOURCE, "cp_async_wait<1>();", ""),
     "no barrier before the tile is used": (
         SOURCE,
@@ -246,7 +247,7 @@ def test_a_planted_bug_is_seen(execution, bug):
 
 def test_a_wrong_scale_is_seen(execution):
     wrong = trimmed(execution, SOURCE, "prefill_attention_fp8_64")
-    wrong = wrong.mutated(SOURCE, "(chunk ? call.value_scales : call.key_scales)", "call.key_scales")
+    wrong = wrong.mutated(TILES, "(chunk ? call.value_scales : call.key_scales)", "call.key_scales")
     assert not is_right(wrong, replace(SMALL, kv="fp8"))
 
 
