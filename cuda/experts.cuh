@@ -34,8 +34,8 @@ struct Stream {
     static constexpr int kStep = kMembers * Format::kBytes;
     typename Format::Held held[kDepth][2];
     const unsigned char* next[2];  // what step 0 would fetch
+    const unsigned char* scales[2];
     const float* cells[2];
-    const unsigned char* words[2];
     Unit unit;
     int index, item;
     Steps steps;
@@ -90,7 +90,7 @@ struct Stream {
             int64_t place = int64_t{expert} * stack.groups + stack.group(unit.tile, which);
             next[which] = stack.data + (place * stack.blocks + member_index()) * Format::kBytes + lane_index() * 16;
             next[which] -= from * kStep;
-            words[which] = next[which] + Format::word();
+            scales[which] = next[which] + Format::word();
             if constexpr (Format::kCells)
                 cells[which] = stack.factors + place * stack.pitch + 8 + member_index() / 2 - from * (kMembers / 2);
         }
@@ -100,7 +100,7 @@ struct Stream {
         if (step >= steps.own) return;
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
-            held[step][which].fetch(next[which] + step * kStep, words[which] + step * kStep);
+            held[step][which].fetch(next[which] + step * kStep, scales[which] + step * kStep);
             if constexpr (Format::kCells) held[step][which].cell = cells[which][step * (kMembers / 2)];
         }
     }
@@ -119,7 +119,7 @@ struct Stream {
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
             next[which] += kDepth * kStep;
-            words[which] += kDepth * kStep;
+            scales[which] += kDepth * kStep;
             if constexpr (Format::kCells) cells[which] += kDepth * (kMembers / 2);
         }
     }
@@ -137,7 +137,7 @@ struct Visitors {
         x = reinterpret_cast<const uint4*>(stack.x);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-            int position = item.first + min(8 * c + lane_index() / 4, item.count - 1);
+            int position = item.first + min(8 * c + gemv::group_row(), item.count - 1);
             uint32_t row = item.expert < 0 ? position : stack.by_rows ? work.table.row(position) : work.table.visit(position);
             row *= stack.inputs / 8;
             place[c] = row + gemv::quarter() + first * (kInputs / 8), last[c] = row + stack.inputs / 8 - 1;
@@ -179,7 +179,7 @@ FWD_INLINE void clear(float (&sums)[kColumns][4]) {
 // The sums of `count` visits where all warps find them: own [visits][kPitch].
 template <int kColumns>
 FWD_INLINE void store_sums(float* own, const float (&sums)[kColumns][4], int count) {
-    int group = lane_index() / 4, pair = lane_index() % 4 * 2;
+    int group = gemv::group_row(), pair = gemv::quarter() * 2;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
         float* to = own + (8 * c + pair) * kPitch + group;

@@ -1,29 +1,20 @@
 // A packed matrix times a few rows: weights are the A operand of mma.m16n8k16 and are streamed once, rows are its B.
 //
 // Packed (fwd/kernels/packing.py): groups of 8 outputs, each of blocks of 8 × 32·kSub numbers, 512 bytes, 16 a lane, and
-// their scales; quant.cuh makes bf16 of them. Two groups are a tile of 16 outputs. A block of 8 warps takes tiles in turn: warp w sums their blocks w, w + 8, … in order,
-// then the sums of the warps are added in the order of the warps. So what comes out depends on the row and the weights
-// alone: not on the rows beside it, how many tiles a block takes at once, or how many blocks there are.
+// their scales; quant.cuh makes bf16 of them. Two groups are a tile of 16 outputs. A block of 8 warps takes tiles in turn:
+// warp w sums their blocks w, w + 8, … in order, then the sums of the warps are added in the order of the warps. So what
+// comes out depends on the row and the weights alone: not on the rows beside it, how many tiles a block takes at once, or
+// how many blocks there are.
 #pragma once
 
-#include "quant.cuh"
+#include "gemv_rows.cuh"
 
 namespace fwd::gemv {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kResident = 2;           // blocks that share a multiprocessor's registers
-constexpr int kInputs = 32;            // of a sub-block: of a block of bf16
-constexpr int kTile = 16;              // outputs
-constexpr int kPitch = 20;             // floats from a row of sums to the next: no two lanes in one bank
-constexpr int kSums = 8 * kPitch;      // floats of a warp's sums of one tile and eight rows
-
-template <class Format>
-FWD_INLINE int blocks_of(int inputs) {
-    return (inputs + Format::kSub * kInputs - 1) / (Format::kSub * kInputs);
-}
-FWD_INLINE int warp_index() { return threadIdx.x / 32; }
-FWD_INLINE int lane_index() { return threadIdx.x % 32; }
+constexpr int kResident = 2;       // blocks that share a multiprocessor's registers
+constexpr int kTile = 16;          // outputs
+constexpr int kPitch = 20;         // floats from a row of sums to the next: no two lanes in one bank
+constexpr int kSums = 8 * kPitch;  // floats of a warp's sums of one tile and eight rows
 
 // ---- which groups are a tile: from `first`, every `stride`-th ----
 
@@ -45,43 +36,6 @@ struct HeadHalves {
     unsigned half;  // groups
     FWD_INLINE int first(unsigned tile) const { return tile + tile / half * half; }
     FWD_INLINE int stride() const { return half; }
-};
-
-// ---- where the rows are: a lane wants inputs lane % 4 · 8 … + 7 of a sub-block, of row lane / 4 of 8 ----
-
-// Rows past the last read the last one: their sums go nowhere.
-FWD_INLINE int row_of(int column, int rows) { return min(8 * column + lane_index() / 4, rows - 1); }
-
-// `block` counts sub-blocks of 32 inputs. Those past the last are asked for and not used; what is read then stands in shared memory behind the rows.
-template <int kColumns>
-struct Staged {
-    static constexpr int kBatch = 1;  // reads of a column that are under way at once
-    const unsigned char* place[kColumns];
-
-    FWD_INLINE Staged(const unsigned char* staged, int pitch, int rows) {
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) place[c] = staged + row_of(c, rows) * pitch + lane_index() % 4 * 16;
-    }
-    FWD_INLINE uint4 at(int column, int block) const { return load_shared(place[column] + block * (2 * kInputs)); }
-};
-
-// Inputs past the last are the last 8: their weights are 0. Places count 8 inputs: an address is one instruction then.
-template <int kColumns, int kReads>
-struct Direct {
-    static constexpr int kBatch = kReads;
-    const uint4* x;
-    uint32_t place[kColumns], last[kColumns];
-
-    FWD_INLINE Direct(const bf16* rows_, int rows, int inputs) : x(reinterpret_cast<const uint4*>(rows_)) {
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-            uint32_t row = row_of(c, rows) * (inputs / 8);
-            place[c] = row + quarter(), last[c] = row + inputs / 8 - 1;
-        }
-    }
-    FWD_INLINE uint4 at(int column, int block) const {
-        return load_global(x + min(place[column] + block * (kInputs / 8), last[column]));
-    }
 };
 
 // ---- products ----
@@ -125,11 +79,11 @@ struct Weights {
     const float* factors;
     Tiling tiling;
     int blocks, tiles, pitch;
-    int tile;                            // what is fetched next: of this one,
-    const unsigned char* next[kGroups];  // from here,
-    const unsigned char* words[kGroups];
-    const float* cells[kGroups];         // with the scales from here,
-    int left;                            // as many blocks and those between them, which are other warps'
+    int tile;                              // what is fetched next: of this one,
+    const unsigned char* next[kGroups];    // from here,
+    const unsigned char* scales[kGroups];  // with the scales from here,
+    const float* cells[kGroups];           // or from here,
+    int left;                              // as many blocks and those between them, which are other warps'
     typename Format::Held held[kDepth][kGroups];
 
     FWD_INLINE Weights(Packed matrix, Tiling tiling, int inputs, int tiles)
@@ -150,7 +104,7 @@ struct Weights {
         for (int group = 0; group < kGroups; ++group) {
             int place = tiling.first(tile) + group * tiling.stride();
             next[group] = data + int64_t{place} * (blocks * kBlockBytes);
-            words[group] = next[group] + Format::word();
+            scales[group] = next[group] + Format::word();
             if constexpr (Format::kCells) cells[group] = factors + int64_t{place} * pitch + 8 + warp_index() / 2;
         }
         left = tile < tiles ? blocks - warp_index() : 0;
@@ -160,7 +114,7 @@ struct Weights {
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
             int apart = step * (kWarps * kBlockBytes);
-            held[step][group].fetch(next[group] + apart, words[group] + apart);
+            held[step][group].fetch(next[group] + apart, scales[group] + apart);
             if constexpr (Format::kCells) held[step][group].cell = cells[group][step * (kWarps / 2)];
         }
     }
@@ -175,7 +129,7 @@ struct Weights {
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
             next[group] += kDepth * kWarps * kBlockBytes;
-            words[group] += kDepth * kWarps * kBlockBytes;
+            scales[group] += kDepth * kWarps * kBlockBytes;
             if constexpr (Format::kCells) cells[group] += kDepth * (kWarps / 2);
         }
         left -= kDepth * kWarps;
@@ -236,7 +190,7 @@ FWD_INLINE void multiply(float (&sums)[kWide][kColumns][4], Weights<Format, kWid
 // A warp's sums as [tile][row][output], where all warps find them.
 template <int kWide, int kColumns>
 FWD_INLINE void store_sums(float* shared, const float (&sums)[kWide][kColumns][4]) {
-    int group = lane_index() / 4, pair = lane_index() % 4 * 2;
+    int group = group_row(), pair = quarter() * 2;
 #pragma unroll
     for (int w = 0; w < kWide; ++w)
 #pragma unroll
@@ -245,14 +199,6 @@ FWD_INLINE void store_sums(float* shared, const float (&sums)[kWide][kColumns][4
             own[0] = sums[w][c][0], own[kPitch] = sums[w][c][1];
             own[8] = sums[w][c][2], own[kPitch + 8] = sums[w][c][3];
         }
-}
-
-template <int kSpan>  // floats of a warp's sums
-FWD_INLINE float total(const float* shared) {
-    float sum = shared[0];
-#pragma unroll
-    for (int warp = 1; warp < kWarps; ++warp) sum += shared[warp * kSpan];
-    return sum;
 }
 
 // All tiles of this block. For each output of each row the epilogue is asked early for what it will need, then given
@@ -291,76 +237,5 @@ FWD_INLINE void run(Weights<Format, kWide, Tiling>& weights, const Rows& rows, f
         turn = turn == shared ? shared + kWarps * kSpan : shared;
     }
 }
-
-// ---- rows that are normed first ----
-
-// RMSNorm of `rows` rows as bf16 in shared memory at `staged`, `pitch` bytes each, zeros behind `inputs` to the end of
-// the last block: a row begins half a cycle of banks after the one before. Each thread
-// has the same chunks of 8 inputs of every row, and of the norm's weight, so that most of it needs no barrier.
-template <class Format>
-struct Normed {
-    const bf16* hidden;
-    const bf16* weight;
-    float eps;
-    int rows, inputs, pitch;
-    unsigned char* staged;   // [rows][pitch]
-    unsigned char* factors;  // [pitch]: the weight
-    float* partials;         // [rows][kWarps]
-
-    FWD_INLINE Normed(const bf16* hidden, const bf16* weight, float eps, int rows, int inputs, unsigned char* shared)
-        : hidden(hidden), weight(weight), eps(eps), rows(rows), inputs(inputs), pitch((chunks() * 16) | 64) {
-        staged = shared;
-        factors = staged + rows * pitch;
-        partials = reinterpret_cast<float*>(factors + pitch);
-    }
-    FWD_INLINE float* behind() const { return partials + rows * kWarps; }
-    FWD_INLINE int chunks() const { return blocks_of<Format>(inputs) * Format::kSub * (kInputs / 8); }
-
-    FWD_INLINE void copy(unsigned char* target, const bf16* source) const {
-        for (int chunk = threadIdx.x; chunk < chunks(); chunk += kThreads) {
-            bool valid = chunk * 8 < inputs;
-            cp_async_16_zfill(target + chunk * 16, source + (valid ? chunk * 8 : 0), valid);
-        }
-    }
-    FWD_INLINE float squares(int row) const {
-        float sum = 0.0f;
-        for (int chunk = threadIdx.x; chunk < chunks(); chunk += kThreads) {
-            float x[8];
-            unpack8(load_shared(staged + row * pitch + chunk * 16), x);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) sum = fmaf(x[i], x[i], sum);
-        }
-        return warp_sum(sum);
-    }
-    FWD_INLINE void scale(int row, float factor) const {
-        for (int chunk = threadIdx.x; chunk < chunks(); chunk += kThreads) {
-            float x[8], w[8];
-            unpack8(load_shared(staged + row * pitch + chunk * 16), x);
-            unpack8(load_shared(factors + chunk * 16), w);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) x[i] = round_bf16(x[i] * factor) * w[i];
-            store_shared(staged + row * pitch + chunk * 16, pack8(x));
-        }
-    }
-
-    // Before the wait: only the weight is read.
-    FWD_INLINE void prepare() const { copy(factors, weight); }
-
-    FWD_INLINE void stage() const {
-        for (int row = 0; row < rows; ++row) copy(staged + row * pitch, hidden + int64_t{row} * inputs);
-        cp_async_commit();
-        cp_async_wait<0>();
-        for (int row = 0; row < rows; ++row) {
-            float sum = squares(row);
-            if (lane_index() == 0) partials[row * kWarps + warp_index()] = sum;
-        }
-        block_barrier();
-        for (int row = 0; row < rows; ++row) {
-            float sum = total<1>(partials + row * kWarps);
-            scale(row, rsqrtf(sum / inputs + eps));
-        }
-        block_barrier();
-    }
-};
 
 }  // namespace fwd::gemv

@@ -2,7 +2,8 @@
 // are generic over. Layouts are those of fwd/kernels/packing.py.
 //
 // A lane has 16 bytes of a block, 4·kSub numbers of one output; numbers_of gives 8 of a sub-block of 32 inputs. They
-// are bf16 times a power of two that `kFactor` or `factors` take back at the end. Every number and every product
+// are bf16 times a power of two that `kFactor` or `factors` take back at the end. Scales stand `word()` bytes behind: whoever
+// fetches keeps both addresses, as the compiler would make the second one anew for every block. Every number and every product
 // with its scale is exact in bf16, subnormals of a format included: bits are put where bf16 has them, and one product
 // by a power of two, which also carries the scale, makes a normal number of them.
 #pragma once
@@ -11,12 +12,15 @@
 
 namespace fwd::gemv {
 
-FWD_INLINE int group_row() { return threadIdx.x % 32 / 4; }   // the output of a group that this lane has
-FWD_INLINE int quarter() { return threadIdx.x % 4; }          // and which 8 of 32 inputs
+constexpr int kInputs = 32;  // of a sub-block: of a block of bf16
+
+FWD_INLINE int lane_index() { return threadIdx.x % 32; }
+FWD_INLINE int group_row() { return lane_index() / 4; }  // the output of a group that this lane has
+FWD_INLINE int quarter() { return threadIdx.x % 4; }     // and which 8 of 32 inputs
 
 // From a lane's 16 bytes of a block to the word of its output behind the numbers, and of its half of 32 inputs there.
-FWD_INLINE int word_of_row() { return 512 + group_row() * 4 - int(threadIdx.x % 32) * 16; }
-FWD_INLINE int word_of_half() { return 512 + group_row() * 8 + quarter() / 2 * 4 - int(threadIdx.x % 32) * 16; }
+FWD_INLINE int word_of_row() { return 512 + group_row() * 4 - lane_index() * 16; }
+FWD_INLINE int word_of_half() { return 512 + group_row() * 8 + quarter() / 2 * 4 - lane_index() * 16; }
 
 FWD_INLINE uint32_t rotated(uint32_t word, int left) { return __funnelshift_l(word, word, left); }
 
@@ -42,7 +46,7 @@ struct Plain {
     static constexpr bool kScaled = true;       // sums are multiplied by that, or by
     static constexpr float kFactor = 1.0f;
     FWD_INLINE static int pitch(int) { return 0; }  // floats of a group
-    FWD_INLINE static int word() { return 0; }  // from a lane's numbers to its scales
+    FWD_INLINE static int word() { return 0; }      // from a lane's numbers to its scales
 };
 
 struct Bf16 : Plain {
@@ -52,7 +56,7 @@ struct Bf16 : Plain {
     struct Held {
         uint4 words;
 
-        FWD_INLINE void fetch(const unsigned char* lane, const unsigned char* word) { words = load_stream(lane); }
+        FWD_INLINE void fetch(const unsigned char* lane, const unsigned char*) { words = load_stream(lane); }
         FWD_INLINE void numbers_of(int, uint32_t (&pairs)[4]) const {
             pairs[0] = words.x, pairs[1] = words.y, pairs[2] = words.z, pairs[3] = words.w;
         }
@@ -118,7 +122,7 @@ struct Fp8 : Plain {
         uint4 words;
         float cell;
 
-        FWD_INLINE void fetch(const unsigned char* lane, const unsigned char* word) { words = load_stream(lane); }
+        FWD_INLINE void fetch(const unsigned char* lane, const unsigned char*) { words = load_stream(lane); }
         FWD_INLINE static void spread(uint32_t word, uint32_t& first, uint32_t& second) {
             first = mul_bf16x2(word & 0x87F087F0u, 0x7B807B80u);
             second = mul_bf16x2((rotated(word, 28) & 0x87808780u) | (rotated(word, 4) & 0x00700070u), 0x7B807B80u);
@@ -159,8 +163,7 @@ struct Int4<32> : Plain {
 
         FWD_INLINE void fetch(const unsigned char* lane, const unsigned char* word) {
             words = load_stream(lane);
-            const unsigned char* row = word;
-            scales[0] = load_stream_4(row), scales[1] = load_stream_4(row + 32), zeros = load_stream_4(row + 64);
+            scales[0] = load_stream_4(word), scales[1] = load_stream_4(word + 32), zeros = load_stream_4(word + 64);
         }
         FWD_INLINE void numbers_of(int sub, uint32_t (&pairs)[4]) const {
             spread_int4(word_of(words, sub), zeros_of(sub % 2 == 0 ? zeros : zeros >> 8), sub >= 2, pairs);
@@ -192,5 +195,10 @@ struct Int4<128> : Plain {
 };
 using Int4By32 = Int4<32>;
 using Int4By128 = Int4<128>;
+
+template <class Format>
+FWD_INLINE int blocks_of(int inputs) {
+    return (inputs + Format::kSub * kInputs - 1) / (Format::kSub * kInputs);
+}
 
 }  // namespace fwd::gemv

@@ -13,7 +13,8 @@ FWD_INLINE void unpack(Packed matrix, bf16* rows, int inputs) {
     fwd::grid_dependency_trigger();
     constexpr int kWidth = Format::kSub * kInputs;
     int blocks = blocks_of<Format>(inputs), pitch = Format::pitch(inputs);
-    const unsigned char* group = static_cast<const unsigned char*>(matrix.data) + int64_t{blockIdx.x} * blocks * Format::kBytes;
+    const unsigned char* data = static_cast<const unsigned char*>(matrix.data) + lane_index() * 16;
+    data += int64_t{blockIdx.x} * blocks * Format::kBytes;
     const float* factors = matrix.factors + int64_t{blockIdx.x} * pitch;
     float factor = Format::kFactor;
     if constexpr (Format::kFactors) factor = factors[group_row()];
@@ -21,7 +22,8 @@ FWD_INLINE void unpack(Packed matrix, bf16* rows, int inputs) {
     fwd::grid_dependency_wait();
     for (int block = warp_index(); block < blocks; block += kWarps) {
         typename Format::Held held;
-        held.fetch(group + int64_t{block} * Format::kBytes + lane_index() * 16);
+        const unsigned char* lane = data + int64_t{block} * Format::kBytes;
+        held.fetch(lane, lane + Format::word());
         if constexpr (Format::kCells) held.cell = factors[8 + block * kWidth / 128];
 #pragma unroll
         for (int sub = 0; sub < Format::kSub; ++sub) {
@@ -38,10 +40,10 @@ FWD_INLINE void unpack(Packed matrix, bf16* rows, int inputs) {
 
 }  // namespace
 
-#define FWD_UNPACK(name, Format)                                              \
-    extern "C" __global__ void __launch_bounds__(kThreads)                    \
+#define FWD_UNPACK(name, Format)                                                 \
+    extern "C" __global__ void __launch_bounds__(kThreads)                       \
         name(const void* weight, const float* factors, bf16* rows, int inputs) { \
-        unpack<Format>({weight, factors}, rows, inputs);                      \
+        unpack<Format>({weight, factors}, rows, inputs);                         \
     }
 FWD_UNPACK(unpack_fp8, Fp8)
 FWD_UNPACK(unpack_mxfp4, Mxfp4)

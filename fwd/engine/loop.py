@@ -202,7 +202,7 @@ class Loop:
         self._speculator.measured(rows, self._since - before)
 
     def _keep(self, span: Span, drawn: Sequence[Drawn], *, ahead: bool) -> None:
-        """Commit what a span drew as one: ids, cells and records; what rejected drafts took is given back."""
+        """Commit what a span drew as one: ids, cells and records; what rejected drafts left is written over."""
         request, finite = span.request, [token for token in drawn if token.finite]
         request.clock.steps += 1
         if finite:
@@ -211,7 +211,6 @@ class Loop:
         self.computed += span.end - span.start + held
         self._space.commit(request, span.end + held, int(ahead))
         if span.drafts:
-            self._space.rollback(request)
             request.drafted[span.proposal.drafter] += len(span.drafts)
             request.accepted[span.proposal.drafter] += held
         if finite:

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from fwd.engine.request import Request
 from fwd.engine.space import Space
-from fwd.engine.speculate.drafter import NOTHING, Off, Proposal, Speculator
+from fwd.engine.speculate.drafter import NOTHING, Off, Proposal, Speculator, Wish
 from fwd.protocol.messages import EMPTY, Limits
 
 MAX_ROWS = 16
@@ -228,17 +228,25 @@ class Scheduler:
             rows = min(request.pending, 1 + spare)
             spare -= rows - 1
             spans.append(Span(request, request.computed, request.computed + rows))
-        secured = [span for span in self._drafted(spans, MAX_ROWS - spare) if self._secure(span.request, span.end)]
-        return [self._with_room(span) for span in secured if span.request.placed]
+        secured = [span for span in spans if self._secure(span.request, span.end)]
+        return self._drafted([span for span in secured if span.request.placed])
 
-    def _drafted(self, spans: list[Span], rows: int) -> list[Span]:
-        """The spans with drafts for those that have nothing to replay."""
-        steady = {span.request.id for span in spans if span.request.pending == 1}
-        proposals = iter(self._speculator.propose([span.request for span in spans if span.request.id in steady], rows))
-        return [span._replace(proposal=next(proposals)) if span.request.id in steady else span for span in spans]
+    def _drafted(self, spans: list[Span]) -> list[Span]:
+        """The spans, those with drafts that have nothing to replay; nobody is preempted for a guess."""
+        rows = sum(span.end - span.start for span in spans)
+        drafting = [
+            span.request for span in spans if span.request.pending == 1 and self._speculator.drafts(span.request)
+        ]
+        most = [self._space.spare(request, min(MAX_ROWS - rows, request.room)) for request in drafting]
+        wishes = [Wish(request, count) for request, count in zip(drafting, most, strict=True) if count]
+        if not wishes:
+            return spans
+        proposals = zip(wishes, self._speculator.propose(wishes, rows), strict=True)
+        found = {wish.request.id: proposal for wish, proposal in proposals}
+        return [self._prepared(span._replace(proposal=found.get(span.request.id, NOTHING))) for span in spans]
 
-    def _with_room(self, span: Span) -> Span:
-        """The span without drafts where there are no pages for them: nobody is preempted for a guess."""
+    def _prepared(self, span: Span) -> Span:
+        """The span without drafts where records lack for them."""
         if span.drafts and not self._space.prepare(span.request, span.reach):
             return span._replace(proposal=NOTHING)
         return span
@@ -246,8 +254,13 @@ class Scheduler:
     def _secure(self, request: Request, end: int) -> bool:
         """Make ready to compute up to `end`, preempting whom it must; False if that was the request itself."""
         while request.placed and not self._space.prepare(request, end):
-            self._preempt(_youngest(self._running))
+            if not self._take_back():
+                self._preempt(_youngest(self._running))
         return request.placed
+
+    def _take_back(self) -> bool:
+        """Give back the pages that a running request has for drafts; False if none has."""
+        return any(self._space.rollback(each) for each in self._running if each.placed)
 
     def _preempt(self, request: Request) -> None:
         self._displace(request)

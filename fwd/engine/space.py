@@ -98,12 +98,22 @@ class Space:
         request.fresh_at, request.begun = -1, True
         request.advance(end)
 
-    def rollback(self, request: Request) -> None:
-        """Give back what holds no committed token: the room of drafts that were not accepted."""
-        for group in self._paged:
-            self._drop(group, request.tables[group].cut(self.pages_for(request.computed)))
-        self._drop(self._state, request.staged)
-        request.staged = []
+    def spare(self, request: Request, most: int) -> int:
+        """Reserve pages for up to `most` positions after the known ones, as far as there are any: for how many.
+
+        They are kept until the request is released or `rollback` takes them.
+        """
+        while most > 0 and not self._reserve(request, request.length + most, self._paged):
+            most -= 1
+        return max(0, most)
+
+    def rollback(self, request: Request) -> bool:
+        """Give back the pages beyond the next token, which only drafts could use; False if there are none."""
+        kept = self.pages_for(min(request.length + 1, request.limit))
+        cut = [list(request.tables[group].cut(kept)) for group in self._paged]
+        for group, pages in zip(self._paged, cut, strict=True):
+            self._drop(group, pages)
+        return any(cut)
 
     def publish(self, request: Request) -> None:
         """Let others find what the request's prefill has made."""

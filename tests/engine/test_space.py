@@ -32,15 +32,20 @@ def placed(groups, units, prompt, known=0):
 @pytest.mark.parametrize("accepted", [1, 2, 5])
 @pytest.mark.parametrize("prompt", [5, 8, 23])
 def test_rows_that_are_not_accepted_leave_nothing(layout, accepted, prompt):
-    space, request = placed(*GROUPS[layout], prompt, known=5)
+    space, request = placed(*GROUPS[layout], prompt)
+    assert space.spare(request, 4) == 4
     assert space.prepare(request, prompt + 5)
     staged = list(request.staged)
+    request.append([7] * accepted)
     space.commit(request, prompt + accepted)
-    space.rollback(request)
+    kept = space.pages_for(request.length + 1)
+    more = any(len(table) > kept for table in request.tables)
+    assert space.rollback(request) == more
     space.check()
 
     assert request.computed == prompt + accepted
-    assert all(len(table) == space.pages_for(prompt + accepted) for table in request.tables)
+    assert all(space.pages_for(request.computed) <= len(table) <= kept for table in request.tables)
+    assert not space.rollback(request)
     if staged:
         assert request.record == staged[accepted - 1]
         assert space.pools[-1].total - space.pools[-1].free == 1

@@ -49,10 +49,10 @@ class Speculator(Protocol):
         """Whether the request may have drafts in its next step, which then must wait for the one before it."""
         ...
 
-    def propose(self, requests: Sequence[Request], rows: int) -> list[Proposal]:
+    def propose(self, wishes: Sequence[Wish], rows: int) -> list[Proposal]:
         """Return drafts for requests all of whose ids but one are computed, for a step that has `rows` rows already.
 
-        Together they take no more than `MAX_ROWS` − `rows` rows, and each no more than its request has `room` for.
+        Together they take no more than `MAX_ROWS` − `rows` rows. Each request has pages for as many as it wishes for.
         """
         ...
 
@@ -75,8 +75,8 @@ class Off:
     def drafts(self, request: Request) -> bool:  # noqa: ARG002, D102
         return False
 
-    def propose(self, requests: Sequence[Request], rows: int) -> list[Proposal]:  # noqa: ARG002, D102
-        return [NOTHING] * len(requests)
+    def propose(self, wishes: Sequence[Wish], rows: int) -> list[Proposal]:  # noqa: ARG002, D102
+        return [NOTHING] * len(wishes)
 
     def settle(self, request: Request, proposal: Proposal, count: int) -> None:
         """Nothing is learnt."""
