@@ -26,7 +26,8 @@ from fwd.errors import EngineError
 from fwd.models.layout import Group
 from fwd.protocol.client import Client
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Failed, Finished, Limits, Submit, Tokens
+from fwd.protocol.messages import Failed, Finished, Submit, Tokens
+from fwd.protocol.values import Limits
 
 TARGET = 5e6  # tokens matched a second
 CACHED = 1 << 20  # tokens

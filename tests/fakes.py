@@ -21,30 +21,24 @@ from msgspec import Struct
 from fwd.protocol.frames import Channel
 from fwd.protocol.ids import unpack_ids
 from fwd.protocol.messages import (
-    MAX_FRAME,
     VERSION,
     Cancel,
-    EngineInfo,
     Failed,
     Finished,
     Hello,
-    Limits,
     Load,
     Loading,
     Message,
     Ping,
     Pong,
-    Prefilling,
     PromptLogprobs,
     Ready,
-    Reason,
     Submit,
-    Timing,
     ToEngine,
     Tokens,
-    TopLogprobs,
     to_engine,
 )
+from fwd.protocol.values import MAX_FRAME, EngineInfo, Limits, Prefilling, Reason, Timing, TopLogprobs
 
 MASK = 2**64 - 1
 SCORES = 512

@@ -19,7 +19,8 @@ from fwd.front.service import Service
 from fwd.front.streams import Stream
 from fwd.front.supervisor import Supervisor
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Limits, Load, Pong, Submit
+from fwd.protocol.messages import Load, Pong, Submit
+from fwd.protocol.values import Limits
 
 T = TypeVar("T")
 MODEL = Load(model="fake")

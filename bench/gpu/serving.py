@@ -17,7 +17,7 @@ from fwd.cli.private import Private, private_daemon
 from fwd.engine.memory import available
 from fwd.errors import EngineError
 from fwd.protocol.client import Client
-from fwd.protocol.messages import EngineInfo
+from fwd.protocol.values import EngineInfo
 from gpu.configs import MODELS
 from gpu.shapes import spec
 from gpu.streams import MODEL

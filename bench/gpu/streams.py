@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from fwd.errors import EngineError
 from fwd.protocol.client import Client
-from fwd.protocol.messages import Finished, Timing, Tokens
+from fwd.protocol.messages import Finished, Tokens
+from fwd.protocol.values import Timing
 
 MODEL = "bench"
 READ = 1 << 16

@@ -9,7 +9,7 @@ from fwd import __version__
 from fwd.api.exposition import Histogram, Kind, Sample, family
 from fwd.front.service import Service
 from fwd.front.streams import Stream
-from fwd.protocol.messages import CacheMiss, EngineInfo, Timing
+from fwd.protocol.values import CacheMiss, EngineInfo, Timing
 
 TICK = 0.25
 REASONS = {"stop": "stop", "length": "length", "cancelled": "abort"}  # vLLM's words

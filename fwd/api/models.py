@@ -15,7 +15,7 @@ from fwd.front.bounds import over_context
 from fwd.front.prompts import Chat
 from fwd.front.service import Service
 from fwd.protocol.ids import unpack_ids
-from fwd.protocol.messages import TokenId
+from fwd.protocol.values import TokenId
 from fwd.text.tokenizer import Tokenizer
 
 INLINE_IDS = 4096

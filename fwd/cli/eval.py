@@ -15,7 +15,8 @@ from fwd.cli.common import Line, plain
 from fwd.cli.options import json_option, requant_option, uds_option
 from fwd.cli.private import Private, private_daemon
 from fwd.config import Config, Device, DType, KVDType
-from fwd.protocol.messages import MAX_CONTEXT, Status
+from fwd.protocol.messages import Status
+from fwd.protocol.values import MAX_CONTEXT
 from fwd.text.tokenizer import Tokenizer
 
 MAX_TEXT = 64 << 20

@@ -20,14 +20,12 @@ from fwd.protocol.messages import (
     Message,
     Ping,
     Pong,
-    Prefilling,
     PromptLogprobs,
-    Reason,
     Submit,
-    Timing,
     ToEngine,
     Tokens,
 )
+from fwd.protocol.values import Prefilling, Reason, Timing
 
 
 class Loop:

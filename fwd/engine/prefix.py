@@ -14,7 +14,7 @@ from itertools import islice, takewhile
 from fwd.engine.pages import Pool
 from fwd.engine.request import Request
 from fwd.models.layout import Group
-from fwd.protocol.messages import CacheMiss
+from fwd.protocol.values import CacheMiss
 
 HASH_BYTES = 16
 NODE_BYTES = 448  # a node with its hash, its tokens and its entry in the table; measured by a test

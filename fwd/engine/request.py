@@ -8,7 +8,8 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fwd.errors import BadFrameError
-from fwd.protocol.messages import CacheMiss, Submit, TopLogprobs
+from fwd.protocol.messages import Submit
+from fwd.protocol.values import CacheMiss, TopLogprobs
 
 if TYPE_CHECKING:
     from fwd.engine.pages import BlockTable

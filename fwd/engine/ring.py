@@ -14,7 +14,7 @@ from fwd.engine.speculate.verify import verified
 from fwd.engine.step import BUCKETS, CPU, Step, Table
 from fwd.errors import EngineError
 from fwd.kernels.drawing import FIELDS, new_outcome
-from fwd.protocol.messages import TopLogprobs
+from fwd.protocol.values import TopLogprobs
 
 SPINS = 20_000  # looks at the stamp before the host waits between them: some milliseconds
 PAUSE = 50e-6  # seconds; the kernel makes twice that of it

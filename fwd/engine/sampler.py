@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fwd.engine.request import Drawn, Request
 from fwd.kernels.noise import choice_seed
 from fwd.kernels.ops import Draw, Sampled, Top
-from fwd.protocol.messages import TopLogprobs
+from fwd.protocol.values import TopLogprobs
 
 NO_TOP = TopLogprobs()
 

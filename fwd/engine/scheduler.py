@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from fwd.engine.request import Request
 from fwd.engine.space import Space
 from fwd.engine.speculate.drafter import NOTHING, Off, Proposal, Speculator, Wish
-from fwd.protocol.messages import EMPTY, Limits
+from fwd.protocol.values import EMPTY, Limits
 
 MAX_ROWS = 16
 REFILL_TOKENS = 1 << 20  # of ended answers that wait to be prefilled once more

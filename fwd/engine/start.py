@@ -31,7 +31,8 @@ from fwd.models.model import Model
 from fwd.models.spec import ModelSpec
 from fwd.models.streamed import fallbacks
 from fwd.protocol.frames import Channel
-from fwd.protocol.messages import EngineInfo, Load, ToEngine
+from fwd.protocol.messages import Load, ToEngine
+from fwd.protocol.values import EngineInfo
 
 SMALL_MODEL = 64 << 20
 

@@ -6,7 +6,8 @@ from msgspec.structs import replace
 
 from fwd.errors import BadRequestError, ContextLengthError
 from fwd.protocol.ids import unpack_ids
-from fwd.protocol.messages import EngineInfo, Submit
+from fwd.protocol.messages import Submit
+from fwd.protocol.values import EngineInfo
 
 INLINE = 1024
 MAX_SCORES = 1 << 22  # of prompt tokens and those beside them, some 300 MB in the journal

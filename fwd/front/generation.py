@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
 from fwd.front.streams import Stream
-from fwd.protocol.messages import Reason
+from fwd.protocol.values import Reason
 from fwd.text.detokenize import Detokenizer
 from fwd.text.stops import StopMatcher
 from fwd.text.tokenizer import Tokenizer

@@ -16,7 +16,6 @@ from fwd.front.roster import Roster
 from fwd.front.streams import JournalError, Stream
 from fwd.protocol.messages import (
     VERSION,
-    EngineInfo,
     Failed,
     Finished,
     FromEngine,
@@ -29,6 +28,7 @@ from fwd.protocol.messages import (
     Ready,
     Tokens,
 )
+from fwd.protocol.values import EngineInfo
 
 log = structlog.get_logger("fwd.engine")
 

@@ -27,7 +27,6 @@ from fwd.protocol.messages import (
     Hello,
     Prompt,
     PromptLogprobs,
-    Reason,
     RequestsQuery,
     StatusQuery,
     Stop,
@@ -37,6 +36,7 @@ from fwd.protocol.messages import (
     Tokens,
     to_daemon,
 )
+from fwd.protocol.values import Reason
 
 log = structlog.get_logger("fwd.local")
 MAX_OPEN = 64

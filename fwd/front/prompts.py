@@ -12,7 +12,7 @@ import msgspec
 
 from fwd.errors import BadRequestError, OverloadedError
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import EMPTY
+from fwd.protocol.values import EMPTY
 from fwd.text.template import ChatTemplate
 from fwd.text.tokenizer import Tokenizer
 

@@ -8,7 +8,8 @@ from msgspec.structs import replace
 from fwd.errors import EngineError, FwdError, OverloadedError, PoisonedError
 from fwd.front.queue import Queue
 from fwd.front.streams import Stream
-from fwd.protocol.messages import Cancel, Finished, Message, Prefilling, PromptLogprobs, Tokens
+from fwd.protocol.messages import Cancel, Finished, Message, PromptLogprobs, Tokens
+from fwd.protocol.values import Prefilling
 
 SUSPECT_AFTER = 2
 RETRY_SECONDS = 1.0

@@ -27,7 +27,8 @@ from fwd.front.prompts import Prompts
 from fwd.front.queue import MAX_OPEN, queue_tokens, retry_after
 from fwd.front.streams import Stream
 from fwd.front.supervisor import Supervisor
-from fwd.protocol.messages import EngineInfo, Finished, RequestInfo, Requests, Status, Submit
+from fwd.protocol.messages import Finished, Requests, Status, Submit
+from fwd.protocol.values import EngineInfo, RequestInfo
 
 log = structlog.get_logger("fwd.request")
 SETTLE = 0.5  # seconds for the engine's account of an answer that a stop string ended

@@ -13,7 +13,8 @@ import msgspec
 
 from fwd.errors import FwdError
 from fwd.protocol.ids import pack_ids, unpack_ids
-from fwd.protocol.messages import Finished, Prefilling, PromptLogprobs, Submit, Tokens, TopLogprobs
+from fwd.protocol.messages import Finished, PromptLogprobs, Submit, Tokens
+from fwd.protocol.values import Prefilling, TopLogprobs
 
 
 class JournalError(Exception):

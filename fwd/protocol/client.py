@@ -28,7 +28,6 @@ from fwd.protocol.messages import (
     Hello,
     Message,
     PromptLogprobs,
-    RequestInfo,
     Requests,
     RequestsQuery,
     Status,
@@ -39,6 +38,7 @@ from fwd.protocol.messages import (
     from_daemon,
 )
 from fwd.protocol.requests import prompt_message, submit_message
+from fwd.protocol.values import RequestInfo
 
 Event = Accepted | Tokens | PromptLogprobs | Text | Finished
 GONE = "the daemon closed the connection: see its log, or start it with `fwd serve`"

@@ -18,7 +18,8 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from fwd.errors import BadFrameError
-from fwd.protocol.messages import MAX_FRAME, SPILL, Bulk, Message, encoder
+from fwd.protocol.messages import Bulk, Message, encoder
+from fwd.protocol.values import MAX_FRAME, SPILL
 
 M = TypeVar("M")
 CHUNK = 64 << 10

@@ -8,10 +8,11 @@ import msgspec
 
 from fwd.errors import BadRequestError
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Draft, Limits, Message, Prompt, Sampling, Submit
+from fwd.protocol.messages import Prompt, Submit
+from fwd.protocol.values import Draft, Limits, Sampling
 
-K = TypeVar("K", bound=Message)
-_PARTS: dict[str, type[Message]] = {"sampling": Sampling, "limits": Limits, "draft": Draft}
+K = TypeVar("K", bound=msgspec.Struct)
+_PARTS: dict[str, type[msgspec.Struct]] = {"sampling": Sampling, "limits": Limits, "draft": Draft}
 
 
 def prompt_message(tag: int, prompt: str | Sequence[dict[str, Any]], options: dict[str, Any]) -> Prompt:
@@ -52,7 +53,7 @@ def _checked(kind: type[K], fields: dict[str, Any]) -> K:
         raise BadRequestError(_named(kind, str(error))) from error
 
 
-def _named(kind: type[Message], text: str) -> str:
+def _named(kind: type[msgspec.Struct], text: str) -> str:
     """An error of a positional struct with the name of the field instead of its index."""
     place = re.search(r" - at `\$\[(\d+)\].*`", text)
     if place is None:

@@ -5,7 +5,7 @@ import pytest
 from apiserver import script, serving
 
 from fwd.front import service
-from fwd.protocol.messages import Timing
+from fwd.protocol.values import Timing
 
 CHAT = "/v1/chat/completions"
 COMPLETE = "/v1/completions"

@@ -7,7 +7,7 @@ import pytest
 from apiserver import EOS, FIRST, NAME, ids, script, serving, text
 
 from fwd.api.openai.report import usage
-from fwd.protocol.messages import Draft
+from fwd.protocol.values import Draft
 
 URL = "/v1/chat/completions"
 SAY = [{"role": "user", "content": "hi"}]

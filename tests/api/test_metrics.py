@@ -8,7 +8,8 @@ import pytest
 from apiserver import NAME, script, serving, until
 
 from fwd.api.exposition import Histogram, family
-from fwd.protocol.messages import Pong, Timing
+from fwd.protocol.messages import Pong
+from fwd.protocol.values import Timing
 
 COMPLETE = "/v1/completions"
 LINE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)\{((?:[a-z_]+="[^"]*",?)*)\} (\S+)')

@@ -17,7 +17,8 @@ from fwd.cli.admin import _engine_rows, _state
 from fwd.cli.common import require_hope
 from fwd.errors import FwdError
 from fwd.protocol.client import GONE, Client
-from fwd.protocol.messages import EngineInfo, Finished, RequestInfo
+from fwd.protocol.messages import Finished
+from fwd.protocol.values import EngineInfo, RequestInfo
 
 
 def oracle(prompt, seed, tokens):

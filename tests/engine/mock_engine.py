@@ -5,7 +5,8 @@ from mock_runner import FULL, MockRunner
 from fwd.engine.loop import Loop
 from fwd.engine.space import Space
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Failed, Finished, Limits, Submit, Tokens
+from fwd.protocol.messages import Failed, Finished, Submit, Tokens
+from fwd.protocol.values import Limits
 
 PAGE, CHUNK = 4, 8
 

@@ -16,7 +16,7 @@ from fwd.engine.request import Drawn, Prefilled
 from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.speculate.verify import verified
 from fwd.models.layout import Group
-from fwd.protocol.messages import TopLogprobs
+from fwd.protocol.values import TopLogprobs
 
 VOCAB = 97
 FULL = Group("full", 0, ())

@@ -21,7 +21,8 @@ from fwd.errors import EngineError
 from fwd.kernels.prefill import Prefill
 from fwd.models.load import load
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Failed, Finished, Limits, Sampling, Submit, Tokens
+from fwd.protocol.messages import Failed, Finished, Submit, Tokens
+from fwd.protocol.values import Limits, Sampling
 
 KINDS = {"llama-64": "auto", "qwen3-sliding-64": "fp8"}
 TOKENS = 12

@@ -11,7 +11,8 @@ from msgspec.structs import replace
 
 from fwd.engine.scheduler import MAX_ROWS
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Cancel, Failed, Finished, Limits, Ping, PromptLogprobs, Submit, Tokens
+from fwd.protocol.messages import Cancel, Failed, Finished, Ping, PromptLogprobs, Submit, Tokens
+from fwd.protocol.values import Limits
 
 MAX_SEQS = 16
 LAYOUTS = {

@@ -15,7 +15,6 @@ from fwd.protocol.messages import (
     Cancel,
     Failed,
     Finished,
-    Limits,
     Ping,
     Pong,
     PromptLogprobs,
@@ -24,6 +23,7 @@ from fwd.protocol.messages import (
     from_engine,
     to_engine,
 )
+from fwd.protocol.values import Limits
 
 PAGE, CHUNK = 4, 8
 

@@ -7,7 +7,8 @@ from mock_engine import CHUNK, PAGE, Engine, submit
 from mock_runner import FULL, STATE, VOCAB, oracle, sliding
 
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Cancel, Limits
+from fwd.protocol.messages import Cancel
+from fwd.protocol.values import Limits
 
 
 def text(seed, length):

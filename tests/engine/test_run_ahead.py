@@ -6,7 +6,8 @@ from mock_runner import FULL, STATE, oracle, sliding
 
 from fwd.engine.space import Space
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Cancel, Finished, Limits, Tokens
+from fwd.protocol.messages import Cancel, Finished, Tokens
+from fwd.protocol.values import Limits
 
 EVERYTHING = (FULL, sliding(5), STATE)
 UNITS = (64, 64, 64)

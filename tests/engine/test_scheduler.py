@@ -6,7 +6,8 @@ from fwd.engine.request import Request
 from fwd.engine.scheduler import Chunk, Scheduler
 from fwd.engine.space import Space
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Limits, Submit
+from fwd.protocol.messages import Submit
+from fwd.protocol.values import Limits
 
 PAGE, CHUNK = 16, 64
 

@@ -35,7 +35,8 @@ from fwd.kernels.reference import Reference
 from fwd.models import load as loading
 from fwd.protocol.frames import Channel
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Finished, Limits, Load, Submit, from_engine, to_engine
+from fwd.protocol.messages import Finished, Load, Submit, from_engine, to_engine
+from fwd.protocol.values import Limits
 
 TESTS = Path(__file__).parents[1]
 ABSENT = usable(probe())  # a GPU

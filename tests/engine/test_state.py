@@ -12,7 +12,8 @@ from fwd.engine.runner import ModelRunner
 from fwd.engine.space import Space
 from fwd.kernels.reference import Reference
 from fwd.models.layout import State, groups
-from fwd.protocol.messages import Failed, Finished, Sampling, Tokens
+from fwd.protocol.messages import Failed, Finished, Tokens
+from fwd.protocol.values import Sampling
 
 VOCAB, WIDTH, PAGE, CHUNK = 32, 24, 4, 16
 

@@ -20,7 +20,8 @@ from fwd.front import process as process_module
 from fwd.front.keeper import FIRST_STARTS, MAX_BACKOFF, Keeper
 from fwd.front.process import EngineProcess
 from fwd.front.streams import Stream
-from fwd.protocol.messages import SPILL, Cancel, EngineInfo, Finished, Limits, Load, Sampling, Submit
+from fwd.protocol.messages import Cancel, Finished, Load, Submit
+from fwd.protocol.values import SPILL, EngineInfo, Limits, Sampling
 
 POISON = 3999
 QUICK = {"ping_interval": 0.02, "hang_timeout": 0.4}

@@ -22,22 +22,20 @@ from fwd.protocol.messages import (
     Failed,
     Finished,
     Hello,
-    Limits,
     Ping,
     Prompt,
     PromptLogprobs,
     Requests,
     RequestsQuery,
-    Sampling,
     Status,
     StatusQuery,
     Stop,
     Submit,
     Text,
-    Timing,
     Tokens,
     from_daemon,
 )
+from fwd.protocol.values import Limits, Sampling, Timing
 
 PACED = Script(vocab=127, low=32, pace="ping")
 BAD = {

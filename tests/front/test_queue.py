@@ -14,7 +14,8 @@ from fwd.front.queue import DEFAULT_RATE, LATEST, SMOOTHING, SOONEST, Pace, Queu
 from fwd.front.roster import SUSPECT_AFTER, Roster
 from fwd.front.streams import Stream
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Cancel, Finished, Prefilling, PromptLogprobs, Submit, Timing, Tokens
+from fwd.protocol.messages import Cancel, Finished, PromptLogprobs, Submit, Tokens
+from fwd.protocol.values import Prefilling, Timing
 
 RATES = st.floats(0, 1e9)
 COUNTS = st.integers(0, 10**10)

@@ -10,7 +10,8 @@ from rig import stream
 from fwd.errors import DeadlineError, PoisonedError
 from fwd.front.streams import JournalError
 from fwd.protocol.ids import pack_ids, unpack_ids
-from fwd.protocol.messages import Finished, PromptLogprobs, Sampling, Tokens, TopLogprobs
+from fwd.protocol.messages import Finished, PromptLogprobs, Tokens
+from fwd.protocol.values import Sampling, TopLogprobs
 
 
 def tokens(start, *ids, **fields):

@@ -16,7 +16,8 @@ from fwd.front.service import Service
 from fwd.front.supervisor import Supervisor
 from fwd.models.config import read_spec, run_spec
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Limits, Load, Ping, Pong, Sampling, Submit
+from fwd.protocol.messages import Load, Ping, Pong, Submit
+from fwd.protocol.values import Limits, Sampling
 
 LIMIT = 240
 ASKED = 1 << 40  # the keeper's own pings count from one

@@ -11,7 +11,8 @@ import torch
 from harness import ended, kill, record, run, serving
 
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Limits, Sampling, Submit
+from fwd.protocol.messages import Submit
+from fwd.protocol.values import Limits, Sampling
 
 TOKENS = 40
 

@@ -25,7 +25,8 @@ from fwd.models import cache
 from fwd.models.config import read_spec, run_spec
 from fwd.protocol.frames import close_all, pack
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Limits, Sampling, Submit, TopLogprobs
+from fwd.protocol.messages import Submit
+from fwd.protocol.values import Limits, Sampling, TopLogprobs
 
 SEED = 20261124
 ANSWER = 32

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from fwd.config import Config
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Limits, Sampling, Submit
+from fwd.protocol.messages import Submit
+from fwd.protocol.values import Limits, Sampling
 
 TOKENS = 48
 PROMPTS = ([7], list(range(3, 67)), [(5 * i) % 251 for i in range(150)])

@@ -12,7 +12,8 @@ from harness import Cell, ended, idle, kill, record, run, serving, small_pool, s
 from msgspec.structs import replace
 
 from fwd.protocol.ids import pack_ids, unpack_ids
-from fwd.protocol.messages import Limits, Submit
+from fwd.protocol.messages import Submit
+from fwd.protocol.values import Limits
 
 TOKENS = 24
 CONTEXT = 272

@@ -13,7 +13,8 @@ from msgspec.structs import replace
 from fwd.errors import OverloadedError
 from fwd.front.queue import LATEST, SOONEST
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Limits, Sampling, Submit
+from fwd.protocol.messages import Submit
+from fwd.protocol.values import Limits, Sampling
 
 pytestmark = pytest.mark.soak
 REQUESTS = 1000

@@ -10,7 +10,8 @@ from fwd.cli.private import private_daemon
 from fwd.config import Config
 from fwd.front.prompts import Chat, Prompts
 from fwd.protocol.ids import pack_ids, unpack_ids
-from fwd.protocol.messages import Limits, Sampling, Submit
+from fwd.protocol.messages import Submit
+from fwd.protocol.values import Limits, Sampling
 
 FIRST = "Write a function that reads a file and returns the number of its lines, words and characters. " * 3
 SECOND = "Now let it take a directory instead."

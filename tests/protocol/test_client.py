@@ -20,16 +20,9 @@ from fwd.errors import (
 from fwd.front import local
 from fwd.protocol.client import AsyncClient, Client
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import (
-    Accepted,
-    Draft,
-    Limits,
-    PromptLogprobs,
-    Sampling,
-    Submit,
-    Tokens,
-)
+from fwd.protocol.messages import Accepted, PromptLogprobs, Submit, Tokens
 from fwd.protocol.requests import prompt_message, submit_message
+from fwd.protocol.values import Draft, Limits, Sampling
 
 PACED = Script(vocab=127, low=32, pace="ping")
 CHAT = [{"role": "user", "content": "hi"}]

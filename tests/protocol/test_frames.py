@@ -19,8 +19,6 @@ from fwd.protocol.connection import Connection
 from fwd.protocol.frames import Assembler, Channel, pack
 from fwd.protocol.ids import pack_ids, unpack_ids
 from fwd.protocol.messages import (
-    MAX_FRAME,
-    SPILL,
     Cancel,
     Failed,
     Finished,
@@ -34,6 +32,7 @@ from fwd.protocol.messages import (
     to_daemon,
     to_engine,
 )
+from fwd.protocol.values import MAX_FRAME, SPILL
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=40)
 REQUESTS = st.one_of(

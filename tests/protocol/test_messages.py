@@ -13,9 +13,7 @@ from fwd.protocol.messages import (
     FromDaemon,
     FromEngine,
     Hello,
-    Limits,
     Prompt,
-    Sampling,
     Submit,
     ToDaemon,
     ToEngine,
@@ -25,6 +23,7 @@ from fwd.protocol.messages import (
     to_daemon,
     to_engine,
 )
+from fwd.protocol.values import Limits, Sampling
 
 ALL = {kind for union in (ToEngine, FromEngine, ToDaemon, FromDaemon) for kind in get_args(union)}
 

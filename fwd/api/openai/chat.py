@@ -15,7 +15,7 @@ from fwd.api.openai.respond import respond
 from fwd.errors import BadRequestError
 from fwd.front.generation import Piece
 from fwd.front.prompts import Chat
-from fwd.protocol.messages import MAX_CONTEXT
+from fwd.protocol.values import MAX_CONTEXT
 
 encode = msgspec.json.encode
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fwd.front.streams import Stream
-from fwd.protocol.messages import TopLogprobs
+from fwd.protocol.values import TopLogprobs
 from fwd.text.detokenize import Detokenizer
 from fwd.text.tokenizer import Tokenizer
 

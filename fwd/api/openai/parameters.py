@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 
 from fwd.errors import BadRequestError
 from fwd.front.prompts import Prompts
-from fwd.protocol.messages import (
+from fwd.protocol.values import (
     MAX_CONTEXT,
     MAX_STOPS,
     MAX_TOP_LOGPROBS,

@@ -11,7 +11,7 @@ from fwd.api.body import decoded
 from fwd.errors import BadRequestError
 from fwd.front.queue import MAX_OPEN
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import TokenId
+from fwd.protocol.values import TokenId
 
 INLINE = 64 << 10  # bytes of JSON that are decoded at once, without the GIL being given to others in between
 Prompt = str | memoryview

@@ -5,7 +5,7 @@ from hashlib import sha256
 from typing import Any
 
 from fwd.api.openai.answer import Answer
-from fwd.protocol.messages import Timing
+from fwd.protocol.values import Timing
 
 
 def usage(answer: Answer) -> dict[str, Any]:

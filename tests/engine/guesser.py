@@ -1,0 +1,57 @@
+"""A speculator that guesses on purpose: right or wrong as it is told, whatever has become of its guesses."""
+
+from mock_runner import VOCAB, next_token
+
+from fwd.engine.scheduler import MAX_ROWS
+from fwd.engine.speculate.drafter import NOTHING, Proposal
+
+NATURES = ("oracle", "liar", "fool", "edges")
+
+
+class Guesser:
+    """Up to `most` drafts a step. oracle: always right; liar: never; fool: mostly; edges: wrong where a page begins."""
+
+    def __init__(self, rng, nature, most=MAX_ROWS, page=4):
+        self.rng, self.nature, self.most, self.page = rng, nature, most, page
+        self.settled, self.ended = [], []
+
+    def drafts(self, request):
+        return request.room > 0
+
+    def propose(self, wishes, rows):
+        spare, proposals = MAX_ROWS - rows, []
+        for request, most in wishes:
+            assert 0 < most <= min(spare + sum(len(each.ids) for each in proposals), request.room)
+            ids = self._guess(request, self.rng.randrange(min(spare, most, self.most) + 1))
+            spare -= len(ids)
+            proposals.append(Proposal(self.nature, ids) if ids else NOTHING)
+        return proposals
+
+    def _guess(self, request, count):
+        ids = list(request.ids)
+        for _ in range(count):
+            right = next_token(ids, request.submit.seed, request.submit.choice)
+            ids.append(right if self._right(len(ids)) else (right + 1) % VOCAB)
+        return tuple(ids[request.length :])
+
+    def _right(self, position):
+        match self.nature:
+            case "oracle":
+                return True
+            case "liar":
+                return False
+            case "fool":
+                return self.rng.random() < 0.8
+        return position % self.page != 0
+
+    def settle(self, request, proposal, count):
+        assert count >= 1
+        assert tuple(request.ids[request.length - count : request.length - 1]) == proposal.ids[: count - 1]
+        self.settled.append((request.id, proposal, count))
+
+    def measured(self, rows, seconds):
+        assert 0 < rows <= MAX_ROWS
+        assert seconds >= 0
+
+    def end(self, request):
+        self.ended.append(request.id)
