@@ -9,6 +9,7 @@ import torch
 from contexts import on
 from layers import Chance
 from torch.nn import functional
+from trees import tree_rows
 
 from fwd.kernels import latent_kernels as latents
 from fwd.kernels.kv import LATENT_BLOCK, LatentKV
@@ -37,6 +38,22 @@ class Shape:
     def __str__(self):
         sizes = (self.hidden, self.heads, self.rank, self.latent, self.nope, self.rope, self.value)
         return f"{self.kv}-{'x'.join(map(str, sizes))}-page{self.page}"
+
+
+# Queries of latents, weights of cells, sums of pieces and what is summed of latents are rounded to bf16 before tensor
+# cores take them: each of the four adds some 3e-6. What was seen most is 1.3e-5.
+BOUND = 2e-5
+EXACT = 1e-6  # of what is rounded where the reference rounds, its sums taken in another order
+SHAPES = [
+    Shape("bf16", 64, 4, 32, 32, 16, 8, 16),
+    Shape("bf16", 72, 3, 0, 48, 8, 16, 24, page=16),  # no query latent
+    Shape("bf16", 136, 5, 24, 112, 24, 24, 40),  # a head ends within a tile
+    Shape("bf16", 256, 20, 96, 512, 192, 64, 256, page=12),
+    Shape("bf16", 32, 128, 0, 16, 8, 8, 8),
+    Shape("fp8", 64, 4, 32, 32, 16, 8, 16),
+    Shape("fp8", 2880, 3, 16, 272, 8, 16, 20),  # a ragged block
+    Shape("fp8", 72, 20, 0, 512, 24, 64, 136, page=16),
+]
 
 
 class Layer:
@@ -102,24 +119,10 @@ class Context:
         return self.rows([(line, length - 1) for line, length in enumerate(self.lengths)])
 
 
-PARENTS = (-1, 0, 0, 1, 1, 2, 5, 3, -1)  # rows below row 0 at positions base + depth; the last row is another sequence
-DEPTHS = (0, 1, 1, 2, 2, 2, 3, 3)
-
-
 def tree(shape, base):
-    """A tree over a context of `base` known tokens, each draft in a cell that the block table does not name there."""
+    """A context and the rows of a tree over `base` of its tokens."""
     context = Context(shape, (base + 1, 30), spare=12)
-    spare = (context.spare[:, None].long() * shape.page + torch.arange(shape.page)).flatten()[: len(DEPTHS)]
-    rows = context.rows([*((0, base) for _ in DEPTHS), (1, 29)])
-    rows.positions[: len(DEPTHS)] += torch.tensor(DEPTHS)
-    rows.parents[:] = torch.tensor(PARENTS)
-    rows.cells[0].slots[1 : len(DEPTHS)] = spare[1:]
-    return context, rows
-
-
-def branch(row):
-    """The rows from the root to a row."""
-    return [*branch(PARENTS[row]), row] if PARENTS[row] >= 0 else [row]
+    return context, tree_rows(context, base)
 
 
 def empty_cache(shape, cells):

@@ -1,19 +1,13 @@
-"""Windows, KV dtypes, pieces and chunks that begin in the middle: the right numbers, and the same bits every time."""
+"""Attention by the reference, over any window, cache and pieces: the right numbers, and the same bits every time."""
 
-import itertools
 import math
 import random
 
 import pytest
 import torch
 from blocks import DTYPES, KV_DTYPES, PAGE, SHAPES, Block, chunk_rows, decode_rows, same_bits, scattered_tables
-from hypothesis import given
-from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fwd.kernels import attention, paged
-from fwd.kernels.kv import KV
-from fwd.kernels.rows import Cells, Rows
 
 WINDOWS = (0, 1, 5, 33)
 FEW = (SHAPES[1], SHAPES[3])  # odd, wide
@@ -300,105 +294,3 @@ def test_chains_of_rows_see_what_their_step_writes(pieces):
     hidden, single, chained = block.random(16, SHAPES[0][0]), *(block.cache(8, kv="fp8", window=5) for _ in range(2))
     steps = [block.run(hidden[p : p + 1], decode_rows([(0, p)], table), single) for p in range(16)]
     assert same_bits(block.run(hidden, decode_rows([(0, p) for p in range(16)], table), chained), torch.cat(steps))
-
-
-floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
-
-
-@given(st.lists(st.lists(floats, min_size=3, max_size=3), min_size=1, max_size=5))
-def test_finite_vectors_are_finite_in_fp8_and_near(rows):
-    vectors = torch.tensor(rows)
-    numbers, scales = paged.quantize(vectors)
-    assert scales.isfinite().all()
-    assert (scales > 0).all()
-    back = numbers.float() * scales[:, None]
-    assert back.isfinite().all()
-    largest = vectors.abs().amax(1, keepdim=True)
-    # a normal number keeps 4 bits, a subnormal one steps by 2⁻⁹ of the scale; below, float32 itself has no more digits
-    bound = torch.maximum(vectors.abs() / 16, largest / 448 / 1024) + 450 * 2**-149
-    assert ((back.double() - vectors).abs() <= bound.double() * 1.0001).all()
-    alone = [paged.quantize(vector[None]) for vector in vectors]
-    assert all(torch.equal(one[1], scales[i : i + 1]) for i, one in enumerate(alone)), "of its own vector only"
-
-
-def test_a_zero_vector_has_scale_one_and_the_largest_number_is_448():
-    numbers, scales = paged.quantize(torch.tensor([[0.0, -0.0], [7.0, -14.0]]))
-    assert scales.tolist() == [1.0, 14 / 448]
-    assert numbers.float().tolist() == [[0.0, -0.0], [224.0, -448.0]]
-
-
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
-def test_what_is_written_is_rounded_once_from_the_models_dtype(kv_dtype):
-    block, table = Block(SHAPES[0], torch.float32, seed=71), scattered_tables(1, 4, seed=72)
-    exact, kv = block.cache(4), block.cache(4, kv=kv_dtype)
-    rows, hidden = decode_rows([(0, p) for p in range(12)], table), block.random(12, SHAPES[0][0])
-    for cache in (exact, kv):
-        block.ops.qkv(hidden, block.layer, block.rope, rows, cache)
-    cells, pairs = (
-        rows.cells[0].slots,
-        ((exact.keys, kv.keys, kv.key_scales), (exact.values, kv.values, kv.value_scales)),
-    )
-    for whole, found, scales in pairs:
-        if kv_dtype == "fp8":
-            numbers, scale = paged.quantize(whole[cells])
-            assert torch.equal(found[cells].float(), numbers.float())
-            assert torch.equal(scales[cells], scale)
-        else:
-            assert torch.equal(found[cells], whole[cells].to(found.dtype))
-
-
-@given(st.integers(0, 1 << 24), st.integers(1, 1 << 24))
-def test_pieces_cover_a_row_in_order_and_are_at_most_256(start, count):
-    pieces = list(attention.split(start, start + count))
-    assert pieces[0].start == start
-    assert pieces[-1].stop == start + count
-    assert all(left.stop == right.start for left, right in itertools.pairwise(pieces))
-    assert len(pieces) <= 256
-    assert [len(piece) for piece in pieces] == [len(piece) for piece in attention.split(0, count)]
-    assert len({len(piece) for piece in pieces[:-1]}) <= 1
-
-
-def test_a_context_of_a_page_is_one_piece_and_a_million_tokens_are_256():
-    assert len(list(attention.split(0, 4096))) == 1
-    assert [len(piece) for piece in attention.split(0, 1 << 20)] == [4096] * 256
-
-
-class Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor that is computed."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
-        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in given:
-            self.size = max(self.size, out.untyped_storage().nbytes())
-        return out
-
-
-@pytest.mark.parametrize("chunk", [-1, (1 << 14) - 1])
-def test_a_million_tokens_take_the_working_memory_of_one_piece(chunk):
-    block, context, page = Block(SHAPES[0], torch.float32, seed=81), 1 << 20, 16
-    generator = torch.Generator().manual_seed(82)
-    kv = KV(*(torch.randn(context, 2, 16, generator=generator) for _ in range(2)), page)
-    table = torch.randperm(context // page, generator=generator)[None]
-    rows = far_rows(chunk, context, page, table)
-    q = block.random(len(rows.positions), 4, 16)
-    block.ops._enter(rows, block.rope)
-    with Largest() as largest:
-        attend = block.ops.decode_attention if chunk < 0 else block.ops.prefill_attention
-        found = attend(q, rows, kv)
-    assert largest.size <= 4096 * 4 * max(2 * 16, 4 * len(q)), "a piece of keys, or a piece of scores"
-    cells = (table[0][:, None] * page + torch.arange(page)).flatten()
-    keys, values = kv.keys[cells].double(), kv.values[cells].double()
-    scores = torch.einsum("hgd,chd->hgc", q[-1].double().view(2, 2, 16), keys) / 4
-    truth = torch.einsum("hgc,chd->hgd", scores.softmax(-1), values)
-    torch.testing.assert_close(found[-1].double(), truth.flatten(), atol=1e-5, rtol=1e-4)
-
-
-def far_rows(chunk, context, page, table):
-    """The last row of a context as a decode row, or its last chunk of 64."""
-    positions = torch.arange(context - 64 if chunk >= 0 else context - 4, context)
-    slots = table[0][positions // page] * page + positions % page
-    cells = (Cells(slots, table.int()),)
-    return Rows(positions, torch.zeros_like(positions), torch.full_like(positions, -1), cells, chunk=chunk)

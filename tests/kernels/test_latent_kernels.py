@@ -8,12 +8,13 @@ import torch
 from agreement import difference, same_bits
 from contexts import on
 from latent_contexts import (
-    PARENTS,
+    BOUND,
+    EXACT,
+    SHAPES,
     Context,
     Layer,
     Shape,
     attend,
-    branch,
     cache_on,
     hidden_of,
     reference,
@@ -21,6 +22,7 @@ from latent_contexts import (
     written,
 )
 from layers import Chance
+from trees import PARENTS, branch
 from weights import quantised
 
 from fwd.kernels import gemv, packing
@@ -28,25 +30,9 @@ from fwd.kernels import latent_kernels as latents
 from fwd.kernels.builds import shared_bound
 from fwd.kernels.host import HostLauncher
 from fwd.kernels.qtensor import QTensor
-from fwd.kernels.reference import Reference
-from fwd.kernels.rows import Cells, Rows
 from fwd.kernels.sizes import latent_bytes
 
-# Queries of latents, weights of cells, sums of pieces and what is summed of latents are rounded to bf16 before tensor
-# cores take them: each of the four adds some 3e-6. What was seen most is 1.3e-5.
-BOUND = 2e-5
-EXACT = 1e-6  # of what is rounded where the reference rounds, its sums taken in another order
 CODES = {"bf16": EXACT, "fp8": 5e-5}  # of cells: the last bit of a number may give the next code
-SHAPES = [
-    Shape("bf16", 64, 4, 32, 32, 16, 8, 16),
-    Shape("bf16", 72, 3, 0, 48, 8, 16, 24, page=16),  # no query latent
-    Shape("bf16", 136, 5, 24, 112, 24, 24, 40),  # a head ends within a tile
-    Shape("bf16", 256, 20, 96, 512, 192, 64, 256, page=12),
-    Shape("bf16", 32, 128, 0, 16, 8, 8, 8),
-    Shape("fp8", 64, 4, 32, 32, 16, 8, 16),
-    Shape("fp8", 2880, 3, 16, 272, 8, 16, 20),  # a ragged block
-    Shape("fp8", 72, 20, 0, 512, 24, 64, 136, page=16),
-]
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 261)
 SHORT = (1, 65)  # of layers that are wide
 SMALL = SHAPES[0]
@@ -230,52 +216,6 @@ def test_an_accepted_branch_had_the_bits_of_the_plain_chain(execution, shape):
         steps = plain.rows([(0, base + depth) for depth in range(len(chain))])
         found = attend(execution.launcher, layer, hidden[chain], steps, plain.kv)[1]
         assert same_bits(found, drafted[chain]), leaf
-
-
-# ---- prefill chunks on a GPU ----
-
-
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[5], SHAPES[6]], ids=str)
-def test_a_chunk_agrees_with_the_reference(execution, shape):
-    """Rows at its beginning and end are padding; what the products give is the library's."""
-    size, first, end = 24, 26, 41  # of chunk 1
-    layer, context = Layer(shape), Context(shape, (end,))
-    positions = torch.arange(size, 2 * size)
-    live = (positions >= first) & (positions < end)
-    slots = torch.where(live, context.cell(0, positions.clamp(max=end - 1)), -1)
-    sequences, cells = torch.where(live, 0, -1), Cells(slots, context.tables)
-    rows = Rows(positions, sequences, torch.full_like(positions, -1), (cells,), chunk=1)
-    hidden, device = hidden_of(shape, size), execution.launcher.device
-    down, q = products(layer, hidden)
-
-    def run(launcher):
-        packed, kv, moved = layer.packed(device), cache_on(device, context.kv), on(device, rows)
-        turned = latents.latent_rows(
-            launcher, on(device, down), on(device, q), packed, on(device, layer.rope), rows=moved, kv=kv
-        )
-        workspace = latents.Workspace.new(launcher, packed)
-        out = latents.prefill_latent_attention(launcher, workspace, turned, packed, rows=moved, kv=kv)
-        return turned[live], out[live], *written(kv, moved)
-
-    found = execution.everywhere(run, count=2)
-    ops, kv = Reference(), cache_on("cpu", context.kv)
-    wanted_q = ops.latent_qkv(hidden, layer.plain, layer.rope, rows, kv)
-    wanted = ops.prefill_latent_attention(wanted_q, layer.plain, rows, kv)
-    assert difference(found[0], wanted_q[live]) < EXACT
-    assert difference(found[1], wanted[live]) < BOUND
-    assert max(difference(*pair) for pair in zip(found[2:], written(kv, rows), strict=True)) < 1e-5
-
-
-def products(layer, hidden):
-    """What the library's products give a chunk: `down` and q before its rotation."""
-
-    def normed(x, norm):
-        return torch.nn.functional.rms_norm(x, (x.shape[-1],), None, norm.eps) * norm.weight
-
-    plain, x = layer.plain, normed(hidden, layer.plain.norm)
-    down = x @ plain.down.data.T
-    narrow = x if plain.q_norm is None else normed(down[:, : layer.shape.rank], plain.q_norm)
-    return down, (narrow @ plain.query.data.T).view(len(x), layer.shape.heads, -1)
 
 
 # ---- what is taken ----

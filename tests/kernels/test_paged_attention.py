@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from agreement import difference, same_bits
-from contexts import Context, Shape, on, queries, reference, sinks_of, trimmed
+from contexts import Context, Shape, on, queries, reference, sinks_of
+from paged_contexts import BOUND, attend, last_rows, tree, window_only
+from trees import PARENTS, branch
 
-from fwd.errors import KernelError
 from fwd.kernels import paged_attention as paged
 from fwd.kernels.host import HostLauncher
 from fwd.kernels.sizes import split_bytes
 
-BOUND = 1e-5  # weights of keys are rounded to bf16 before they meet values; the most seen is 2.5e-6
 SHAPES = [
     Shape("bf16", 64, 2, 4, 16),
     Shape("bf16", 64, 1, 16, 4, sinks=True),
@@ -30,28 +30,6 @@ SHAPES = [
 ]
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 261)
 FEW = [SHAPES[0], SHAPES[4], SHAPES[6], SHAPES[7], SHAPES[10]]
-
-
-def attend(launcher, shape, q, rows, kv, sinks=None):
-    """The kernel's result; its workspace must be left as it was."""
-    device = launcher.device
-    workspace = paged.Workspace.new(launcher, shape.heads, shape.kv_heads, shape.head_dim)
-    moved = (on(device, thing) for thing in (q, rows, kv))
-    out = paged.decode_attention(launcher, workspace, *moved, sinks=on(device, sinks))
-    assert not workspace.arrivals.any(), "a counter is not zero"
-    return out
-
-
-def window_only(context):
-    """Nothing behind the windows is there any more."""
-    if window := context.shape.window:
-        for line, length in enumerate(context.lengths):
-            context.forget(line, max(0, length - window))
-    return context
-
-
-def last_rows(context):
-    return context.rows([(line, length - 1) for line, length in enumerate(context.lengths)])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -171,26 +149,6 @@ def test_what_is_not_taken_is_said():
 
 # ---- trees ----
 
-PARENTS = (-1, 0, 0, 1, 1, 2, 5, 3, -1)  # rows below row 0 at positions base + depth; the last row is another sequence
-DEPTHS = (0, 1, 1, 2, 2, 2, 3, 3)
-
-
-def tree(shape, base):
-    """A tree over a context of `base` known tokens, each draft in a cell that the block table does not name there."""
-    context = Context(shape, (base + 1, 30), spare=12)
-    spare = (context.spare[:, None].long() * shape.page + torch.arange(shape.page)).flatten()[: len(DEPTHS)]
-    context.write(spare, seed=77)
-    rows = context.rows([*((0, base) for _ in DEPTHS), (1, 29)])
-    rows.positions[: len(DEPTHS)] += torch.tensor(DEPTHS)
-    rows.parents[:] = torch.tensor(PARENTS)
-    rows.cells[0].slots[1 : len(DEPTHS)] = spare[1:]
-    return context, rows
-
-
-def branch(row):
-    """The rows from the root to a row."""
-    return [*branch(PARENTS[row]), row] if PARENTS[row] >= 0 else [row]
-
 
 @pytest.mark.parametrize("base", [0, 13, 14, 62, 126, 300])
 @pytest.mark.parametrize("shape", FEW, ids=str)
@@ -216,101 +174,3 @@ def test_an_accepted_branch_had_the_bits_of_the_plain_chain(execution, shape):
                 to[cells] = getattr(context.kv, name)[slots[chain]]
         steps = plain.rows([(0, base + depth) for depth in range(len(chain))])
         assert same_bits(attend(execution.launcher, shape, q[chain], steps, plain.kv, sinks), drafted[chain]), leaf
-
-
-# ---- bugs that must be seen ----
-
-SOURCE, ITEMS, SHARED = "paged_attention.cu", "items.cuh", "attention.cuh"
-BUGS = {
-    "a page too far": (SHARED, "int page = position / page_size;", "int page = (position + 1) / page_size;"),
-    "a window too wide": (SHARED, "? position + 1 - window : 0", "? position - window : 0"),
-    "a key too many": (ITEMS, "position < tag.stop ? find", "position <= tag.stop ? find"),
-    "a sibling": (ITEMS, "parent >= 0 && at > position; --at", "parent >= 0 && at > position + 1; --at"),
-    "no wait for the tile": (SOURCE, "cp_async_wait<S::kSlots - 2>();", "cp_async_wait<S::kSlots - 1>();"),
-    "no barrier before the warps are summed": (SOURCE, "block_barrier();\n    merge", "merge"),
-    "no barrier before shares are used": (SOURCE, "shares);\n    block_barrier();", "shares);"),
-}
-
-
-def is_right(execution, shape):
-    """Whether decode rows and a tree come out as they should, in every order."""
-    lengths = (1, 64, 500, 1100)
-    context = window_only(Context(shape, lengths))
-    cases = [(context, last_rows(context)), tree(shape, 60)]
-    for each, rows in cases:
-        q = queries(shape, len(rows.positions))
-        try:
-            found = execution.everywhere(
-                lambda launcher, q=q, rows=rows, kv=each.kv: attend(launcher, shape, q, rows, kv)
-            )
-        except (AssertionError, KernelError):
-            return False
-        if not difference(found, reference(q, rows, each.kv, None)) < BOUND:
-            return False
-    return True
-
-
-SMALL = Shape("bf16", 64, 2, 2, 4, window=998)
-
-
-def test_what_finds_bugs_passes_the_right_kernel(execution):
-    assert is_right(execution, SMALL)
-    assert is_right(execution, replace(SMALL, kv="fp8"))
-
-
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_seen(execution, bug):
-    wrong = trimmed(execution, SOURCE, "decode_attention_bf16_64").mutated(*BUGS[bug])
-    assert not is_right(wrong, SMALL)
-
-
-def test_pieces_summed_from_the_last_that_came_are_seen(execution):
-    """Values that cancel but for their rounding: another order gives other bits."""
-    context = Context(replace(SMALL, window=0), (1024 + 9,))
-    cells = context.cell(0, torch.arange(1024))
-    context.kv.values[cells] *= 1000
-    context.kv.values[cells[512:]] = -context.kv.values[cells[:512]]
-    q, rows = torch.zeros(1, 4, 64).bfloat16(), last_rows(context)
-
-    def same_everywhere(where):
-        try:
-            where.everywhere(lambda launcher: attend(launcher, SMALL, q, rows, context.kv), count=6)
-        except AssertionError:
-            return False
-        return True
-
-    old = "uint4 sum = load_global(sums + i * kDim);\n            float part = shares[index * tag.pieces + i];"
-    new = old.replace("uint4", "int n = (i + tag.piece) % tag.pieces; uint4").replace("+ i", "+ n")
-    assert same_everywhere(execution)
-    assert not same_everywhere(trimmed(execution, SOURCE, "decode_attention_bf16_64").mutated(SOURCE, old, new))
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("float scale = sizeof(T) == 1 ? scales[key]", "float scale = sizeof(T) == 1 ? scales[key ^ 1]"),
-        ("slot + S::kValues, threadIdx.x % 32, scales + KEYS", "slot + S::kValues, threadIdx.x % 32, scales"),
-    ],
-    ids=["another key's scale", "the key's scale for the value"],
-)
-def test_a_wrong_scale_is_seen(execution, old, new):
-    wrong = trimmed(execution, SOURCE, "decode_attention_fp8_64").mutated(SOURCE, old, new)
-    assert not is_right(wrong, replace(SMALL, kv="fp8"))
-
-
-def test_sanitizers_find_nothing(sanitized, tmp_path):
-    done = sanitized(f"""
-        from contexts import Context, Shape, trimmed_folder
-        from fwd.kernels.host import HostLauncher
-from fwd.kernels.sizes import split_bytes
-        from test_paged_attention import attend, last_rows, queries, tree
-        folder = trimmed_folder({str(tmp_path / "cuda")!r}, "paged_attention.cu", "decode_attention_fp8_64")
-        shape = Shape("fp8", 64, 2, 3, 4, window=100)
-        context = Context(shape, (1, 65, 150))
-        for case, rows in ((context, last_rows(context)), tree(shape, 60)):
-            launcher = HostLauncher(sanitize=True, folder=folder)
-            attend(launcher, shape, queries(shape, len(rows.positions)), rows, case.kv)
-        print("done")
-    """)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.endswith("done\n")
