@@ -16,6 +16,7 @@ from fwd.protocol.values import (
     SPILL,
     Count,
     Draft,
+    DrafterCounts,
     EngineInfo,
     Id,
     Limits,
@@ -52,7 +53,10 @@ class Hello(Message, tag=1, frozen=True):
 
 
 class Load(Message, tag=2, frozen=True):
-    """What the engine loads; sent once, after `Hello`. The fields mean what they mean in `Config`."""
+    """What the engine loads; sent once, after `Hello`. The fields mean what they mean in `Config`.
+
+    `text_hash` is a hash of tokenizer and template: with the weights' it is the key of the corpus of drafts.
+    """
 
     model: str
     device: str = "auto"
@@ -66,6 +70,9 @@ class Load(Message, tag=2, frozen=True):
     log_level: str = "info"
     strict: bool = False
     requant: tuple[str, ...] = ()
+    draft_model: str = ""
+    text_hash: str = ""
+    corpus_bytes: Count = 0
 
 
 class Submit(Bulk, tag=3, frozen=True):
@@ -73,6 +80,7 @@ class Submit(Bulk, tag=3, frozen=True):
 
     `emitted` holds tokens already given to the reader: the engine replays them and sends only what follows. What is
     prefilled stays in the prefix cache unless `cache` is false; that of the last request of a `cache_key` stays longer.
+    `prediction` is what the answer will likely hold, for drafters.
     """
 
     id: Id = 0
@@ -89,6 +97,23 @@ class Submit(Bulk, tag=3, frozen=True):
     prompt_logprobs: Annotated[int, Meta(ge=-1, le=MAX_TOP_LOGPROBS)] = -1
     draft: Draft = Draft()
     cache: bool = True
+    prediction: memoryview = EMPTY
+
+
+class Vocabulary(Bulk, tag=6, frozen=True):
+    """What the text of each token is, for grammars: sent once, before the first request that has one.
+
+    `ends` int32 [vocab] are where the bytes of each token end in `text`; ids in `special` are not text.
+    """
+
+    text: memoryview = EMPTY
+    ends: memoryview = EMPTY
+    special: memoryview = EMPTY
+    eos: tuple[TokenId, ...] = ()
+
+
+class DropDrafts(Message, tag=7, frozen=True):
+    """Forget the corpus of drafts, in memory and on disk; answered by `Dropped`."""
 
 
 class Cancel(Message, tag=4, frozen=True):
@@ -179,12 +204,21 @@ class Pong(Message, tag=22, frozen=True):
     computed: Count = 0
     prefilling: list[Prefilling] = []
     host_us: Annotated[float, Meta(ge=0)] = 0.0
+    drafters: list[DrafterCounts] = []
+    corpus_tokens: Count = 0
+
+
+class Dropped(Message, tag=23, frozen=True):
+    """The corpus of drafts is forgotten: it held so many tokens."""
+
+    tokens: Count = 0
 
 
 class Prompt(Bulk, tag=32, frozen=True):
     """A request in text from a local client: `body` is UTF-8 text, or for `chat` JSON `{"messages": […], …}`.
 
-    Answered by `Accepted`, `Text`… and `Finished` or `Failed`; `id` is the client's own tag. `stops` end the text.
+    Answered by `Accepted`, `Text`… and `Finished` or `Failed`; `id` is the client's own tag. `stops` end the text;
+    `prediction` is UTF-8 text that the answer will likely hold.
     """
 
     id: Id = 0
@@ -199,6 +233,7 @@ class Prompt(Bulk, tag=32, frozen=True):
     draft: Draft = Draft()
     cache_key: Annotated[str, Meta(max_length=256)] = ""
     cache: bool = True
+    prediction: memoryview = EMPTY
 
 
 class StatusQuery(Message, tag=33, frozen=True):
@@ -256,6 +291,8 @@ class Status(Message, tag=50, frozen=True):
     queue_limit: Count = 0
     host_us: Annotated[float, Meta(ge=0)] = 0.0
     load_rate: Annotated[float, Meta(ge=0)] = 0.0  # bytes a second
+    drafters: list[DrafterCounts] = []
+    corpus_tokens: Count = 0
 
 
 class Requests(Message, tag=51, frozen=True):
@@ -268,10 +305,10 @@ class Done(Message, tag=52, frozen=True):
     """The admin request was carried out."""
 
 
-ToEngine = Hello | Load | Submit | Cancel | Ping
-FromEngine = Hello | Loading | Ready | Tokens | PromptLogprobs | Finished | Failed | Pong
-ToDaemon = Hello | Submit | Prompt | Cancel | StatusQuery | RequestsQuery | Stop
-FromDaemon = Hello | Accepted | Tokens | PromptLogprobs | Text | Finished | Failed | Status | Requests | Done
+ToEngine = Hello | Load | Submit | Cancel | Ping | Vocabulary | DropDrafts
+FromEngine = Hello | Loading | Ready | Tokens | PromptLogprobs | Finished | Failed | Pong | Dropped
+ToDaemon = Hello | Submit | Prompt | Cancel | StatusQuery | RequestsQuery | Stop | DropDrafts
+FromDaemon = Hello | Accepted | Tokens | PromptLogprobs | Text | Finished | Failed | Status | Requests | Done | Dropped
 encoder = msgspec.msgpack.Encoder()
 to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)

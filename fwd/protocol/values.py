@@ -81,6 +81,7 @@ class EngineInfo(Part, frozen=True):
 
     `launches` says how the kernels of a step are launched; `kept` are bytes of tensors that were left in the files for
     drafters, by prefix of their names; `fallbacks` are lines on quantised matrices that no kernel takes as they are.
+    `drafters` are those at hand, `draft_notes` what there is to say of them, `draft_hash` that of the draft weights.
     """
 
     architecture: str = ""
@@ -107,6 +108,9 @@ class EngineInfo(Part, frozen=True):
     kept: dict[str, Count] = {}
     fallbacks: tuple[str, ...] = ()
     requant: tuple[str, ...] = ()
+    drafters: tuple[str, ...] = ()
+    draft_notes: tuple[str, ...] = ()
+    draft_hash: str = ""
 
 
 class TopLogprobs(Part, frozen=True):
@@ -134,6 +138,22 @@ class Timing(Part, frozen=True):
     accepted: dict[str, int] = {}
     joules: float | None = None
     differs_at: int = -1
+
+
+class DrafterCounts(Part, frozen=True):
+    """What one drafter has done since the engine's start.
+
+    `drafts` counts proposals, `drafted` the ids in them, `accepted` those that held, `places` these by their place in
+    the proposal. `ms` is the time that drafting took, `saved` the steps that its ids have saved.
+    """
+
+    name: str
+    drafts: Count = 0
+    drafted: Count = 0
+    accepted: Count = 0
+    places: list[Count] = []
+    ms: Milliseconds = 0.0
+    saved: Count = 0
 
 
 class Prefilling(Part, frozen=True):
