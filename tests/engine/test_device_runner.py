@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import checkpoints
 import pytest
 import torch
+from guesser import NATURES, Knowing
 from msgspec.structs import replace
 
 from fwd.engine import lines as lines_module
@@ -63,7 +64,7 @@ class Late(DeviceRunner):
 class Engine:
     """A loop over a model without a peer; `told` by request what its reader is told, without times."""
 
-    def __init__(self, model, runner=DeviceRunner, ahead=None, seqs=4, pages=0):
+    def __init__(self, model, runner=DeviceRunner, ahead=None, seqs=4, pages=0, speculator=None):
         loaded = model.model
         sized = plan(loaded.spec, host(1 << 34), context=256, max_seqs=seqs, kv_dtype=model.kv)
         self.runner = runner(loaded, sized) if runner is ModelRunner else runner(loaded, loaded.ops, sized)
@@ -71,7 +72,7 @@ class Engine:
             self.runner.ahead = ahead
         units = (pages or sized.units[0], *sized.units[1:])
         self.space = Space(sized.groups, units, sized.page_size, chunk=sized.chunk, key=b"key")
-        self.loop = Loop(self, self.runner, self.space, max_seqs=seqs, chunk=sized.chunk)
+        self.loop = Loop(self, self.runner, self.space, max_seqs=seqs, chunk=sized.chunk, speculator=speculator)
         self.told = {}
 
     def send(self, *messages):
@@ -139,6 +140,25 @@ def test_the_device_keeps_what_the_host_would_tell_it_each_time(model):
     assert Engine(model, ahead=False).run(*requests) == told
     assert Engine(model, ahead=True).run(*requests, between=2) == told
     assert any(result[-1][0] == "stop" for result in told)
+
+
+@pytest.mark.parametrize("nature", NATURES)
+@pytest.mark.parametrize("runner", [ModelRunner, DeviceRunner])
+def test_drafts_change_nothing_but_the_number_of_steps(model, runner, nature):
+    requests = wanted(7, 5)
+    plain = Engine(model, runner)
+    told = plain.run(*requests)
+    answers = {
+        each.id: [*each.emitted.cast("i"), *(token[0] for token in plain.told[each.id][:-1])] for each in requests
+    }
+    knowing = Knowing(random.Random(11), nature, answers)
+    drafted = Engine(model, runner, seqs=16, speculator=knowing)
+
+    assert drafted.run(*requests) == told
+    assert any(proposal.ids for _, proposal, _ in knowing.settled)
+    if nature == "oracle":
+        assert all(count >= len(proposal.ids) for _, proposal, count in knowing.settled)  # a stop id has no successor
+        assert drafted.loop.steps < plain.loop.steps
 
 
 def test_the_same_bits_alone_beside_others_and_displaced(model):
