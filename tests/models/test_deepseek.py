@@ -1,4 +1,4 @@
-"""DeepSeek-V3, GLM-4.7-Flash and Kimi K2.5 against `transformers` on random checkpoints, and their own bits."""
+"""DeepSeek-V3, GLM-4.7-Flash and Kimi K2.5: planted bugs are seen, the cache, layers that predict further tokens."""
 
 import itertools
 import json
@@ -8,31 +8,16 @@ import checkpoints
 import parity
 import pytest
 import torch
-from parity import PAGE, PROMPT, TOTAL, logits_of, tokens
+from parity import PAGE, logits_of, tokens
 from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 
 from fwd.errors import ModelError
-from fwd.kernels import attention, experts
+from fwd.kernels import experts
 from fwd.models import deepseek
 from fwd.models.blocks import Mixture
 from fwd.models.layout import KV_ITEMSIZE, groups
 from fwd.models.load import load
-
-FEW = ("deepseek-odd", "deepseek-yarn")
-
-
-@pytest.fixture(scope="module", params=sorted(checkpoints.DEEPSEEK))
-def folder(request, tmp_path_factory):
-    return parity.pair(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def test_float32_logprobs_agree_with_transformers(folder):
-    parity.check_logprobs(*folder)
-
-
-def test_greedy_tokens_are_those_of_transformers(folder):
-    parity.check_greedy(*folder)
 
 
 def planted_pairing(monkeypatch):
@@ -95,53 +80,16 @@ def planted_shared_forgotten(monkeypatch):
     ids=lambda plant: plant.__name__,
 )
 def test_planted_bugs_are_seen(plant, tmp_path, monkeypatch):
-    pair = parity.pair("deepseek-yarn", tmp_path)
+    folder = parity.pair("deepseek-yarn", tmp_path)
     plant(monkeypatch)
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
-        parity.check_logprobs(*pair)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", [*FEW, "glm4-moe-lite"])
-def test_steps_of_any_width_give_the_same_bits(kind, dtype, tmp_path):
-    checkpoints.make(kind, tmp_path, seed=4)
-    parity.check_steps_of_any_width(load(tmp_path, dtype=dtype))
+        parity.check_logprobs(*folder)
 
 
 @pytest.mark.parametrize("kv", KV_ITEMSIZE)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", FEW)
-def test_a_prefill_that_begins_behind_a_cached_prefix_gives_the_same_bits(kind, dtype, kv, tmp_path):
-    checkpoints.make(kind, tmp_path, seed=8)
-    parity.check_warm_prefill(load(tmp_path, dtype=dtype), kv)
-
-
-@pytest.mark.parametrize("kind", FEW)
-def test_pieces_of_a_context_agree_with_the_whole(kind, tmp_path, monkeypatch):
-    checkpoints.make(kind, tmp_path, seed=9)
-    model, ids = load(tmp_path, dtype="float32"), tokens(TOTAL, seed=7)
-    whole = logits_of(model, ids, PROMPT, 16).log_softmax(-1)
-    monkeypatch.setattr(attention, "PIECE", 16)
-    torch.testing.assert_close(logits_of(model, ids, PROMPT, 16).log_softmax(-1), whole, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "kv", "bound"), [("bfloat16", "bfloat16", 1e-3), ("float32", "bfloat16", 1e-4), ("float32", "fp8", 1e-2)]
-)
-@pytest.mark.parametrize("kind", [*FEW, "deepseek-mscale"])
-def test_three_quarters_of_the_rows_of_narrow_dtypes_stay_near_float32(kind, dtype, kv, bound, tmp_path):
-    """The others may not: a row that rounding sends to another expert has other logits."""
-    checkpoints.make(kind, tmp_path, seed=3)
-    ids = tokens(80, seed=6)
-    exact = logits_of(load(tmp_path, dtype="float32"), ids, 64, 16)
-    rounded = logits_of(load(tmp_path, dtype=dtype), ids, 64, 16, kv)
-    errors = 1 - 2 * (exact * rounded).sum(1) / (exact.square().sum(1) + rounded.square().sum(1))
-    assert errors.quantile(0.75) < bound, errors
-
-
-@pytest.mark.parametrize("kv", KV_ITEMSIZE)
-def test_the_cache_is_as_large_as_planned(folder, kv):
-    model = load(folder[0])
+@pytest.mark.parametrize("kind", checkpoints.DEEPSEEK)
+def test_the_cache_is_as_large_as_planned(kind, kv, pair):
+    model = load(pair(kind)[0])
     (plan,) = groups(model.spec.cache)
     cache = model.new_cache([7], PAGE, kv)
     assert [(layer.group, layer.window) for layer in cache.layers] == [(0, 0)] * model.spec.layers

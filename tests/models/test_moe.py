@@ -1,4 +1,4 @@
-"""Qwen3-MoE against `transformers` on random checkpoints, and its own bits."""
+"""Qwen3-MoE: another router is seen, layers and experts stand where the checkpoint has them."""
 
 from dataclasses import replace
 
@@ -10,23 +10,9 @@ from safetensors.torch import load_file
 
 from fwd.models import moe
 from fwd.models.blocks import MLP, Mixture
-from fwd.models.layout import KV_ITEMSIZE
 from fwd.models.load import load
 
 ODD = "qwen3-moe-odd"
-
-
-@pytest.fixture(scope="module", params=sorted(checkpoints.MOE))
-def folder(request, tmp_path_factory):
-    return parity.pair(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def test_float32_logprobs_agree_with_transformers(folder):
-    parity.check_logprobs(*folder)
-
-
-def test_greedy_tokens_are_those_of_transformers(folder):
-    parity.check_greedy(*folder)
 
 
 def planted(monkeypatch, **router):
@@ -53,25 +39,6 @@ def test_another_router_is_seen(kind, router, tmp_path, monkeypatch):
             parity.check_logprobs(*folder)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", sorted(checkpoints.MOE))
-def test_steps_of_any_width_give_the_same_bits(kind, dtype, tmp_path):
-    checkpoints.make(kind, tmp_path, seed=4)
-    parity.check_steps_of_any_width(load(tmp_path, dtype=dtype))
-
-
-@pytest.mark.parametrize("kv", KV_ITEMSIZE)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_prefill_that_begins_behind_a_cached_prefix_gives_the_same_bits(dtype, kv, tmp_path):
-    checkpoints.make(ODD, tmp_path, seed=8)
-    parity.check_warm_prefill(load(tmp_path, dtype=dtype), kv)
-
-
-@pytest.mark.parametrize(("dtype", "kv", "bound"), [("bfloat16", "bfloat16", 3e-3), ("bfloat16", "fp8", 2e-2)])
-def test_narrow_dtypes_stay_near_float32(folder, dtype, kv, bound):
-    parity.check_mostly_near_float32(folder[0], dtype, kv, bound)
-
-
 def test_layers_have_experts_where_the_config_says(tmp_path):
     checkpoints.make("qwen3-moe-mixed", tmp_path)
     kinds = [type(layer.mlp) for layer in load(tmp_path).layers]
@@ -87,8 +54,3 @@ def test_experts_stand_in_their_order_gate_above_up(tmp_path):
         experts = layer.mlp.experts
         assert torch.equal(experts.gate_up.expert(expert).dequantize(), torch.cat((gate, up)))
         assert torch.equal(experts.down.expert(expert).dequantize(), down)
-
-
-def test_parameters_are_those_of_the_checkpoint(folder):
-    spec = load(folder[0]).spec
-    assert spec.parameters() == sum(parameter.numel() for parameter in folder[1].parameters())
