@@ -1,0 +1,1 @@
+"""Draft models: what foresees the target's ids, in the layouts that checkpoints have."""
