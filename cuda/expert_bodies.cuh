@@ -124,50 +124,63 @@ struct Choices {
     }
 };
 
-// residual [rows, outputs] += Σ weightₖ·(downₖ·activeₖ + biasₖ) + shared, in that order in float32, rounded once. Where the
-// shared expert is in another format, `beside` [rows, outputs] holds what it gives: made by a launch without others.
+// A row's sum of its visits, and where it goes. Where the shared expert is in another format, `beside` [rows,
+// outputs] holds what it gives: made by a launch without others.
+struct Total {
+    bf16* residual;
+    float* beside;
+    Choices choices;
+    int rows, top_k, outputs;
+    bool routed;
+
+    FWD_INLINE int row() const { return threadIdx.x / kTile; }
+    FWD_INLINE int m() const { return threadIdx.x % kTile; }
+    FWD_INLINE bool holds(const Unit& unit) const { return row() < rows && unit.tile * kTile + m() < outputs; }
+    FWD_INLINE int64_t place(const Unit& unit) const { return int64_t{row()} * outputs + unit.tile * kTile + m(); }
+    FWD_INLINE float early(const Unit& unit) const {
+        return routed && holds(unit) ? to_float(residual[place(unit)]) : 0.0f;
+    }
+    template <class Format, class Work>
+    FWD_INLINE void put(const Work& work, const Unit& unit, const Parts& parts, float found) const {
+        if (!holds(unit)) return;
+        float sum = 0.0f;
+        for (int visit = row() * top_k; visit < (row() + 1) * top_k && routed; ++visit) {
+            if (choices.positions[visit] < 0) break;
+            float value = parts.template value<Format>(choices.positions[visit], choices.items[visit], m());
+            sum += __fmul_rn(choices.weights[visit], value);
+        }
+        if (work.shared_items) sum += parts.template value<Format>(row(), row() / 8, m());
+        if (!routed) {
+            beside[place(unit)] = sum;
+            return;
+        }
+        if (beside) sum += beside[place(unit)];
+        residual[place(unit)] = to_bf16(sum + found);
+    }
+};
+
+// residual [rows, outputs] += Σ weightₖ·(downₖ·activeₖ + biasₖ) + shared, in that order in float32, rounded once.
 template <class Format>
 FWD_INLINE void down(const bf16* active, const bf16* shared_active, gemv::Packed weight, const float* bias,
                      gemv::Packed shared_weight, const int* table, const int* experts, const float* weights,
                      bf16* residual, float* beside, int rows, int top_k, int inputs, int shared_inputs, int outputs,
                      unsigned char* shared) {
     grid_dependency_trigger();
-    bool routed = weight.data;
     using Whole = Work<Format, 1, true>;
     Whole work({weight, bias, active, false, inputs, outputs, false},
-               {shared_weight, nullptr, shared_active, false, shared_inputs, outputs, false}, {table, rows * top_k}, rows);
+               {shared_weight, nullptr, shared_active, false, shared_inputs, outputs, false}, {table, rows * top_k},
+               rows);
     Stream<Format, Whole> stream(work);
     grid_dependency_wait();
     work.open();
-    int visits = routed ? rows * top_k : 0, positions = visits + (work.shared_items ? rows : 0);
+    int visits = weight.data ? rows * top_k : 0, positions = visits + (work.shared_items ? rows : 0);
     float* memory = reinterpret_cast<float*>(shared);
-    Choices choices(memory, visits);
+    Total total{residual, beside, Choices(memory, visits), rows, top_k, outputs, weight.data != nullptr};
     Parts parts{memory + 3 * visits, memory + 3 * visits + kMembers * positions * kPitch, positions};
-    choices.fill(work, experts, weights, visits);  // read behind the first barrier
-    int row = threadIdx.x / kTile, m = threadIdx.x % kTile;
-    auto before = [&](const Unit& unit) {
-        int output = unit.tile * kTile + m;
-        if (!routed || row >= rows || output >= outputs) return 0.0f;
-        return to_float(residual[int64_t{row} * outputs + output]);
-    };
-    run<Format, 1, 1>(work, stream, parts, 0, before, [&](const Unit& unit, const Parts& parts, float found) {
-        int output = unit.tile * kTile + m;
-        if (row >= rows || output >= outputs) return;
-        int64_t place = int64_t{row} * outputs + output;
-        float sum = 0.0f;
-        for (int visit = row * top_k; visit < (row + 1) * top_k && routed; ++visit) {
-            if (choices.positions[visit] < 0) break;
-            float value = parts.template value<Format>(choices.positions[visit], choices.items[visit], m);
-            sum += __fmul_rn(choices.weights[visit], value);
-        }
-        if (work.shared_items) sum += parts.template value<Format>(row, row / 8, m);
-        if (!routed) {
-            beside[place] = sum;
-            return;
-        }
-        if (beside) sum += beside[place];
-        residual[place] = to_bf16(sum + found);
-    });
+    total.choices.fill(work, experts, weights, visits);  // read behind the first barrier
+    run<Format, 1, 1>(
+        work, stream, parts, 0, [&](const Unit& unit) { return total.early(unit); },
+        [&](const Unit& unit, const Parts& parts, float found) { total.put<Format>(work, unit, parts, found); });
 }
 
 // Either of both for a chunk, whose visits are too many for shared memory: down where there are `products`, which

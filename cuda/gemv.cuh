@@ -1,10 +1,10 @@
 // A packed matrix times a few rows: weights are the A operand of mma.m16n8k16 and are streamed once, rows are its B.
 //
-// Packed (fwd/kernels/packing.py): groups of 8 outputs, each of blocks of 8 × 32·kSub numbers, 512 bytes, 16 a lane, and
-// their scales; quant.cuh makes bf16 of them. Two groups are a tile of 16 outputs. A block of 8 warps takes tiles in turn:
-// warp w sums their blocks w, w + 8, … in order, then the sums of the warps are added in the order of the warps. So what
-// comes out depends on the row and the weights alone: not on the rows beside it, how many tiles a block takes at once, or
-// how many blocks there are.
+// Packed (fwd/kernels/packing.py): groups of 8 outputs, each of blocks of 8 × 32·kSub numbers, 512 bytes, 16 a lane,
+// and their scales; quant.cuh makes bf16 of them. Two groups are a tile of 16 outputs. A block of 8 warps takes tiles
+// in turn: warp w sums their blocks w, w + 8, … in order, then the sums of the warps are added in the order of the
+// warps. So what comes out depends on the row and the weights alone: not on the rows beside it, how many tiles a
+// block takes at once, or how many blocks there are.
 #pragma once
 
 #include "gemv_rows.cuh"
@@ -202,8 +202,8 @@ FWD_INLINE void store_sums(float* shared, const float (&sums)[kWide][kColumns][4
 }
 
 // All tiles of this block. For each output of each row the epilogue is asked early for what it will need, then given
-// the sum; both by whole warps, whose lanes hold outputs m and m ^ 8 of a tile 8 apart. `end` comes after a tile's last.
-// `shared` holds 2·kWarps·kWide·kColumns·kSums floats: a tile's sums are read while the next one's are written.
+// the sum; both by whole warps, whose lanes hold outputs m and m ^ 8 of a tile 8 apart. `end` comes after a tile's
+// last. `shared` holds 2·kWarps·kWide·kColumns·kSums floats: a tile's sums are read while the next one's are written.
 template <int kColumns, class Format, int kWide, class Tiling, class Rows, class Epilogue>
 FWD_INLINE void run(Weights<Format, kWide, Tiling>& weights, const Rows& rows, float* shared, Epilogue& epilogue) {
     constexpr int kSpan = kWide * kColumns * kSums, kOutputs = kWide * kColumns * 8 * kTile;

@@ -112,6 +112,7 @@ FWD_INLINE void normed(const bf16* hidden, const bf16* norm, float eps, Packed w
              float* logits, int rows, int inputs, int vocab) {                                                      \
         FWD_SHARED(shared);                                                                                         \
         fwd::gemv::normed<fwd::gemv::Format, columns>(                                                              \
-            hidden, norm, eps, {weight, factors}, fwd::gemv::Neighbours<1>{}, (vocab + fwd::gemv::kTile - 1) / fwd::gemv::kTile, \
-            rows, inputs, fwd::gemv::Logits{logits, rows, vocab}, shared);                                          \
+            hidden, norm, eps, {weight, factors}, fwd::gemv::Neighbours<1>{},                                       \
+            (vocab + fwd::gemv::kTile - 1) / fwd::gemv::kTile, rows, inputs,                                        \
+            fwd::gemv::Logits{logits, rows, vocab}, shared);                                                        \
     }

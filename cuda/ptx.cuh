@@ -48,8 +48,8 @@ using Pack16 = uint4;  // 16 bytes: what one load brings
 constexpr unsigned FULL_WARP = 0xFFFFFFFFu;
 
 #ifndef FWD_HOST
-// The policy "first to leave L2" as an operand: 16-byte loads take no `.L2::evict_first` of their own. For sm_100a it is
-// the number that `createpolicy` gives: there ptxas makes it anew in six instructions for every load.
+// The policy "first to leave L2" as an operand: 16-byte loads take no `.L2::evict_first` of their own. For sm_100a it
+// is the number that `createpolicy` gives: there ptxas makes it anew in six instructions for every load.
 FWD_INLINE uint64_t evict_first() {
 #if __CUDA_ARCH__ >= 1000
     return 0x12F0000000000000u;

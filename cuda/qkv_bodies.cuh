@@ -1,4 +1,5 @@
-// The attention input of a layer in one launch: norm, project, bias, norm of heads, RoPE; q out, k and v to their cells.
+// The attention input of a layer in one launch: norm, project, bias, norm of heads, RoPE; q out, k and v to their
+// cells.
 //
 // A tile is the same 8 dimensions of both halves of one head: RoPE's pairs meet in it. Where a whole head is needed
 // (for its norm, or the one scale of an fp8 cell) the block that comes last to it goes on, for all rows; who that is

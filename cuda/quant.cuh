@@ -2,10 +2,10 @@
 // are generic over. Layouts are those of fwd/kernels/packing.py.
 //
 // A lane has 16 bytes of a block, 4·kSub numbers of one output; numbers_of gives 8 of a sub-block of 32 inputs. They
-// are bf16 times a power of two that `kFactor` or `factors` take back at the end. Scales stand `word()` bytes behind: whoever
-// fetches keeps both addresses, as the compiler would make the second one anew for every block. Every number and every product
-// with its scale is exact in bf16, subnormals of a format included: bits are put where bf16 has them, and one product
-// by a power of two, which also carries the scale, makes a normal number of them.
+// are bf16 times a power of two that `kFactor` or `factors` take back at the end. Every number and every product with its
+// scale is exact in bf16, subnormals of a format included: bits are put where bf16 has them, and one product by a power
+// of two, which also carries the scale, makes a normal number of them. Whoever fetches holds a lane's address and that
+// of its scales, `word()` bytes on: a compiler that is given one makes the other anew for every block.
 #pragma once
 
 #include "common.cuh"

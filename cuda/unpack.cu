@@ -1,5 +1,5 @@
-// Packed weights as bf16 row by row: what a library's product takes. Each number is its product with its scales, rounded
-// once to float32 and once to bf16.
+// Packed weights as bf16 row by row: what a library's product takes. Each number is its product with its scales,
+// rounded once to float32 and once to bf16.
 #include "gemv.cuh"
 
 using fwd::bf16;

@@ -108,7 +108,7 @@ ROUTE = {
 }
 GATE_UP = {
     "the expert before": (
-        "experts.cuh",
+        "expert_stream.cuh",
         "int expert = max(work.item(item).expert, 0);",
         "int expert = max(work.item(item).expert - 1, 0);",
         "bf16",
@@ -142,7 +142,13 @@ GATE_UP = {
         OSS,
     ),
     "nobody waits for biases": ("experts.cuh", "cp_async_wait<0>();\n", "", "bf16", OSS),
-    "blocks past the last": ("experts.cuh", "if (left > 0) multiply", "if (left >= 0) multiply", "bf16", OSS),
+    "blocks past the last": (
+        "experts.cuh",
+        "if (step < steps.own) multiply",
+        "if (step <= steps.own) multiply",
+        "bf16",
+        OSS,
+    ),
     "the neighbour's scale": ("quant.cuh", "512 + group_row() * 4", "512 + (group_row() ^ 1) * 4", "mxfp4", OSS),
     "the factors of the first expert": (
         "experts.cuh",
@@ -156,21 +162,21 @@ DOWN = {
     "bias after the weight": (
         "expert_bodies.cuh",
         "sum += __fmul_rn(choices.weights[visit], value);",
-        "float w = choices.weights[visit];sum += w * value + (1 - w) * parts.early[choices.items[visit] * kEarly + m];",
+        "float w = choices.weights[visit];sum += w * value + (1 - w) * parts.early[choices.items[visit] * kEarly + m()];",
         OSS,
     ),
     "the sums of the visit at this place": ("expert_bodies.cuh", "(choices.positions[visit],", "(visit,", OSS),
     "backwards": (
         "expert_bodies.cuh",
-        "for (int visit = row * top_k; visit < (row + 1) * top_k && routed; ++visit) {",
-        "for (int visit = (row + 1) * top_k - 1; visit >= row * top_k && routed; --visit) {",
+        "for (int visit = row() * top_k; visit < (row() + 1) * top_k && routed; ++visit) {",
+        "for (int visit = (row() + 1) * top_k - 1; visit >= row() * top_k && routed; --visit) {",
         OSS,
     ),
     "no barrier before the next tile": ("experts.cuh", "if (kTurns == 1) block_barrier();", "", OSS),
     "the residual of the first tile": (
         "expert_bodies.cuh",
-        "int output = unit.tile * kTile + m;\n        if (!routed",
-        "int output = m;\n        if (!routed",
+        "to_float(residual[place(unit)])",
+        "to_float(residual[place({})])",
         OSS,
     ),
     "shared expert forgotten": ("expert_bodies.cuh", "if (work.shared_items) sum +=", "if (false) sum +=", DEEPSEEK),
@@ -213,7 +219,7 @@ def test_a_bug_of_down_is_found(execution, bug):
 
 
 def test_a_shared_expert_of_another_format_forgotten_is_found(execution):
-    mutated = execution.mutated("expert_bodies.cuh", "if (beside) sum += beside[place];", "")
+    mutated = execution.mutated("expert_bodies.cuh", "if (beside) sum += beside[place(unit)];", "")
     assert seen(lambda: down_error(mutated, DEEPSEEK, "bf16", "mxfp4"))
 
 

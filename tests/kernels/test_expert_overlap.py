@@ -54,9 +54,9 @@ def test_one_that_reads_too_early_is_seen(tmp_path):
 
 def test_weights_of_the_shared_expert_are_taken_before_the_wait(tmp_path):
     """A first turn that ends within the shared expert's item goes on with the first expert's behind the wait."""
-    old = "        aim(work);\n        there = 0;\n        fill(work);"
-    late = Execution("host", tmp_path).mutated("experts.cuh", old, "        there = 0, stop = kNever;")
+    old = "        aim(work, 0);\n        there = 0;\n        fill(work);"
+    late = Execution("host", tmp_path).mutated("expert_stream.cuh", old, "        there = 0, steps.none();")
     found, wanted = (layers(HostLauncher(folder=each), 3, -1) for each in (late.folder, None))
     assert all(map(same_bits, found, wanted)), "it is the same, later"
-    lost = Execution("host", tmp_path).mutated("experts.cuh", "            unit = work.unit(index);\n", "")
+    lost = Execution("host", tmp_path).mutated("expert_stream.cuh", "            unit = work.unit(index);\n", "")
     assert not all(map(same_bits, layers(HostLauncher(folder=lost.folder), 3, -1), wanted))

@@ -56,16 +56,16 @@ PLANTED = {
         linear_error,
     ),
     "no barrier behind the norm": (
-        "gemv.cuh",
+        "gemv_rows.cuh",
         "scale(row, rsqrtf(sum / inputs + eps));\n        }\n        block_barrier();",
         "scale(row, rsqrtf(sum / inputs + eps));\n        }",
         linear_error,
     ),
     "sums added in the order they arrive": (
         "gemv.cuh",
-        "    int group = lane_index() / 4, pair = lane_index() % 4 * 2;\n",
+        "    int group = group_row(), pair = quarter() * 2;\n",
         """
-    int group = lane_index() / 4, pair = lane_index() % 4 * 2;
+    int group = group_row(), pair = quarter() * 2;
     static int arrivals[4096];
     int first = lane_index() == 0 ? atomicAdd(arrivals + blockIdx.x, 1) : 0;
     auto warp_index = [arrival = shuffle(first, 0) % kWarps] { return arrival; };

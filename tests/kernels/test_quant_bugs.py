@@ -43,7 +43,7 @@ PLANTED = {
     "the sum's power of two forgotten": ("mxfp4", "quant.cuh", "kFactor = 0x1p60f", "kFactor = 1.0f"),
     "rows not zero to the end of a block": (
         "mxfp4",
-        "gemv.cuh",
+        "gemv_rows.cuh",
         "chunk < chunks(); chunk += kThreads) {\n            bool valid",
         "chunk * 8 < inputs; chunk += kThreads) {\n            bool valid",
     ),
@@ -61,7 +61,7 @@ PLANTED = {
     ),
     "an output's FP8 scale forgotten": ("fp8-channel", "quant.cuh", "kCells = true, kFactors = true", "kCells = true"),
     "a sign of FP8 from the word's end": ("fp8-block", "quant.cuh", "0x87808780u", "0x07808780u"),
-    "the zero point of the first inputs": ("int4-zeros", "quant.cuh", "zero_of(zeros, sub)", "zero_of(zeros, 0)"),
+    "the zero point of the first inputs": ("int4-zeros", "quant.cuh", "zeros : zeros >> 8", "zeros : zeros"),
     "the int4 scale of the neighbouring inputs": (
         "int4",
         "quant.cuh",
