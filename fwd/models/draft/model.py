@@ -17,6 +17,8 @@ from fwd.kernels.rows import Rows
 from fwd.models.draft.spec import DraftSpec
 from fwd.models.layout import KVFormat
 
+ABSENT = -1e30  # finite, as a row's logits must be to be drawn from
+
 
 class DraftModel(Protocol):
     """A loaded draft model on its target's device.
@@ -74,5 +76,5 @@ class DraftModel(Protocol):
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits float32 [rows, the target's vocabulary]; −inf where an id is not in its own."""
+        """Return logits float32 [rows, the target's vocabulary]; `ABSENT` where an id is not in its own."""
         ...
