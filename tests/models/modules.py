@@ -1,6 +1,7 @@
-"""Folders that hold nothing but some quantised modules, and what they mean."""
+"""Folders that hold nothing but some quantised modules, and what they mean; what configs and headers say of one."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import quantised
@@ -9,7 +10,16 @@ import torch
 from fwd.models import formats
 from fwd.models.checkpoint import Checkpoint
 from fwd.models.quantization import read_from
+from fwd.models.safetensors import Entry
 from fwd.models.schemes import parse_quantization
+
+
+def scheme(**table):
+    return parse_quantization({"quantization_config": table})
+
+
+def entry(dtype, *shape):
+    return Entry(Path("model.safetensors"), dtype, shape, 0, 0)
 
 
 def matrices(shapes, seed=0):

@@ -4,10 +4,14 @@ import json
 import struct
 from math import prod
 
-from fwd.models.safetensors import BITS
+import pytest
+
+from fwd.errors import ModelError
+from fwd.models.safetensors import BITS, headers
 
 FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 INDEX = "model.safetensors.index.json"
+GOOD = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}  # of a tensor in a header
 
 
 def raw(header, data=b"", length=None):
@@ -46,3 +50,12 @@ def write_shards(folder, generator, **metadata):
         places |= dict.fromkeys(tensors, file)
     write_index(folder, places, **metadata)
     return places
+
+
+def refusal(folder):
+    """The line by which a folder is refused."""
+    with pytest.raises(ModelError) as refused:
+        headers(folder)
+    assert len(refused.value.message.splitlines()) == 1
+    assert len(refused.value.message) < 2000
+    return refused.value.message

@@ -1,19 +1,18 @@
 """Every family against `transformers` on random checkpoints: prefill on the chunk grid, then decode steps."""
 
-import checkpoints
 import parity
 import pytest
-from checkpoints import DENSE, GPT_OSS, MOE
+from kinds import DENSE, GPT_OSS, KINDS, MOE
 
 from fwd.models.load import load
 
 
-@pytest.mark.parametrize("kind", checkpoints.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_float32_logprobs_agree_with_transformers(kind, pair):
     parity.check_logprobs(*pair(kind))
 
 
-@pytest.mark.parametrize("kind", checkpoints.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_are_those_of_transformers(kind, pair):
     parity.check_greedy(*pair(kind))
 

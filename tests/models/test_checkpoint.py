@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import random
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -20,11 +19,6 @@ from fwd.models.checkpoint import Checkpoint
 from fwd.models.source import DTYPES
 
 EXPERTS = 9
-
-
-@pytest.fixture
-def random_bytes():
-    return random.Random(20261126)
 
 
 @pytest.fixture
@@ -153,7 +147,7 @@ def digest_of(folder, *files):
     for file in files:
         whole = (folder / file).read_bytes()
         start = 8 + int.from_bytes(whole[:8], "little")
-        cuts = [0, start, *(entry["data_offsets"][1] + start for entry in json_header(whole, start))]
+        cuts = [0, start, *(entry["data_offsets"][1] + start for entry in json.loads(whole[8:start]).values())]
         leaves = b"".join(
             hashlib.sha256(whole[at : min(at + reader.LEAF, end)]).digest()
             for begin, end in pairwise(cuts)
@@ -161,10 +155,6 @@ def digest_of(folder, *files):
         )
         total.update(hashlib.sha256(leaves).digest())
     return total.hexdigest()
-
-
-def json_header(whole, start):
-    return json.loads(whole[8:start]).values()
 
 
 def taken_in(order, folder):

@@ -3,6 +3,7 @@
 import checkpoints
 import pytest
 import quantised
+from kinds import KINDS
 from reach import held_bytes
 from safetensors.torch import load_file
 
@@ -35,7 +36,7 @@ def unpacked(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", sorted(checkpoints.KINDS))
+@pytest.mark.parametrize("kind", sorted(KINDS))
 def test_plain_weights(kind, dtype, tmp_path):
     checkpoints.make(kind, tmp_path)
     spec, tensors = check(tmp_path, dtype), load_file(tmp_path / "model.safetensors")

@@ -8,6 +8,7 @@ import checkpoints
 import parity
 import pytest
 import torch
+from kinds import DEEPSEEK
 from parity import PAGE, logits_of, tokens
 from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
@@ -87,7 +88,7 @@ def test_planted_bugs_are_seen(plant, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kv", KV_ITEMSIZE)
-@pytest.mark.parametrize("kind", checkpoints.DEEPSEEK)
+@pytest.mark.parametrize("kind", DEEPSEEK)
 def test_the_cache_is_as_large_as_planned(kind, kv, pair):
     model = load(pair(kind)[0])
     (plan,) = groups(model.spec.cache)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import checkpoints
 import pytest
+from kinds import DENSE
 from parity import PAGE
 
 from fwd.models.layout import KV_ITEMSIZE, groups
@@ -12,7 +13,7 @@ from fwd.models.load import load
 
 
 @pytest.mark.parametrize("kv", KV_ITEMSIZE)
-@pytest.mark.parametrize("kind", checkpoints.DENSE)
+@pytest.mark.parametrize("kind", DENSE)
 def test_the_cache_is_as_large_as_planned(kind, kv, pair):
     model = load(pair(kind)[0])
     plan = groups(model.spec.cache)
@@ -28,7 +29,7 @@ def test_the_cache_is_as_large_as_planned(kind, kv, pair):
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(places)), "layers overlap"
 
 
-@pytest.mark.parametrize("kind", checkpoints.DENSE)
+@pytest.mark.parametrize("kind", DENSE)
 def test_every_layer_finds_its_group(kind, pair):
     model = load(pair(kind)[0])
     plan = groups(model.spec.cache)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import checkpoints
+import number_writers
 import numpy as np
 import parity
 import pytest
@@ -73,7 +74,7 @@ def test_rows_in_another_order_keep_every_bit(layout, tmp_path):
 
 def test_gpt_oss_experts_stand_in_one_tensor_and_in_any_order(tmp_path):
     random = np.random.default_rng(3)
-    tensors, meant = quantised.mxfp4_stack(np.float32(random.standard_normal((5, 48, 64))))
+    tensors, meant = number_writers.mxfp4_stack(np.float32(random.standard_normal((5, 48, 64))))
     quantised.write_folder(tmp_path, {"x" + name: each for name, each in tensors.items()}, {})
     order = torch.arange(48).view(-1, 2).t().flatten()
     with Checkpoint(tmp_path, lambda *_: None) as checkpoint:

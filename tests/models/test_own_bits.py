@@ -4,7 +4,7 @@ import checkpoints
 import parity
 import pytest
 import torch
-from checkpoints import DENSE, GPT_OSS, MOE
+from kinds import DENSE, GPT_OSS, MOE
 from parity import PROMPT, TOTAL, logits_of, tokens
 
 from fwd.kernels import attention

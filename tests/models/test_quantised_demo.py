@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from quantised import LAYOUTS, fp8_dtype, pairs, to_e2m1, to_e4m3, write_folder
+from number_writers import fp8_dtype, pairs, to_e2m1, to_e4m3
+from quantised import LAYOUTS, write_folder
 from safetensors.torch import load_file
 
 from fwd.cli import main

@@ -9,6 +9,7 @@ import checkpoints
 import pytest
 import quantised
 import torch
+from kinds import KINDS
 from safetensors.torch import load_file, save_file
 
 from fwd.errors import ModelError
@@ -198,7 +199,7 @@ class Counted(loading.Checkpoint):
         super()._read(names, parts)
 
 
-@pytest.mark.parametrize("kind", checkpoints.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_rehearsal_takes_what_the_load_takes(kind, tmp_path, monkeypatch):
     """In the same order; so nothing that the load refuses is new."""
     checkpoints.make(kind, tmp_path)
