@@ -12,8 +12,8 @@ from fwd.engine.plan import Plan
 from fwd.engine.request import Drawn, Prefilled
 from fwd.engine.ring import Slot
 from fwd.engine.runner import Prefiller
-from fwd.engine.scheduler import Chunk, Span
-from fwd.engine.step import BUCKETS, CPU, new_tables
+from fwd.engine.scheduler import BUCKETS, Chunk, Span
+from fwd.engine.step import CPU, new_tables
 from fwd.engine.workspaces import RING
 from fwd.errors import EngineError
 from fwd.kernels.device import DeviceOps

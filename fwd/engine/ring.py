@@ -9,9 +9,9 @@ from fwd.engine.lines import Lines
 from fwd.engine.plan import Plan
 from fwd.engine.request import Drawn, Request
 from fwd.engine.sampler import NO_TOP
-from fwd.engine.scheduler import MAX_ROWS, Span
+from fwd.engine.scheduler import BUCKETS, MAX_ROWS, Span
 from fwd.engine.speculate.verify import verified
-from fwd.engine.step import BUCKETS, CPU, Step, Table
+from fwd.engine.step import CPU, Step, Table
 from fwd.errors import EngineError
 from fwd.kernels.drawing import FIELDS, new_outcome
 from fwd.protocol.values import TopLogprobs

@@ -11,7 +11,8 @@ from fwd.engine.space import Space
 from fwd.engine.speculate.drafter import NOTHING, Off, Proposal, Speculator, Wish
 from fwd.protocol.values import EMPTY, Limits
 
-MAX_ROWS = 16
+BUCKETS = (1, 2, 4, 8, 16)  # rows that a step is run with: it is padded to the next
+MAX_ROWS = BUCKETS[-1]
 REFILL_TOKENS = 1 << 20  # of ended answers that wait to be prefilled once more
 
 

@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 from fwd.engine.pages import BlockTable
 from fwd.engine.plan import Plan
 from fwd.engine.request import Request
-from fwd.engine.scheduler import MAX_ROWS, Chunk, Span
+from fwd.engine.scheduler import BUCKETS, Chunk, Span
 from fwd.kernels.rows import Cells, Records, Rows
 
-BUCKETS = (1, 2, 4, 8, MAX_ROWS)
 CPU = torch.device("cpu")
 Array = NDArray[np.int64]
 Fields = Mapping[str, torch.dtype]
