@@ -1,4 +1,4 @@
-// The items of a decode step over latents, and how tiles of cells come to shared memory: see latent_attention.cu.
+// How cells of a decode step over latents come to shared memory, tile by tile: see latent_attention.cu.
 #pragma once
 
 #include "items.cuh"

@@ -21,7 +21,7 @@ def pieces(request, monkeypatch):
         monkeypatch.setattr(attention, "PIECE", 8)
     if request.param == "longer":
         monkeypatch.setattr(attention, "PIECES", 3)
-        monkeypatch.setattr(attention, "_GRAIN", 4)
+        monkeypatch.setattr(attention, "GRAIN", 4)
     return request.param
 
 
