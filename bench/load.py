@@ -18,17 +18,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from math import prod
+from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from threading import Lock, Thread
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
+import torch
+from gpu.checkpoint import header
+from gpu.configs import MODELS, Config, tiny
+from gpu.tensors import Drawn, tensors
+
 from fwd.cli.bench import machine
+from fwd.engine.memory import blocks_apart
 from fwd.models import reader
+from fwd.models.checkpoint import Checkpoint
+from fwd.models.config import parse_spec
+from fwd.models.load import load
 from fwd.models.reader import LEAF, THREADS
-from fwd.models.safetensors import BITS, INDEX
+from fwd.models.safetensors import INDEX
 
 GOAL = 0.9  # of the plain read
 SHARD = 1 << 30  # bytes, about
@@ -36,132 +45,51 @@ BLOCK = 64 << 20  # random bytes that are written again and again
 SEED = 20261126
 CHILD = "--child"
 BYTES_OF = {"F8_E4M3": 0x77, "F32": 0x3F, "BF16": 0x3F}  # and-masks: no NaN, nothing infinite
-NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-
-Tensor = tuple[str, tuple[int, ...]]  # dtype, shape
+CASES = {"8B-like bf16": ("llama-8b", 6), "8B-like nvfp4": ("llama-8b-nvfp4", 20)}  # a model, as many layers of it
 
 
-class Shapes(NamedTuple):
-    """Sizes of a model of the dense family."""
-
-    layers: int
-    hidden: int = 4096
-    intermediate: int = 14336
-    heads: int = 32
-    kv_heads: int = 8
-    vocab: int = 32768
+def config(case: str, *, dry: bool) -> Config:
+    """The config.json of a case, or of its shrunken twin."""
+    name, layers = CASES[case]
+    return MODELS[tiny(name)] if dry else MODELS[name] | {"num_hidden_layers": layers, "vocab_size": 32768}
 
 
-def config(shapes: Shapes, **more: Any) -> dict[str, Any]:
-    """Its config.json."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "num_hidden_layers": shapes.layers,
-        "hidden_size": shapes.hidden,
-        "intermediate_size": shapes.intermediate,
-        "num_attention_heads": shapes.heads,
-        "num_key_value_heads": shapes.kv_heads,
-        "head_dim": shapes.hidden // shapes.heads,
-        "vocab_size": shapes.vocab,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 5e5,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        **more,
-    }
-
-
-def matrices(shapes: Shapes) -> Iterator[tuple[str, int, int]]:
-    """Each linear layer of the blocks: module, outputs, inputs."""
-    hidden, kv = shapes.hidden, shapes.hidden // shapes.heads * shapes.kv_heads
-    for layer in range(shapes.layers):
-        at = f"model.layers.{layer}."
-        yield from (
-            (f"{at}self_attn.{name}_proj", rows, hidden)
-            for name, rows in zip("qkvo", (hidden, kv, kv, hidden), strict=True)
-        )
-        yield from ((f"{at}mlp.{name}_proj", shapes.intermediate, hidden) for name in ("gate", "up"))
-        yield f"{at}mlp.down_proj", hidden, shapes.intermediate
-
-
-def plain_parts(shapes: Shapes) -> dict[str, Tensor]:
-    """What no checkpoint quantises: norms, embedding, head."""
-    names = [f"model.layers.{layer}.{name}" for layer in range(shapes.layers) for name in NORMS]
-    tables = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), ("BF16", (shapes.vocab, shapes.hidden)))
-    return dict.fromkeys([*names, "model.norm.weight"], ("BF16", (shapes.hidden,))) | tables
-
-
-def dense(shapes: Shapes) -> dict[str, Tensor]:
-    """All tensors in bfloat16."""
-    linear = {f"{module}.weight": ("BF16", (rows, columns)) for module, rows, columns in matrices(shapes)}
-    return plain_parts(shapes) | linear
-
-
-def nvfp4(shapes: Shapes) -> dict[str, Tensor]:
-    """ModelOpt's layout: two numbers a byte, a scale for 16 of them, one for all."""
-    found = plain_parts(shapes)
-    for module, rows, columns in matrices(shapes):
-        found[f"{module}.weight"] = ("U8", (rows, columns // 2))
-        found[f"{module}.weight_scale"] = ("F8_E4M3", (rows, columns // 16))
-        found[f"{module}.weight_scale_2"] = ("F32", ())
-    return found
-
-
-MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
-CASES: dict[str, tuple[Callable[[Shapes], dict[str, Tensor]], dict[str, Any], Shapes, Shapes]] = {
-    "8B-like bf16": (dense, {}, Shapes(6), Shapes(1, 256, 512, 4, 2, 512)),
-    "8B-like nvfp4": (nvfp4, {"quantization_config": MODELOPT}, Shapes(20), Shapes(1, 256, 512, 4, 2, 512)),
-}
-
-
-def size(tensor: Tensor) -> int:
-    """Its bytes."""
-    return prod(tensor[1]) * BITS[tensor[0]] // 8
-
-
-def write(folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> list[Path]:
-    """Write the folder in shards of about `SHARD` bytes, in the order of names as writers do; return the files."""
-    (folder / "config.json").write_text(json.dumps(settings))
+def write(folder: Path, model: Config) -> list[Path]:
+    """Write the model in shards of about `SHARD` bytes, in the order of names as writers do; return the files."""
+    (folder / "config.json").write_text(json.dumps(model))
     noise = random.Random(SEED).randbytes(BLOCK)
-    shards = list(_shards(tensors))
+    shards = list(_shards(sorted(tensors(parse_spec(model)), key=attrgetter("name"))))
     places = {}
-    for number, names in enumerate(shards, 1):
+    for number, held in enumerate(shards, 1):
         path = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_shard(path, {name: tensors[name] for name in names}, noise)
-        places |= dict.fromkeys(names, path.name)
+        _write_shard(path, held, noise)
+        places |= dict.fromkeys((tensor.name for tensor in held), path.name)
     (folder / INDEX).write_text(json.dumps({"weight_map": places}))
     return sorted(folder.glob("*.safetensors"))
 
 
-def _shards(tensors: dict[str, Tensor]) -> Iterator[list[str]]:
-    names: list[str] = []
-    for name in sorted(tensors):
-        names.append(name)
-        if sum(size(tensors[each]) for each in names) >= SHARD:
-            yield names
-            names = []
-    if names:
-        yield names
+def _shards(given: Iterable[Drawn]) -> Iterator[list[Drawn]]:
+    held: list[Drawn] = []
+    for tensor in given:
+        held.append(tensor)
+        if sum(each.nbytes for each in held) >= SHARD:
+            yield held
+            held = []
+    if held:
+        yield held
 
 
-def _write_shard(path: Path, tensors: dict[str, Tensor], noise: bytes) -> None:
-    ends = [0, *itertools.accumulate(map(size, tensors.values()))]
-    header = {
-        name: {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-        for (name, (dtype, shape)), begin, end in zip(tensors.items(), ends, ends[1:], strict=False)
-    }
-    body = json.dumps(header).encode()
+def _write_shard(path: Path, held: list[Drawn], noise: bytes) -> None:
     with path.open("wb") as file:
-        file.write(len(body).to_bytes(8, "little") + body)
-        for tensor in tensors.values():
+        file.write(header(held))
+        for tensor in held:
             _write_tensor(file.write, tensor, noise)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _write_tensor(put: Callable[[bytes], object], tensor: Tensor, noise: bytes) -> None:
-    left, mask = size(tensor), BYTES_OF.get(tensor[0])
+def _write_tensor(put: Callable[[bytes], object], tensor: Drawn, noise: bytes) -> None:
+    left, mask = tensor.nbytes, BYTES_OF.get(tensor.dtype)
     block = noise if mask is None else noise[: 1 << 20].translate(bytes(value & mask for value in range(256)))
     while left:
         left -= len(block[:left]) if put(block[:left]) else 0
@@ -214,8 +142,6 @@ def hash_rate() -> float:
 
 def read_all(folder: Path) -> Any:
     """Take every tensor as it is stored."""
-    from fwd.models.checkpoint import Checkpoint  # noqa: PLC0415  # torch: the child only
-
     with Checkpoint(folder, lambda _done, _total: None) as checkpoint:
         tensors = [checkpoint.raw(name) for name in checkpoint.entries]
         checkpoint.finish(lambda _name: False)
@@ -246,8 +172,6 @@ class _NoHash:
 
 def load_model(folder: Path) -> Any:
     """What `fwd serve --device cpu` does: weights are packed on the way, the head is float32."""
-    from fwd.models.load import load  # noqa: PLC0415
-
     return load(folder, device="cpu", context=1024)
 
 
@@ -256,10 +180,6 @@ WORK: dict[str, Callable[[Path], Any]] = {"read": read_all, "read unhashed": rea
 
 def work_here(what: str, folder: Path) -> dict[str, float]:
     """Do one of `WORK` in this process: seconds, CPU seconds, memory that is resident after it and at most."""
-    import torch  # noqa: PLC0415
-
-    from fwd.engine.memory import blocks_apart  # noqa: PLC0415
-
     torch.zeros(1024, 1024) @ torch.zeros(1024, 1024)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -286,11 +206,9 @@ def work_apart(what: str, folder: Path) -> dict[str, float]:
     return dict(json.loads(done.stdout))
 
 
-def measure(name: str, folder: Path, rounds: int, *, tiny: bool) -> dict[str, Any]:
+def measure(name: str, folder: Path, rounds: int, *, dry: bool) -> dict[str, Any]:
     """Write one checkpoint; plain reads, reads and loads in turns, from the disk and from the page cache."""
-    layout, more, full, small = CASES[name]
-    shapes = small if tiny else full
-    files = write(folder, layout(shapes), config(shapes, **more))
+    files = write(folder, config(name, dry=dry))
     total = sum(path.stat().st_size for path in files)
     print(f"{name}: {total / 1e9:.2f} GB in {len(files)} files; to reach: {GOAL:.0%} of a plain read, weights + 1 GiB")
     result: dict[str, Any] = {"bytes": total, "files": len(files)}
@@ -332,7 +250,7 @@ def main() -> None:
     print(f"SHA-256 on all cores: {result['hash'] / 1e6:,.0f} MB/s; {THREADS} threads read")
     for name in CASES:
         with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
-            result[name] = measure(name, Path(folder), chosen.rounds, tiny=chosen.tiny)
+            result[name] = measure(name, Path(folder), chosen.rounds, dry=chosen.tiny)
     print(machine.save(result, Path(chosen.save)))
 
 

@@ -33,20 +33,25 @@ def write(name: str, folder: Path, device: str, *, skewed: bool = False) -> int:
     return _write_weights(folder / "model.safetensors", list(tensors(spec(name), skewed=skewed)), device)
 
 
-def _write_weights(path: Path, drawn: Sequence[Drawn], device: str) -> int:
-    header, end = {}, 0
+def header(drawn: Sequence[Drawn]) -> bytes:
+    """What stands before the numbers of a safetensors file, which follow in the same order."""
+    table, end = {}, 0
     for tensor in drawn:
-        begin, end = end, end + DTYPES[tensor.dtype].itemsize * math.prod(tensor.shape)
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
+        begin, end = end, end + tensor.nbytes
+        table[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(table).encode()
     text += b" " * (-len(text) % 64)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_weights(path: Path, drawn: Sequence[Drawn], device: str) -> int:
     generator = torch.Generator(device).manual_seed(SEED)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header(drawn))
         for tensor in drawn:
             for piece in _pieces(tensor, generator):
                 file.write(memoryview(piece.view(torch.uint8).cpu().numpy()))
-    return end
+    return sum(tensor.nbytes for tensor in drawn)
 
 
 def _pieces(tensor: Drawn, generator: torch.Generator) -> Iterator[torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from fwd.models.checkpoint import DTYPES
 from fwd.models.quantization import Stored
 from fwd.models.spec import EMBEDDING, HEAD, LAYER, ExpertSpec, LatentSpec, ModelSpec
 from gpu.shapes import SKEW
@@ -28,6 +29,11 @@ class Drawn(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     draw: Draw
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return DTYPES[self.dtype].itemsize * math.prod(self.shape)
 
 
 def tensors(model: ModelSpec, *, skewed: bool = False) -> Iterator[Drawn]:
