@@ -19,6 +19,7 @@ from fwd.models.quantization import is_needless
 from fwd.models.rope import rope_table
 from fwd.models.source import Source
 from fwd.models.spec import EMBEDDING, HEAD, LAYER, ModelSpec
+from fwd.models.taps import Taps
 from fwd.models.weights import Weights
 
 LAST_NORM = "model.norm.weight"
@@ -64,12 +65,14 @@ class Decoder(ABC, Generic[Layer, Cells, Execution]):
         return caches.new_cache(self.spec.cache, units, page_size, kv, self.ops.device)
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, rows: Rows, cache: KVCache) -> Tensor:
+    def forward(self, ids: Tensor, rows: Rows, cache: KVCache, taps: Taps | None = None) -> Tensor:
         """Return hidden [rows, hidden]."""
         count, rows = len(ids), rows.padded(self.ops.row_block)
         hidden = self.ops.embed(_padded(ids, len(rows.positions)), self.embedding)  # [rows, hidden]
-        for layer, kv in zip(self.layers, cast("tuple[Cells, ...]", cache.layers), strict=True):
+        for index, (layer, kv) in enumerate(zip(self.layers, cast("tuple[Cells, ...]", cache.layers), strict=True)):
             hidden = self.block(hidden, layer, rows, kv)
+            if taps:
+                taps.take(index, hidden)
         return hidden[:count]
 
     @torch.inference_mode()

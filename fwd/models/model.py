@@ -11,6 +11,7 @@ from fwd.kernels.ops import Ops
 from fwd.kernels.rows import Rows
 from fwd.models.layout import KVFormat
 from fwd.models.spec import ModelSpec
+from fwd.models.taps import Taps
 
 
 class Model(Protocol):
@@ -33,8 +34,11 @@ class Model(Protocol):
         """
         ...
 
-    def forward(self, ids: Tensor, rows: Rows, cache: KVCache) -> Tensor:
-        """Run the layers over the rows of a step, write their KV; return hidden [rows, hidden] before the last norm."""
+    def forward(self, ids: Tensor, rows: Rows, cache: KVCache, taps: Taps | None = None) -> Tensor:
+        """Run the layers over the rows of a step, write their KV; return hidden [rows, hidden] before the last norm.
+
+        Where there are `taps` they are given hidden rows on the way.
+        """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

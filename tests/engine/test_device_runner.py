@@ -245,7 +245,7 @@ def test_rows_that_are_not_finite_end_their_own_request(model, monkeypatch):
     engine = Engine(model)
     forward = model.model.forward
 
-    def spoiled(ids, rows, cache):
+    def spoiled(ids, rows, cache, taps=None):
         hidden = forward(ids, rows, cache)
         if rows.chunk < 0:
             hidden[(rows.positions == len(requests[1].prompt) // 4 + 5) & (rows.sequences == spoiled.line)] = torch.nan

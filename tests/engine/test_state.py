@@ -34,7 +34,7 @@ class Recurrent:
     def new_cache(self, units, _page_size, _kv):
         return SimpleNamespace(records=torch.full((units[0], WIDTH), torch.nan), copy=lambda _: None)
 
-    def forward(self, ids, rows, cache):
+    def forward(self, ids, rows, cache, taps=None):
         hidden, state = torch.zeros(len(ids), WIDTH), None
         for row in range(len(ids)):
             if rows.sequences[row] < 0:
@@ -53,7 +53,7 @@ class Recurrent:
 
 
 class Overwriting(Recurrent):
-    def forward(self, ids, rows, cache):
+    def forward(self, ids, rows, cache, taps=None):
         hidden = super().forward(ids, rows, cache)
         if rows.chunk < 0:
             for row, read in enumerate(rows.records.reads.tolist()):
