@@ -128,7 +128,7 @@ class ModelSpec:
     @cached_property
     def held(self) -> "tuple[Held, ...]":
         """Everything that is loaded, as it is held. Raises ModelError for a layout of files that is not known."""
-        return tuple(_held(self, part) for part in parts(self) if part.numbers)
+        return tuple(held_of(self, part) for part in parts(self) if part.numbers)
 
     @cached_property
     def streamed(self) -> "tuple[Streamed, ...]":
@@ -213,7 +213,8 @@ class Held(NamedTuple):
     stored: Stored | None = None
 
 
-def _held(spec: ModelSpec, part: Part) -> Held:
+def held_of(spec: ModelSpec, part: Part) -> Held:
+    """Return how a part of a model is held, of whose format its tensors tell."""
     stored = spec.quantization.format_of(spec.prefix + part.module) if part.kept == "stored" else None
     if part.kept == "stored" and spec.requantised(part.module) and (stored is None or stored.format in _PLAIN):
         stored = _ROWS
