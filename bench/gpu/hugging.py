@@ -6,28 +6,13 @@ cache of its own, for which its first steps capture a graph again.
 
 import json
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
+from fwd.cli.bench.peer import Clock
 from gpu.decoder import parser
-
-
-class Clock:
-    """A streamer: `put` is called with the prompt, then with each token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, _: Any) -> None:
-        """Note when."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is kept back."""
 
 
 class Peer:

@@ -8,6 +8,7 @@ import checkpoints
 import parity
 import pytest
 import torch
+from gpu.configs import TRUE
 from parity import tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
@@ -75,15 +76,6 @@ def test_experts_stand_with_their_gates_above_their_ups(tmp_path):
 
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
-QUANTIZATION = {  # as gpt-oss-20b has it
-    "quant_method": "mxfp4",
-    "modules_to_not_convert": [
-        "model.layers.*.self_attn",
-        "model.layers.*.mlp.router",
-        "model.embed_tokens",
-        "lm_head",
-    ],
-}
 
 
 def in_mxfp4(plain, folder):
@@ -102,7 +94,9 @@ def in_mxfp4(plain, folder):
     save_file(tensors, plain / "model.safetensors")
     save_file(packed, folder / "model.safetensors")
     config = json.loads((plain / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": QUANTIZATION}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization_config": TRUE["gpt-oss-20b"]["quantization_config"]})
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -23,7 +23,7 @@ class Peer:
     def tokens_per_s(self, prompt: str, tokens: int) -> float:
         """The rate after the first of `tokens` tokens."""
         ids = self._tokenizer(prompt, return_tensors="pt")
-        clock = _Clock()
+        clock = Clock()
         with self._torch.inference_mode():
             self._model.generate(
                 **ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, use_cache=True, streamer=clock
@@ -32,13 +32,14 @@ class Peer:
         return (tokens - 1) / (last - first)
 
 
-class _Clock:
+class Clock:
     """A streamer: `put` is called with the prompt, then with each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, _: Any) -> None:
+        """Note when."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
