@@ -5,7 +5,6 @@ A weight is dequantised slab by slab, for the product only: in memory it stays w
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from torch import Tensor
 
@@ -42,7 +41,10 @@ def by_whole_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     Those of x are halves of wider ones: what follows each other in memory is joined.
     """
     step = max(1, (_SPLIT - 1) // x.shape[1])
-    return torch.cat([function(x[row : row + step]) for row in range(0, len(x), step)])
+    out = x.new_empty(x.shape)
+    for row in range(0, len(x), step):
+        out[row : row + step] = function(x[row : row + step])
+    return out
 
 
 def _slab(weight: QTensor, start: int, stop: int) -> Tensor:
