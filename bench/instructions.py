@@ -60,9 +60,14 @@ def format_of(source: str) -> str:
     return next((name for name in BITS if stem.endswith(f"_{name}")), "bf16")
 
 
+def family_of(source: str) -> str:
+    """Which kernels stand in a file."""
+    return source.removesuffix(".cu").removesuffix(f"_{format_of(source)}")
+
+
 def wanted() -> dict[str, list[str]]:
     """The kernels that are counted, by file."""
-    files = {source: kernels for source, kernels in BUILDS.items() if _family(source) in FAMILIES}
+    files = {source: kernels for source, kernels in BUILDS.items() if family_of(source) in FAMILIES}
     return {source: [name for name in kernels if name not in NONE] for source, kernels in files.items()}
 
 
@@ -119,11 +124,6 @@ def _of_file(jit: Jit, disassembler: Path, source: str, arch: str) -> Iterator[t
 
 def _products(body: list[str]) -> int:
     return sum("HMMA" in line for line in body)
-
-
-def _family(source: str) -> str:
-    stem = source.removesuffix(".cu")
-    return stem.removesuffix(f"_{format_of(source)}")
 
 
 def main() -> None:

@@ -171,17 +171,18 @@ template <class Format, int kColumns, int kTurns, class Work, class Before, clas
 FWD_INLINE void run(const Work& work, Stream<Format, Work>& stream, Parts parts, int floats, Before before, Put put) {
     stream.open(work);
     Team<Format, kColumns> team;
-    bool used = false;
+    int turn = 0;
     for (int index = blockIdx.x; index < work.units; index += gridDim.x) {
         Unit unit = work.unit(index);
-        fetch_early<Format>(work, unit, parts);
+        Parts own{parts.sums + turn * floats, parts.early + turn * floats, parts.positions};
+        fetch_early<Format>(work, unit, own);
         auto found = before(unit);
-        team.sum(work, stream, unit, parts);
+        team.sum(work, stream, unit, own);
         cp_async_wait<0>();
         block_barrier();
-        put(unit, parts, found);
+        put(unit, own, found);
         if (kTurns == 1) block_barrier();
-        if (kTurns == 2) parts.sums += used ? -floats : floats, parts.early += used ? -floats : floats, used = !used;
+        if (kTurns == 2) turn = 1 - turn;
     }
 }
 

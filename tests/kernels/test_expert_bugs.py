@@ -162,7 +162,7 @@ DOWN = {
     "bias after the weight": (
         "expert_bodies.cuh",
         "sum += __fmul_rn(choices.weights[visit], value);",
-        "float w = choices.weights[visit];sum += w * value + (1 - w) * parts.early[choices.items[visit] * kEarly + m()];",
+        "float b = parts.early[choices.items[visit] * kEarly + m()]; sum += choices.weights[visit] * (value - b) + b;",
         OSS,
     ),
     "the sums of the visit at this place": ("expert_bodies.cuh", "(choices.positions[visit],", "(visit,", OSS),
