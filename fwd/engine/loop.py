@@ -4,6 +4,9 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
+from fwd.engine.reports import pong, timing
 from fwd.engine.request import Drawn, Request
 from fwd.engine.scheduler import Chunk, Scheduler, Span
 from fwd.engine.space import Space
@@ -13,6 +16,8 @@ from fwd.errors import BadFrameError, NonFiniteError
 from fwd.protocol.frames import Channel
 from fwd.protocol.messages import (
     Cancel,
+    DropDrafts,
+    Dropped,
     Failed,
     Finished,
     Hello,
@@ -25,7 +30,7 @@ from fwd.protocol.messages import (
     ToEngine,
     Tokens,
 )
-from fwd.protocol.values import Prefilling, Reason, Timing
+from fwd.protocol.values import Reason
 
 
 class Loop:
@@ -86,6 +91,8 @@ class Loop:
                     self._finish(request, "cancelled")
             case Ping():
                 self._out.append(self._pong(message.seq))
+            case DropDrafts():
+                self._out.append(Dropped(tokens=self._speculator.drop()))
             case Hello() | Load():
                 raise BadFrameError(f"{type(message).__name__} came after the model was loaded")
 
@@ -96,22 +103,9 @@ class Loop:
         self._scheduler.add(request)
 
     def _pong(self, seq: int) -> Pong:
-        pool, scheduler = self._space.main, self._scheduler
-        return Pong(
-            seq=seq,
-            steps=self.steps,
-            running=scheduler.running,
-            waiting=scheduler.waiting,
-            pages_free=pool.free,
-            pages_total=pool.total,
-            pages_cached=pool.cached,
-            computed=self.computed,
-            host_us=self._work.mean_us if self._runner.deferred else 0.0,
-            prefilling=[
-                Prefilling(id=each.id, done=(each.leader or each).computed, total=each.prompt)
-                for each in scheduler.prefilling
-            ],
-        )
+        found = pong(self._scheduler, self._space, self._speculator)
+        host_us = self._work.mean_us if self._runner.deferred else 0.0
+        return replace(found, seq=seq, steps=self.steps, computed=self.computed, host_us=host_us)
 
     def _step(self) -> None:
         """Launch what comes next and read the oldest step; when running ahead, messages are read between the two.
@@ -272,7 +266,7 @@ class Loop:
         self._drop(request)
 
     def _finish(self, request: Request, reason: Reason, stop_id: int = -1) -> None:
-        self._out.append(Finished(id=request.id, reason=reason, stop_id=stop_id, timing=_timing(request)))
+        self._out.append(Finished(id=request.id, reason=reason, stop_id=stop_id, timing=timing(request)))
         self._drop(request)
         self._scheduler.retain(request)
 
@@ -285,23 +279,6 @@ class Loop:
         if self._out:
             out, self._out = self._out, []
             self._channel.send(*out)
-
-
-def _timing(request: Request) -> Timing:
-    clock, now = request.clock, time.monotonic()
-    started = clock.started or now
-    prefilled = clock.prefilled or now
-    return Timing(
-        queue_ms=(started - clock.arrived) * 1e3,
-        prefill_ms=(prefilled - started) * 1e3,
-        decode_ms=(now - prefilled) * 1e3,
-        steps=clock.steps,
-        cached_tokens=max(0, request.cached),
-        cache_miss=request.miss,
-        drafted=dict(request.drafted),
-        accepted=dict(request.accepted),
-        differs_at=request.differs_at,
-    )
 
 
 def _until_stop(request: Request, drawn: Sequence[Drawn]) -> Sequence[Drawn]:

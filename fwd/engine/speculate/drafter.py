@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from fwd.engine.request import Request
+from fwd.protocol.values import DrafterCounts
 
 
 class Proposal(NamedTuple):
@@ -15,6 +16,11 @@ class Proposal(NamedTuple):
     drafter: str = ""
     ids: tuple[int, ...] = ()
     level: int = 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What its acceptance is estimated by, beside the place."""
+        return self.drafter, self.level
 
 
 NOTHING = Proposal()
@@ -68,6 +74,19 @@ class Speculator(Protocol):
         """The request has ended."""
         ...
 
+    def counts(self) -> list[DrafterCounts]:
+        """What each drafter has done so far."""
+        ...
+
+    @property
+    def corpus_tokens(self) -> int:
+        """Ids of earlier answers that drafters look into."""
+        ...
+
+    def drop(self) -> int:
+        """Forget them, in memory and on disk: how many there were."""
+        ...
+
 
 class Off:
     """No drafters."""
@@ -86,3 +105,13 @@ class Off:
 
     def end(self, request: Request) -> None:
         """Nothing is kept."""
+
+    def counts(self) -> list[DrafterCounts]:
+        """Nobody does anything."""
+        return []
+
+    corpus_tokens = 0
+
+    def drop(self) -> int:
+        """There is nothing to forget."""
+        return 0

@@ -1,0 +1,109 @@
+"""How often drafts hold, learnt from what was committed, whoever had drafted it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from fwd.engine.request import Request
+from fwd.engine.scheduler import MAX_ROWS
+from fwd.engine.speculate.drafter import Proposal
+
+MEMORY = 128  # observations of a place that count, of all requests together
+OWN_MEMORY = 32  # and of one request
+PRIOR_WEIGHT = 2.0  # observations that the place before, or a first guess, is worth
+COMMON_WEIGHT = 8.0  # and that all requests are worth to one of them
+Key = tuple[str, int]  # drafter and level
+
+
+class Estimates:
+    """The chance that a draft holds once those before it have, for each drafter, level and place.
+
+    Counts fade, so that what is being written now says most. A request has counts of its own on the ground of those of
+    all; a place that was seldom reached is thought to be like the one before it, the first as `first` says of a
+    drafter, or `otherwise`. A proposal is watched until the committed ids have left it, used or not: what costs nothing
+    to ask is judged on everything.
+    """
+
+    def __init__(self, first: Mapping[str, float], otherwise: float) -> None:
+        self._first, self._otherwise = first, otherwise
+        self._common = _Table(MEMORY)
+        self._own: dict[int, _Table] = {}
+        self._watched: dict[int, list[_Watched]] = {}
+
+    def watch(self, request: Request, proposal: Proposal) -> None:
+        """What a drafter says comes after the ids that are known."""
+        self._watched.setdefault(request.id, []).append(_Watched(request.length, proposal))
+
+    def learn(self, request: Request) -> None:
+        """Ids were committed."""
+        if not (watched := self._watched.get(request.id)):
+            return
+        own = self._own.setdefault(request.id, _Table(OWN_MEMORY))
+        for each in watched:
+            for place, held in each.resolved(request):
+                self._common.observe(each.key, place, held)
+                own.observe(each.key, place, held)
+        self._watched[request.id] = [each for each in watched if not each.done]
+
+    def survival(self, request: Request, key: Key, most: int) -> list[float]:
+        """The chances that the first 1, 2, … `most` drafts all hold."""
+        common, own = self._common.places(key), self._own.get(request.id, EMPTY).places(key)
+        chances, chance, rate = [], 1.0, self._first.get(key[0], self._otherwise)
+        for shared, single in zip(common[:most], own, strict=False):
+            rate = shared.blended(rate, PRIOR_WEIGHT)
+            chance *= single.blended(rate, COMMON_WEIGHT)
+            chances.append(chance)
+        return chances
+
+    def end(self, request: Request) -> None:
+        """Forget what was the request's alone."""
+        self._own.pop(request.id, None)
+        self._watched.pop(request.id, None)
+
+
+class _Watched:
+    """A proposal and how much of it is decided."""
+
+    def __init__(self, start: int, proposal: Proposal) -> None:
+        self._start, self._ids, self._place = start, proposal.ids, 0
+        self.key = proposal.key
+        self.done = not proposal.ids
+
+    def resolved(self, request: Request) -> Iterator[tuple[int, bool]]:
+        """The places that the known ids decide and that were not yet: none after the first that did not hold."""
+        while not self.done and self._start + self._place < request.length:
+            held = request.ids[self._start + self._place] == self._ids[self._place]
+            yield self._place, held
+            self._place += 1
+            self.done = not held or self._place == len(self._ids)
+
+
+class _Counts(NamedTuple):
+    """Observations of a place, faded, and how many of them held."""
+
+    seen: float = 0.0
+    held: float = 0.0
+
+    def blended(self, prior: float, weight: float) -> float:
+        return (self.held + weight * prior) / (self.seen + weight)
+
+
+NONE: Sequence[_Counts] = (_Counts(),) * (MAX_ROWS - 1)
+
+
+class _Table:
+    """Counts of each place by drafter and level."""
+
+    def __init__(self, memory: int) -> None:
+        self._kept = 1 - 1 / memory
+        self._places: dict[Key, list[_Counts]] = {}
+
+    def places(self, key: Key) -> Sequence[_Counts]:
+        return self._places.get(key, NONE)
+
+    def observe(self, key: Key, place: int, held: bool) -> None:
+        places = self._places.setdefault(key, list(NONE))
+        seen, kept = places[place]
+        places[place] = _Counts(seen * self._kept + 1, kept * self._kept + held)
+
+
+EMPTY = _Table(1)
