@@ -36,6 +36,7 @@ class _Step:
     """What the layers of a step share, computed once from its rows."""
 
     rows: Rows
+    rope: Tensor
     cos: Tensor  # float32 [rows, 1, head_dim]
     sin: Tensor  # the same, first half negated
     live: slice | Tensor  # rows that are no padding
@@ -166,14 +167,15 @@ class Reference:
         return Sampled(torch.tensor(ids), torch.tensor(logprobs), torch.tensor(finite), list(top))
 
     def _enter(self, rows: Rows, rope: Tensor) -> _Step:
-        if self._step is None or self._step.rows is not rows:
+        if self._step is None or self._step.rows is not rows or self._step.rope is not rope:
             self._step = _begin(rows, rope)
         return self._step
 
     def _current(self, rows: Rows) -> _Step:
+        """What qkv began; rows of a block drafter, which see further than they stand, have pieces of their own."""
         assert self._step is not None, "qkv comes before attention"
-        assert self._step.rows is rows, "qkv comes before attention"
-        return self._step
+        assert self._step.rows.sequences is rows.sequences, "qkv comes before attention"
+        return self._step if self._step.rows is rows else replace(self._step, rows=rows, pieces={})
 
 
 def _begin(rows: Rows, rope: Tensor) -> _Step:
@@ -182,6 +184,7 @@ def _begin(rows: Rows, rope: Tensor) -> _Step:
     cos, sin = angles[:, 0].unsqueeze(1), angles[:, 1].unsqueeze(1)
     return _Step(
         rows,
+        rope,
         torch.cat((cos, cos), dim=-1),
         torch.cat((-sin, sin), dim=-1),
         live,

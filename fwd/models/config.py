@@ -31,21 +31,21 @@ def read_spec(folder: Path) -> ModelSpec:
 
     Raises ModelError, whatever is wrong with them.
     """
-    config = _object(folder / "config.json")
+    config = read_object(folder / "config.json")
     if config is None:
         raise ModelError(f"{folder} is no model folder: it has no config.json")
-    return parse_spec(config, _object(folder / "hf_quant_config.json"), _entries(folder))
+    return parse_spec(config, read_object(folder / "hf_quant_config.json"), entries_of(folder))
 
 
-def _entries(folder: Path) -> dict[str, Entry]:
-    """The tensors of a folder; none where weights are still to come, which loading will say."""
+def entries_of(folder: Path) -> dict[str, Entry]:
+    """Return the tensors of a folder; none where weights are still to come, which loading will say."""
     if not any((folder / name).exists() for name in (SINGLE, INDEX)):
         return {}
     return headers(folder) if all(path.exists() for path in list_files(folder).files) else {}
 
 
-def _object(path: Path) -> dict[str, Any] | None:
-    """Read a small JSON object, None where nothing stands; raises ModelError."""
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Return what a small file holds, a JSON object; None where there is none. Raises ModelError."""
     if not os.path.lexists(path):
         return None
     try:

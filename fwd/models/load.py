@@ -27,7 +27,7 @@ FAMILIES: dict[Family, Callable[[ModelSpec, Any, torch.dtype, Source, int], Mode
     "gpt_oss": GptOss,
     "moe": Moe,
 }  # `kernels.device.check` has refused what an execution of the ops does not take
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 log = structlog.get_logger("fwd.models")
 
@@ -48,7 +48,7 @@ def load(
     Raises ModelError for anything wrong with the folder, and what `fwd.kernels.select` raises for the device.
     """
     spec = run_spec(read_spec(folder), dtype, requant)
-    kind, family, numbers = resolve(device, shape(spec)), FAMILIES[spec.family], _DTYPES[spec.dtype]
+    kind, family, numbers = resolve(device, shape(spec)), FAMILIES[spec.family], DTYPES[spec.dtype]
     rehearse(folder, lambda rehearsal, unpacked: family(spec, unpacked, numbers, rehearsal, 1))
     ops = select(kind, shape(spec))
     with Checkpoint(folder, progress) as checkpoint:

@@ -30,9 +30,13 @@ class DraftModel(Protocol):
     the rows beside it. Positions are below the number that the model was loaded for.
     """
 
-    spec: DraftSpec
     dtype: torch.dtype
     weights_hash: str
+
+    @property
+    def spec(self) -> DraftSpec:
+        """What it was read as."""
+        ...
 
     @property
     def ops(self) -> Ops:

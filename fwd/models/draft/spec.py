@@ -19,6 +19,7 @@ class DraftSizes:
     weights: int  # all it keeps: matrices as they are packed, norms, tables; without its RoPE table
     packing: int  # what is there beside them while one of them is packed
     width: int  # numbers of a row in a layer, at its widest: what goes in and out of attention and MLP
+    spaces: int = 0  # what its launches leave for each other in shapes that the target does not have
     logits: int = 0  # bytes of a row of logits on the way to the target's vocabulary, beside the target's own
 
 
