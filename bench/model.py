@@ -22,8 +22,9 @@ from gpu.report import RESULTS, facts
 from gpu.shapes import launches, spec
 
 from fwd.cli.bench import machine
+from fwd.engine.ceilings import STEP_ROWS, Ceiling, ceilings
 from fwd.engine.device import GPUS
-from fwd.engine.plan import STEP_ROWS, Ceiling, ceilings, plan
+from fwd.engine.plan import plan
 from fwd.errors import ConfigError
 
 CONTEXT = 4096

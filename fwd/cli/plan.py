@@ -127,7 +127,7 @@ def _fallbacks(planned: "Plan") -> tuple[str, ...]:
 
 def _ceilings(planned: "Plan", bandwidth: float) -> dict[str, Any]:
     """`bandwidth` in bytes a second; no ceilings where it is 0: not known."""
-    from fwd.engine.plan import ceilings  # noqa: PLC0415
+    from fwd.engine.ceilings import ceilings  # noqa: PLC0415
 
     found = ceilings(planned, bandwidth) if bandwidth else []
     return {"bandwidth": bandwidth, "ceilings": [each._asdict() for each in found]}

@@ -9,10 +9,10 @@ from fwd.engine.graphs import Eager, Graphs
 from fwd.engine.lines import Lines
 from fwd.engine.pages import Copy
 from fwd.engine.plan import Plan
-from fwd.engine.request import Drawn, Prefilled
+from fwd.engine.request import Prefilled
 from fwd.engine.ring import Slot
-from fwd.engine.runner import Prefiller
-from fwd.engine.scheduler import BUCKETS, Chunk, Span
+from fwd.engine.runner import Committed, Follower, Prefiller, features_of, new_taps
+from fwd.engine.scheduler import BUCKETS, MAX_ROWS, Chunk, Span
 from fwd.engine.step import CPU, new_tables
 from fwd.engine.workspaces import RING
 from fwd.errors import EngineError
@@ -39,8 +39,14 @@ class DeviceRunner(Prefiller):
         tables = new_tables(plan, plan.max_seqs, ops.device)
         lines = Lines(plan.max_seqs, plan.spec.vocab, ops.device)
         self._slots = [Slot(plan, tables, lines, ops.device) for _ in range(RING)]
+        self._taps = [new_taps(model, plan, MAX_ROWS) for _ in range(RING)]
         self._launched = self._collected = 0
         self._steps = self._prepared()
+
+    def follow(self, follower: Follower) -> None:  # noqa: D102
+        super().follow(follower)
+        if self._ops.device != CPU:
+            follower.rehearse(self._prefill.first_row()[1], features_of(self._chunk_taps))
 
     def copy(self, copies: Sequence[Copy]) -> None:  # noqa: D102
         with _device_errors():
@@ -56,30 +62,32 @@ class DeviceRunner(Prefiller):
         self._launched += 1
         place = self._launched % RING
         with _device_errors():
+            self._tell(spans)
             size = self._slots[place].fill(spans, self._launched)
             self._steps.launch(place, size)
             self._slots[place].launched()
 
-    def collect(self) -> Sequence[Sequence[Drawn]]:
+    def collect(self) -> Committed:
         """Wait for the oldest step that is not collected: what it commits."""
         assert self._collected < self._launched, "nothing is in flight"
         self._collected += 1
+        place = self._collected % RING
         with _device_errors():
-            return self._slots[self._collected % RING].collect(self._collected)
+            return self._told(self._slots[place].collect(self._collected), self._taps[place])
 
     @torch.inference_mode()
     def _run(self, place: int, size: int) -> None:
         """Launch every kernel of a step: nothing here depends on what is in the buffers."""
         slot = self._slots[place]
         ids, rows = slot.ids[size], slot.rows[size]
-        logits = self._model.logits(self._model.forward(ids, rows, self._cache))
+        logits = self._model.logits(self._model.forward(ids, rows, self._cache, self._taps[place]))
         self._ops.draw(logits, ids, rows, slot.drawing, slot.outcome, step=slot.number)
 
     @torch.inference_mode()
     def _try_chunk(self) -> None:
         """Have libraries choose their products and take what these need, before a request does."""
         ids, rows = self._prefill.first_row()
-        hidden = self._model.forward(ids, rows, self._cache)
+        hidden = self._model.forward(ids, rows, self._cache, self._chunk_taps)
         self._draw(hidden[:1], [Draw()])
 
     def _prepared(self) -> Eager | Graphs:

@@ -1,4 +1,4 @@
-"""What a model takes of a device, in bytes, before any weight is read, and how fast that memory lets it go. No torch.
+"""What a model takes of a device, in bytes, before any weight is read. No torch here.
 
 The engine allocates exactly what stands here when it loads, and nothing in the decode path.
 """
@@ -11,13 +11,14 @@ from typing import NamedTuple
 from fwd.engine.device import Device
 from fwd.engine.prefix import NODE_BYTES
 from fwd.engine.scheduler import MAX_ROWS
+from fwd.engine.speculate.items import drafter_items, drafter_workspace, sizes_of
 from fwd.engine.workspaces import RING, kernel_items, workspace
 from fwd.errors import ConfigError
+from fwd.models.draft.spec import DraftSpec
 from fwd.models.layout import CacheLayout, Group, KVFormat, Latent, Paged, State, groups
 from fwd.models.spec import HEAD, ITEMSIZE, ModelSpec
 
 PAGE_SIZE = 16  # tokens
-STEP_ROWS = (1, 2, 4, 8)  # of which ceilings are given
 UNIT_BYTES = 144  # what a pool remembers of a page or record: list entries, an int, its place among the cached (88)
 FP8_BLOCK = 16  # kernels read fp8 vectors in blocks of 16 bytes
 DRAWING_BYTES = 52  # of a row: how it draws (`kernels.drawing`)
@@ -37,6 +38,7 @@ class Plan:
     context: int
     units: tuple[int, ...]
     page_size: int = PAGE_SIZE
+    draft: DraftSpec | None = None
 
     @property
     def chunk(self) -> int:
@@ -78,10 +80,10 @@ class Plan:
             **_pool_items(self),
             "steps": _steps(self),
             **(kernel_items(self) if self.device.kernels else {}),
-            "workspace": workspace(self),
+            "workspace": max(workspace(self), drafter_workspace(self)),
             **({} if self.device.gpu else {"prefix_index": self.index_bytes}),
             "graphs": self.device.graphs,
-            "drafter": 0,
+            **drafter_items(self, DRAWING_BYTES),
         }
 
     @property
@@ -103,12 +105,20 @@ class Plan:
     @property
     def needed(self) -> int:
         """Bytes that must be available: the reserve and the total, or what weights take while they are packed."""
-        packing = sum(_weights(self).values()) + _head(self).nbytes + _packing(self)
+        target, draft = sum(_weights(self).values()) + _head(self).nbytes, sizes_of(self)
+        packing = target + max(_packing(self), draft.weights + draft.packing)
         return max(self.total, packing) + self.device.reserve
 
 
 def plan(
-    spec: ModelSpec, device: Device, *, context: int = 0, max_seqs: int = 16, kv_dtype: str = "auto", kv_bytes: int = 0
+    spec: ModelSpec,
+    device: Device,
+    *,
+    context: int = 0,
+    max_seqs: int = 16,
+    kv_dtype: str = "auto",
+    kv_bytes: int = 0,
+    draft: DraftSpec | None = None,
 ) -> Plan:
     """Plan a model, `spec` being in the dtype it will run in, so that it fits.
 
@@ -118,18 +128,18 @@ def plan(
     """
     if context > spec.max_context:
         raise ConfigError(f"context: {context} is more than the {spec.max_context} tokens of the model")
-    draft = Plan(spec, device, kv_format(spec, kv_dtype), max_seqs, 0, ())
-    pool = kv_bytes or max(device.pool, _sized(draft, context).kv_bytes)
+    empty = Plan(spec, device, kv_format(spec, kv_dtype), max_seqs, 0, (), draft=draft)
+    pool = kv_bytes or max(device.pool, _sized(empty, context).kv_bytes)
 
     def fits(sized: Plan, spare: int = 0) -> bool:
         return sized.kv_bytes <= pool and sized.needed + spare <= device.memory
 
-    largest = _most(1, spec.max_context, lambda tokens: fits(_sized(draft, tokens)))
+    largest = _most(1, spec.max_context, lambda tokens: fits(_sized(empty, tokens)))
     if not 0 < (context or largest) <= largest:
-        raise _refusal(draft, context, pool, largest)
+        raise _refusal(empty, context, pool, largest)
     whole, spare = _pages(context or largest), 0 if kv_bytes else device.spare
-    most = _most(whole, max_seqs * whole, lambda pages: fits(_sized(draft, context or largest, pages), spare))
-    return _sized(draft, context or largest, max(most, whole))
+    most = _most(whole, max_seqs * whole, lambda pages: fits(_sized(empty, context or largest, pages), spare))
+    return _sized(empty, context or largest, max(most, whole))
 
 
 def kv_format(spec: ModelSpec, kv_dtype: str) -> KVFormat:
@@ -152,44 +162,29 @@ def kv_format(spec: ModelSpec, kv_dtype: str) -> KVFormat:
     return kv
 
 
-class Ceiling(NamedTuple):
-    """What a decode step of `rows` sequences cannot be faster than."""
-
-    rows: int
-    bytes: int
-    ms: float
-    tokens_per_s: float
-
-
-def ceilings(plan: Plan, bandwidth: float) -> list[Ceiling]:
-    """The bytes a step must read at the plan's context over `bandwidth` (bytes a second), for some numbers of rows."""
-    sizes = [(rows, plan.spec.step_bytes(rows, plan.context, plan.kv)) for rows in STEP_ROWS]
-    return [Ceiling(rows, size, size / bandwidth * 1e3, rows * bandwidth / size) for rows, size in sizes]
-
-
 def _most(low: int, high: int, fits: Callable[[int], bool]) -> int:
     """The largest number in low … high that fits, low − 1 if none does. None above one that does not fit fits."""
     return low - 1 + bisect_left(range(low, high + 1), x=True, key=lambda number: not fits(number))
 
 
-def _refusal(draft: Plan, asked: int, pool: int, largest: int) -> ConfigError:
+def _refusal(empty: Plan, asked: int, pool: int, largest: int) -> ConfigError:
     """Why not even one sequence of the context asked for fits, and what would."""
-    device, least, sized = draft.device, _sized(draft, 1), _sized(draft, asked or 1)
+    device, least, sized = empty.device, _sized(empty, 1), _sized(empty, asked or 1)
     there = f"and {device.name} has {device.memory:,}"
     if least.needed > device.memory:
         return ConfigError(f"the model does not fit: it needs {least.needed:,} bytes at least {there}")
     if sized.needed > device.memory and largest:
         return ConfigError(f"context: {asked} tokens need {sized.needed:,} bytes {there}: {largest} tokens would fit")
     wanted = sized if sized.needed <= device.memory else least
-    held = _most(1, wanted.context, lambda tokens: _sized(draft, tokens).kv_bytes <= pool)
+    held = _most(1, wanted.context, lambda tokens: _sized(empty, tokens).kv_bytes <= pool)
     return ConfigError(
         f"kv_bytes: {pool} hold {held} tokens; raise it to {wanted.kv_bytes} for a context of {wanted.context}"
     )
 
 
-def _sized(draft: Plan, context: int, pages: int = 0) -> Plan:
-    """The draft for `context` tokens, with `pages` in the full group, or with what one context takes."""
-    sized = replace(draft, context=context, units=())
+def _sized(empty: Plan, context: int, pages: int = 0) -> Plan:
+    """The plan for `context` tokens, with `pages` in the full group, or with what one context takes."""
+    sized = replace(empty, context=context, units=())
     return replace(sized, units=tuple(_units(sized, group, pages or _pages(context)) for group in sized.groups))
 
 

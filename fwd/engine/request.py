@@ -12,6 +12,7 @@ from fwd.protocol.messages import Submit
 from fwd.protocol.values import CacheMiss, TopLogprobs
 
 if TYPE_CHECKING:
+    from fwd.engine.grammar import Matcher
     from fwd.engine.pages import BlockTable
     from fwd.engine.prefix import Node
 
@@ -53,6 +54,8 @@ class Request:
     in the prefix tree; `fresh_at` is the version of the tree that was looked at, −1 once it computes. `cached` tokens
     were found there before it had `begun` (−1: never placed), and `miss` and `differs_at` say why not more. One that
     was refused `needs` so many pages to be available.
+    `displaced` counts how often it gave all that back; what is kept of its cells elsewhere holds for one such count.
+    What its `grammar` lets it draw next is known only when its ids are: it is never run ahead.
     A request with a `leader` waits for that one to prefill the prompt they share. `drafted` and `accepted` count ids
     by the drafter that proposed them.
     """
@@ -69,10 +72,12 @@ class Request:
         self.accepted: Counter[str] = Counter()
         self.history = History()
         self.leader: Request | None = None
+        self.grammar: Matcher | None = None
         self.begun = False
         self.cached = -1
         self.miss: CacheMiss = ""
         self.differs_at = -1
+        self.displaced = 0
         self.displace()
 
     @property
@@ -133,6 +138,7 @@ class Request:
 
     def displace(self) -> None:
         """Forget the KV and where it was: everything is prefilled and replayed again."""
+        self.displaced += 1
         self.placed = False
         self.tables: tuple[BlockTable, ...] = ()
         self.record = -1

@@ -9,8 +9,9 @@ import pytest
 from plan_specs import EIGHT_B, MIXED, MLA, SLIDING, SMALL, SPECS, keeping
 
 from fwd.engine import plan as planning
+from fwd.engine.ceilings import ceilings
 from fwd.engine.device import GPUS, cpu, host
-from fwd.engine.plan import ceilings, kv_format, plan
+from fwd.engine.plan import kv_format, plan
 from fwd.engine.scheduler import MAX_ROWS
 from fwd.errors import ConfigError
 from fwd.kernels import drawing, sizes
@@ -70,7 +71,7 @@ def test_a_window_wider_than_the_context_takes_no_more_than_the_context():
 @pytest.mark.parametrize("device", [cpu(8 << 30), *GPUS.values()], ids=lambda device: device.name)
 def test_every_device_takes_the_same_kinds(device):
     found = plan(SPECS["sliding"], device)
-    assert {"rope", "kv_full", "kv_sliding_128", "steps", "workspace", "graphs", "drafter"} <= set(found.items)
+    assert {"rope", "kv_full", "kv_sliding_128", "steps", "workspace", "graphs"} <= set(found.items)
     assert found.total == sum(found.items.values())
     assert found.needed >= found.total + device.reserve
 
@@ -137,7 +138,8 @@ def test_what_a_step_draws_takes_what_is_planned_for_it(config):
     spec = parse_spec(config)
     found = plan(spec, host(64 << 30), context=1024, max_seqs=7).items
     fetched = 2 * sizes.outcome_bytes(MAX_ROWS, 7) + spec.vocab * 8
-    assert found["lines"] == drawing.drawing_bytes(0, 7, spec.vocab) + fetched
+    masks = drawing.drawing_bytes(MAX_ROWS, 0, spec.vocab) - drawing.drawing_bytes(MAX_ROWS, 0, 0)
+    assert found["lines"] == drawing.drawing_bytes(0, 7, spec.vocab) + masks + fetched
     assert drawing.drawing_bytes(1, 0, 0) == planning.DRAWING_BYTES
 
 

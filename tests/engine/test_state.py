@@ -72,6 +72,7 @@ class Engine:
             chunk=CHUNK,
             max_seqs=seqs,
             kv="float32",
+            draft=None,
         )
         self.space = Space(plan.groups, plan.units, PAGE, chunk=CHUNK, key=b"")
         self.loop = Loop(self, ModelRunner(model or Recurrent(), plan), self.space, max_seqs=seqs, chunk=CHUNK)

@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 
+from fwd.engine.ceilings import ceilings
 from fwd.engine.device import GPUS
-from fwd.engine.plan import ceilings, plan
+from fwd.engine.plan import plan
 from fwd.models.config import parse_spec
 
 HUGE = replace(GPUS["b200"], memory=4 * 10**12)  # one device for all of them
