@@ -33,7 +33,7 @@ class Pick(NamedTuple):
     drafts: int = 0
 
 
-NOTHING = Pick()
+NO_PICK = Pick()
 
 
 class Prices(NamedTuple):
@@ -78,7 +78,7 @@ def choose(requests: Sequence[Sequence[Choice]], rows: int, prices: Prices) -> V
     rates = (rows + total) / prices.seconds(rows, room, longest)
     best = int(rates.argmax())
     limit, drafts = divmod(best, room + 1)
-    picks = [NOTHING] * len(gains)
+    picks = [NO_PICK] * len(gains)
     for place in range(len(gains) - 1, -1, -1):
         count = int(counts[place - 1][limit, drafts]) if place else drafts
         picks[place] = gains[place].pick(limit, count)
@@ -97,7 +97,8 @@ def _divided(total: Array, table: Array) -> Array:
 def _rests(size: int) -> Places:
     """[drafts, count]: what is left of drafts without count; where that is less than none, the last place."""
     places = np.arange(size)
-    return np.maximum(places[:, None] - places, -1)
+    rests: Places = np.maximum(places[:, None] - places, -1)
+    return rests
 
 
 class _Gains:
@@ -120,7 +121,7 @@ class _Gains:
         """The best way to have `count` drafts, of the costly drafter not more than `limit`."""
         ways = [(choice, sums[: min(count, limit if choice.costly else count) + 1]) for choice, sums in self._choices]
         choice, sums = max(ways, key=lambda way: way[1][-1], default=(None, [0.0]))
-        return Pick(choice.drafter, len(sums) - 1) if choice and len(sums) > 1 else NOTHING
+        return Pick(choice.drafter, len(sums) - 1) if choice and len(sums) > 1 else NO_PICK
 
 
 @cache

@@ -25,7 +25,9 @@ class Costs:
 
     def __init__(self, unknown: float = 1e-3) -> None:
         self._unknown = unknown
-        self._times = [_Times() for _ in range(MAX_ROWS)]
+        self._windows = [Window() for _ in range(MAX_ROWS)]
+        self._known = [0.0] * MAX_ROWS  # the median of each
+        self._pace = 1.0  # by which all of them are slower than what is in the windows
         self._count = 0
         self._fit()
 
@@ -36,58 +38,72 @@ class Costs:
     def measured(self, size: int, seconds: float) -> None:
         """Learn from one."""
         self._count += 1
-        own = self._times[size - 1]
-        before = own.seconds if own.recent(self._count - FRESH) else 0.0
-        own.add(self._count, max(seconds, 1e-9))
-        if before and own.seconds != before:
-            self._take_along(own, own.seconds / before)
+        place = size - 1
+        window, before = self._windows[place], self._known[place]
+        steady = window.full and window.oldest > self._count - FRESH
+        self._known[place] = window.add(max(seconds, 1e-9) / self._pace, self._count) * self._pace
+        if steady and self._known[place] != before:
+            self._take_along(place, self._known[place] / before)
         if self._count % FORGET == 0:
-            for times in self._times:
-                times.forget(self._count - FORGET)
+            self._known = [each.forgotten(self._count - FORGET) * self._pace for each in self._windows]
         self._fit()
 
-    def _take_along(self, own: "_Times", change: float) -> None:
-        for times in self._times:
-            if times is not own:
-                times.scale *= change
+    def _take_along(self, place: int, change: float) -> None:
+        """All others change as that one did."""
+        own = self._known[place]
+        self._pace *= change
+        self._windows[place].scale(1 / change)
+        self._known = [seconds * change for seconds in self._known]
+        self._known[place] = own
 
     def _fit(self) -> None:
         """Draw `curve`, float64 [`MAX_ROWS` + 1], through what is known."""
-        known = [times.seconds for times in self._times]
+        known = self._known
         first = next((size for size, seconds in enumerate(known, 1) if seconds), 0)
-        curve = [known[first - 1] / first if first else self._unknown]
+        last = known[first - 1] / first if first else self._unknown
+        curve = [0.0]
         for seconds in known:
-            curve.append(seconds or curve[-1] * (1 + SLOPE))
+            last = seconds or last * (1 + SLOPE)
+            curve.append(last)
         self.curve = np.minimum.accumulate(curve[::-1])[::-1]
-        self.curve[0] = 0.0
 
 
-class _Times:
-    """The latest measurements of one size; `seconds` is 0 where they are too few."""
+class Window:
+    """The median of the latest measurements of one thing."""
 
     def __init__(self) -> None:
-        self._values: deque[tuple[int, float]] = deque(maxlen=WINDOW)
-        self._median = 0.0
-        self.scale = 1.0  # by which they have changed since
+        self._seconds: deque[float] = deque(maxlen=WINDOW)
+        self._when: deque[int] = deque(maxlen=WINDOW)
 
     @property
-    def seconds(self) -> float:
-        return self._median * self.scale
+    def full(self) -> bool:
+        """There are as many as count."""
+        return len(self._when) == WINDOW
 
-    def recent(self, after: int) -> bool:
-        """There are as many as count, all of them from after then."""
-        return len(self._values) == WINDOW and self._values[0][0] > after
+    @property
+    def oldest(self) -> int:
+        """When the oldest was made."""
+        return self._when[0]
 
-    def add(self, when: int, seconds: float) -> None:
-        self._values.append((when, seconds / self.scale))
-        self._update()
+    @property
+    def median(self) -> float:
+        """Of those that there are; 0 where they are too few."""
+        count = len(self._seconds)
+        return sorted(self._seconds)[count // 2] if count >= ENOUGH else 0.0
 
-    def forget(self, before: int) -> None:
-        """Lose the oldest if all are of `before`."""
-        if self._values and self._values[-1][0] <= before:
-            self._values.popleft()
-            self._update()
+    def add(self, seconds: float, when: int = 0) -> float:
+        """Take in one; return the median."""
+        self._seconds.append(seconds)
+        self._when.append(when)
+        return self.median
 
-    def _update(self) -> None:
-        enough = len(self._values) >= ENOUGH
-        self._median = sorted(value for _, value in self._values)[len(self._values) // 2] if enough else 0.0
+    def scale(self, change: float) -> None:
+        """All of them would take so much longer now."""
+        self._seconds = deque((seconds * change for seconds in self._seconds), maxlen=WINDOW)
+
+    def forgotten(self, before: int) -> float:
+        """Lose the oldest if none is newer than `before`; return the median."""
+        if self._when and self._when[-1] <= before:
+            self._when.popleft()
+            self._seconds.popleft()
+        return self.median

@@ -1,7 +1,6 @@
 """How often drafts hold, learnt from what was committed, whoever had drafted it."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
 
 from fwd.engine.request import Request
 from fwd.engine.scheduler import MAX_ROWS
@@ -46,11 +45,11 @@ class Estimates:
 
     def survival(self, request: Request, key: Key, most: int) -> list[float]:
         """The chances that the first 1, 2, … `most` drafts all hold."""
-        common, own = self._common.places(key), self._own.get(request.id, EMPTY).places(key)
+        common, own = self._common.of(key), self._own.get(request.id, EMPTY).of(key)
         chances, chance, rate = [], 1.0, self._first.get(key[0], self._otherwise)
-        for shared, single in zip(common[:most], own, strict=False):
-            rate = shared.blended(rate, PRIOR_WEIGHT)
-            chance *= single.blended(rate, COMMON_WEIGHT)
+        for seen, held, own_seen, own_held in zip(common.seen[:most], common.held, own.seen, own.held, strict=False):
+            rate = (held + PRIOR_WEIGHT * rate) / (seen + PRIOR_WEIGHT)
+            chance *= (own_held + COMMON_WEIGHT * rate) / (own_seen + COMMON_WEIGHT)
             chances.append(chance)
         return chances
 
@@ -77,33 +76,33 @@ class _Watched:
             self.done = not held or self._place == len(self._ids)
 
 
-class _Counts(NamedTuple):
-    """Observations of a place, faded, and how many of them held."""
+class _Counts:
+    """Observations of each place, faded, and how many of them held."""
 
-    seen: float = 0.0
-    held: float = 0.0
-
-    def blended(self, prior: float, weight: float) -> float:
-        return (self.held + weight * prior) / (self.seen + weight)
+    def __init__(self) -> None:
+        self.seen = [0.0] * (MAX_ROWS - 1)
+        self.held = [0.0] * (MAX_ROWS - 1)
 
 
-NONE: Sequence[_Counts] = (_Counts(),) * (MAX_ROWS - 1)
+NONE = _Counts()
 
 
 class _Table:
-    """Counts of each place by drafter and level."""
+    """Counts by drafter and level."""
 
     def __init__(self, memory: int) -> None:
         self._kept = 1 - 1 / memory
-        self._places: dict[Key, list[_Counts]] = {}
+        self._counts: dict[Key, _Counts] = {}
 
-    def places(self, key: Key) -> Sequence[_Counts]:
-        return self._places.get(key, NONE)
+    def of(self, key: Key) -> _Counts:
+        return self._counts.get(key, NONE)
 
     def observe(self, key: Key, place: int, held: bool) -> None:
-        places = self._places.setdefault(key, list(NONE))
-        seen, kept = places[place]
-        places[place] = _Counts(seen * self._kept + 1, kept * self._kept + held)
+        counts = self._counts.get(key)
+        if counts is None:
+            counts = self._counts[key] = _Counts()
+        counts.seen[place] = counts.seen[place] * self._kept + 1
+        counts.held[place] = counts.held[place] * self._kept + held
 
 
 EMPTY = _Table(1)

@@ -6,12 +6,12 @@ from typing import NamedTuple, Protocol
 
 from fwd.engine.request import Request
 from fwd.engine.scheduler import MAX_ROWS
-from fwd.engine.speculate import controller
-from fwd.engine.speculate.controller import Choice, Pick, Prices, choose
-from fwd.engine.speculate.costs import Costs
+from fwd.engine.speculate.controller import NO_PICK, Choice, Pick, Prices, choose
+from fwd.engine.speculate.costs import Costs, Window
 from fwd.engine.speculate.drafter import NOTHING, Drafter, Proposal, Wish
 from fwd.engine.speculate.estimates import Estimates
-from fwd.engine.speculate.trials import Trials
+from fwd.engine.speculate.tally import Tally
+from fwd.engine.speculate.trials import Trial, Trials
 from fwd.protocol.values import DrafterCounts
 
 MOST = MAX_ROWS - 1  # drafts of a step
@@ -39,6 +39,20 @@ class Look(NamedTuple):
     proposals: Sequence[Proposal]  # of the free drafters
     choices: Sequence[Choice]  # of all
 
+    @property
+    def most(self) -> int:
+        """The most that any of them has."""
+        return max((len(choice.survival) for choice in self.choices), default=0)
+
+
+class Decision(NamedTuple):
+    """What gives most ids a second, and how many; `trial` is for the request at `place`, in place of all that."""
+
+    picks: list[Pick]
+    rate: float
+    trial: Trial | None = None
+    place: int = 0
+
 
 class JointSpeculator:
     """Lets the controller choose among drafters, of which one may be costly; the free ones are asked at each step.
@@ -62,11 +76,13 @@ class JointSpeculator:
         assert len(drafters) - len(self._free) <= 1
         self._names = {drafter.name for drafter in drafters}
         self._estimates = Estimates({self._costly.name: COSTLY} if self._costly else {}, FREE)
-        self._steps, self._drafting, self._gap = Costs(), Costs(unknown=0.0), Costs(unknown=0.0)
+        self._steps, self._drafting, self._gap = Costs(), Costs(unknown=0.0), Window()
         self._looks: dict[int, Look] = {}
-        self._tallies = {name: _Tally() for name in self._names}
+        self._tallies = {name: Tally() for name in self._names}
         self._trials = Trials()
         self._step = _Step()
+        self._case: object = None  # that was decided last
+        self._decision = Decision([], 0.0)
         self._rows = 1  # of the last step, without drafts
         self._read = 0.0  # when it was read
 
@@ -80,11 +96,8 @@ class JointSpeculator:
             return self._exact(request) > 0
         if self._exact(request) or not self._ahead:
             return True
-        prices = self._prices([request])
-        verdict = choose([look.choices], self._rows, prices)
-        if verdict.picks[0].drafts:
-            return True
-        return self._trials.affords(look.choices, self._rows, prices, verdict.rate) is not None
+        decision = self._decide([Wish(request, MOST)], self._rows)
+        return decision.trial is not None or decision.picks[0].drafts > 0
 
     def propose(self, wishes: Sequence[Wish], rows: int) -> list[Proposal]:
         """Return drafts for requests all of whose ids but one are computed, for a step that has `rows` rows already."""
@@ -101,7 +114,7 @@ class JointSpeculator:
     def settle(self, request: Request, proposal: Proposal, count: int) -> None:
         """The last `count` ids of a request were committed in a step with a proposal, of which `count` − 1 held."""
         if proposal.ids:
-            self._tallies.setdefault(proposal.drafter, _Tally()).add(len(proposal.ids), count - 1)
+            self._tallies.setdefault(proposal.drafter, Tally()).add(len(proposal.ids), count - 1)
             self._trials.settle(request, count - 1)
         self._estimates.learn(request)
 
@@ -110,7 +123,7 @@ class JointSpeculator:
         now, step = self._clock(), self._step
         self._steps.measured(rows, seconds)
         if self._read and (step.drafts or not self._ahead):
-            self._gap.measured(1, now - seconds - self._read - step.seconds)
+            self._gap.add(now - seconds - self._read - step.seconds)
         if not step.seconds:
             self._trials.save(seconds)
         self._read, self._rows, self._step = now, max(1, rows - step.drafts), _Step()
@@ -183,34 +196,40 @@ class JointSpeculator:
         for left, place in zip(range(len(exact), 0, -1), exact, strict=True):
             choices = self._look(wishes[place].request).choices
             most = min(spare // left, wishes[place].most, wanted[place])
-            pick = Pick(choices[0].drafter, min(most, len(choices[0].survival))) if choices else controller.NOTHING
+            pick = Pick(choices[0].drafter, min(most, len(choices[0].survival))) if choices else NO_PICK
             spare -= pick.drafts
             picks[place] = pick
         return picks
 
     def _best(self, wishes: Sequence[Wish], rows: int) -> list[Pick]:
-        choices = [self._choices(wish, fair=len(wishes) > 1) for wish in wishes]
-        prices = self._prices([wish.request for wish in wishes])
-        verdict = choose(choices, rows, prices)
-        if not self._costly or any(pick.drafter == self._costly.name for pick in verdict.picks):
-            return verdict.picks
-        for place, wish in enumerate(wishes):
-            trial = self._trials.affords(choices[place], rows, prices, verdict.rate)
-            if trial:
-                self._trials.stake(wish.request, trial, verdict.rate)
-                return [trial.pick if each == place else controller.NOTHING for each in range(len(wishes))]
-        return verdict.picks
+        decision = self._decide(wishes, rows)
+        if decision.trial is None:
+            return decision.picks
+        self._trials.stake(wishes[decision.place].request, decision.trial, decision.rate)
+        return [decision.trial.pick if place == decision.place else NO_PICK for place in range(len(wishes))]
 
-    def _choices(self, wish: Wish, *, fair: bool) -> list[Choice]:
-        """The choices for a request as far as it has pages, worth a little less the more it has where others wait."""
-        choices, most, worth = self._look(wish.request).choices, wish.most, FAIR if fair else 1.0
-        return [
-            choice._replace(survival=[chance * worth**place for place, chance in enumerate(choice.survival[:most])])
-            for choice in choices
-        ]
+    def _decide(self, wishes: Sequence[Wish], rows: int) -> Decision:
+        """What is best, and the trial that may be made instead: once for what is asked twice."""
+        looks = [self._look(wish.request) for wish in wishes]
+        mosts = [min(wish.most, look.most) for wish, look in zip(wishes, looks, strict=True)]
+        case = (rows, [(wish.request.id, wish.request.length) for wish in wishes], mosts)
+        if self._case != case:
+            worth = FAIR if len(wishes) > 1 else 1.0
+            choices = [_up_to(most, look.choices, worth) for most, look in zip(mosts, looks, strict=True)]
+            self._case, self._decision = case, self._decision_on(choices, [wish.request for wish in wishes], rows)
+        return self._decision
+
+    def _decision_on(self, choices: Sequence[Sequence[Choice]], requests: Sequence[Request], rows: int) -> Decision:
+        prices = self._prices(requests)
+        verdict = choose(choices, rows, prices)
+        if self._costly and all(pick.drafter != self._costly.name for pick in verdict.picks):
+            for place, each in enumerate(choices):
+                if trial := self._trials.affords(each, rows, prices, verdict.rate):
+                    return Decision(verdict.picks, verdict.rate, trial, place)
+        return Decision(verdict.picks, verdict.rate)
 
     def _prices(self, requests: Sequence[Request]) -> Prices:
-        gap = self._gap.seconds(1)
+        gap = max(0.0, self._gap.median)
         waits = not self._ahead or any(map(locked, requests))
         return Prices(self._steps, self._drafting, *((gap, 0.0) if waits else (0.0, gap)))
 
@@ -244,36 +263,17 @@ def locked(request: Request) -> bool:
     return bool(request.submit.grammar)
 
 
+def _up_to(most: int, choices: Sequence[Choice], worth: float) -> list[Choice]:
+    """The choices for at most so many drafts, each of them being `worth` so much of the one before it."""
+    return [
+        choice._replace(survival=[chance * worth**place for place, chance in enumerate(choice.survival[:most])])
+        for choice in choices
+    ]
+
+
 class _Step:
     """What the next step has: drafts, and the seconds that the costly drafter took for them."""
 
     def __init__(self) -> None:
         self.drafts = 0
         self.seconds = 0.0
-
-
-class _Tally:
-    """What a drafter has done."""
-
-    def __init__(self) -> None:
-        self._drafts = self._drafted = 0
-        self._places = [0] * MOST
-        self.seconds = 0.0
-
-    def add(self, drafted: int, held: int) -> None:
-        self._drafts += 1
-        self._drafted += drafted
-        for place in range(held):
-            self._places[place] += 1
-
-    def told(self, name: str) -> DrafterCounts:
-        accepted = sum(self._places)
-        return DrafterCounts(
-            name=name,
-            drafts=self._drafts,
-            drafted=self._drafted,
-            accepted=accepted,
-            places=list(self._places),
-            ms=self.seconds * 1e3,
-            saved=accepted,
-        )

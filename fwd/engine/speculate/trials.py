@@ -36,9 +36,11 @@ class Trials:
 
     def affords(self, choices: Sequence[Choice], rows: int, prices: Prices, rate: float) -> Trial | None:
         """The most promising trial if its cost has been put by; `rate` is the ids a second that seem best."""
+        if self._purse <= prices.drafting.seconds(1):
+            return None
         sums = next((list(accumulate(each.survival, initial=0.0)) for each in choices if each.costly), [])
         most = min(len(sums) - 1, MAX_ROWS - rows)
-        if most < 1 or self._purse <= 0:
+        if most < 1:
             return None
         seconds = prices.seconds(rows, most, most).diagonal()
         count = max(range(1, most + 1), key=lambda count: (rows + sums[count]) / float(seconds[count]))

@@ -1,0 +1,33 @@
+"""What a drafter has done since the engine's start."""
+
+from fwd.engine.scheduler import MAX_ROWS
+from fwd.protocol.values import DrafterCounts
+
+
+class Tally:
+    """Counts of one drafter; `seconds` is what drafting took."""
+
+    def __init__(self) -> None:
+        self._drafts = self._drafted = 0
+        self._places = [0] * (MAX_ROWS - 1)
+        self.seconds = 0.0
+
+    def add(self, drafted: int, held: int) -> None:
+        """Of so many drafts of a step the first `held` stood."""
+        self._drafts += 1
+        self._drafted += drafted
+        for place in range(held):
+            self._places[place] += 1
+
+    def told(self, name: str) -> DrafterCounts:
+        """As it travels; each draft that held has saved its request a step."""
+        accepted = sum(self._places)
+        return DrafterCounts(
+            name=name,
+            drafts=self._drafts,
+            drafted=self._drafted,
+            accepted=accepted,
+            places=list(self._places),
+            ms=self.seconds * 1e3,
+            saved=accepted,
+        )
