@@ -11,6 +11,7 @@ from fwd.kernels import expert_kernels as kernels
 from fwd.kernels.ops import Active, Routed
 
 OSS = Shape(264, 40, 5, 136, "topk_softmax", biased=True)
+LONG = Shape(1096, 6, 2, 24, "topk_softmax", biased=True)  # inputs of more than one turn
 DEEPSEEK = Shape(264, 24, 4, 136, "sigmoid", normalize=True, groups=6, top_groups=2, shared=72, scale=2.5)
 ROWS = 14
 LIVE = [0, -1] + [0] * 12
@@ -149,6 +150,8 @@ GATE_UP = {
         "bf16",
         OSS,
     ),
+    "rows of the first turn": ("experts.cuh", ", rows.move(kDepth * kSubs)", "", "bf16", LONG),
+    "weights of the first turn": ("expert_stream.cuh", "next[which] += kDepth * kStep;", "", "bf16", LONG),
     "the neighbour's scale": ("quant.cuh", "512 + group_row() * 4", "512 + (group_row() ^ 1) * 4", "mxfp4", OSS),
     "the factors of the first expert": (
         "experts.cuh",
@@ -172,6 +175,13 @@ DOWN = {
         "for (int visit = (row() + 1) * top_k - 1; visit >= row() * top_k && routed; --visit) {",
         OSS,
     ),
+    "an item from the start of a turn": ("expert_stream.cuh", "() - from * kMembers;", "();", OSS),
+    "its rows from there": (
+        "experts.cuh",
+        "member_index() * Format::kSub - from * kSubs",
+        "member_index() * Format::kSub",
+        OSS,
+    ),
     "no barrier before the next tile": ("experts.cuh", "if (kTurns == 1) block_barrier();", "", OSS),
     "the residual of the first tile": (
         "expert_bodies.cuh",
@@ -189,7 +199,7 @@ DOWN = {
 }
 
 
-@pytest.mark.parametrize("shape", [OSS, DEEPSEEK], ids=str)
+@pytest.mark.parametrize("shape", [OSS, LONG, DEEPSEEK], ids=str)
 def test_without_a_planted_bug_nothing_is_found(execution, shape):
     assert route_error(execution, shape) < 1e-9
     for form in ("bf16", "mxfp4", "nvfp4"):
