@@ -37,6 +37,7 @@ NO_TORCH |= {f"engine/speculate/{name}" for name in ("drafter", "items", "verify
 NO_TORCH |= {"models/draft/spec"}
 NO_TORCH |= {f"engine/speculate/{name}" for name in ("costs", "estimates", "controller", "trials", "tally", "speculator")}
 NO_TORCH |= {"engine/reports"}
+NO_TORCH |= {f"engine/speculate/{name}" for name in ("grams", "suffix", "corpus", "draft_log")}
 NO_TORCH |= {"models/config", "models/architectures", "models/positions", "models/fields"}
 NO_TORCH |= {"models/safetensors", "models/spec", "models/quantization", "models/layout"}
 NO_TORCH |= {f"models/draft/{name}" for name in ("spec", "config", "body", "costs", "tensors", "tokens")}
