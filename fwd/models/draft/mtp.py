@@ -44,11 +44,15 @@ class Mtp(Base[MtpSpec]):
 
     def forward(self, ids: Tensor, hidden: Tensor | None, rows: Rows, cache: KVCache) -> Tensor:  # noqa: D102
         assert hidden is not None, "it takes features"
-        embedded = self._ops.embed(ids, self._target.embedding)  # [rows, hidden]
-        embedded = torch.where(rows.positions.unsqueeze(1) == 0, 0, embedded)
-        both = torch.cat((normed(embedded, self._enorm), normed(hidden, self._hnorm)), dim=1)
-        found: Tensor = self._target.block(self.product(both, self._projection), self._layer, rows, cache.layers[0])
+        x = self.product(self._both(ids, hidden, rows), self._projection)  # [rows, hidden]
+        found: Tensor = self._target.block(x, self._layer, rows, cache.layers[0])
         return found
+
+    def _both(self, ids: Tensor, hidden: Tensor, rows: Rows) -> Tensor:
+        """Embedding and hidden, each normed: [rows, 2·hidden]."""
+        embedded = self._ops.embed(ids, self._target.embedding)
+        embedded = torch.where(rows.positions.unsqueeze(1) == 0, 0, embedded)
+        return torch.cat((normed(embedded, self._enorm), normed(hidden, self._hnorm)), dim=1)
 
     def logits(self, hidden: Tensor) -> Tensor:  # noqa: D102
         return self._ops.head(hidden, self._norm, self._target.head)
