@@ -184,15 +184,15 @@ extern "C" __global__ void __launch_bounds__(SCAN_THREADS)
                 const int64_t* seeds, const int64_t* places, const float* temperatures, const float* top_ps,
                 const float* min_ps, const float* repetitions, const float* presences, const float* frequencies,
                 const int* top_ks, const int* tops, const int* kinds, int* counts, const float* bias,
-                unsigned char* partials, uint64_t* chunk_tops, float* values, unsigned char* results,
-                int* top_ids, float* top_logprobs, int* arrivals, int vocab) {
+                const unsigned* masks, unsigned char* partials, uint64_t* chunk_tops, float* values,
+                unsigned char* results, int* top_ids, float* top_logprobs, int* arrivals, int vocab) {
     FWD_SHARED(shared);
     grid_dependency_trigger();
     grid_dependency_wait();
     int index = static_cast<int>(blockIdx.y), chunk = static_cast<int>(blockIdx.x);
     if (!(kinds[index] & DRAWN)) return;
     Drawing drawing = {seeds,     places,      temperatures, top_ps, min_ps, repetitions, presences,
-                       frequencies, top_ks, tops, kinds, counts, bias};
+                       frequencies, top_ks, tops, kinds, counts, bias, masks};
     Rows rows = {ids, sequences, parents, kinds, static_cast<int>(gridDim.y)};
     Results out = {reinterpret_cast<Result*>(results), top_ids, top_logprobs};
     Row row = open_row(logits, drawing, rows, index, vocab, reinterpret_cast<int*>(shared + DRAFTS));
@@ -225,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS, 1)
     grid_dependency_wait();
     int index = static_cast<int>(blockIdx.y);
     Drawing drawing = {seeds,     places,      temperatures, top_ps, min_ps, repetitions, presences,
-                       frequencies, top_ks, tops, kinds, counts, bias};
+                       frequencies, top_ks, tops, kinds, counts, bias, nullptr};
     Rows rows = {ids, sequences, parents, kinds, static_cast<int>(gridDim.y)};
     Results in = {reinterpret_cast<Result*>(results), top_ids, top_logprobs};
     bool selected = is_selected(drawing, in, index, vocab);

@@ -9,6 +9,7 @@ namespace fwd {
 // Kinds of rows (fwd/kernels/drawing.py).
 constexpr int DRAWN = 1, PENALTIES = 2, BIASED = 4;
 constexpr int GIVEN = 8;  // the token is `ids` of the row: only its log-probability is wanted
+constexpr int MASKED = 16;
 
 constexpr int MAX_ROWS = 16, MAX_TOPS = 20;
 constexpr int IN_PROMPT = 1 << 30;  // of counts
@@ -47,6 +48,7 @@ struct Drawing {
     const int* kinds;
     int* counts;  // [lines, vocab]
     const float* bias;  // [lines, vocab]
+    const unsigned* masks;  // [rows, ⌈vocab/32⌉], a bit for each id that may be drawn; read by `open_row` only
 };
 
 struct Rows {
@@ -78,6 +80,7 @@ struct Row {
     const float* logits;
     const int* counts;  // null: no penalties
     const float* bias;  // null: none
+    const unsigned* mask;  // null: all may be drawn
     float temperature;
     double repetition, presence, frequency;
     const int* drafts;  // shared memory: the tokens of its draft rows, which `counts` does not hold yet
@@ -85,6 +88,7 @@ struct Row {
     int vocab;
 
     FWD_INLINE bool greedy() const { return temperature < GREEDY_BELOW; }
+    FWD_INLINE bool allows(int id) const { return !mask || mask[id / 32] >> id % 32 & 1; }
 };
 
 FWD_INLINE float flushed(float value) { return fabsf(value) < SMALLEST ? 0.0f : value; }
@@ -100,6 +104,7 @@ FWD_INLINE double penalised(const Row& row, int id, double value) {
 }
 
 FWD_INLINE float adjusted(const Row& row, int id, float logit) {
+    if (!row.allows(id)) return -INFINITY;
     logit = flushed(logit);
     if (!row.counts && !row.bias) return logit;
     double value = static_cast<double>(logit);
@@ -119,6 +124,7 @@ FWD_INLINE Row open_row(const float* logits, const Drawing& drawing, const Rows&
     row.logits = logits + static_cast<int64_t>(index) * vocab;
     row.counts = kinds & PENALTIES ? drawing.counts + line : nullptr;
     row.bias = kinds & BIASED ? drawing.bias + line : nullptr;
+    row.mask = kinds & MASKED ? drawing.masks + static_cast<int64_t>(index) * ((vocab + 31) / 32) : nullptr;
     row.temperature = drawing.temperatures[index];
     row.repetition = static_cast<double>(drawing.repetitions[index]);
     row.presence = static_cast<double>(drawing.presences[index]);

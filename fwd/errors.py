@@ -36,6 +36,12 @@ class ContextLengthError(BadRequestError):
     code = "context_length_exceeded"
 
 
+class GrammarError(BadRequestError):
+    """The grammar of a request cannot be compiled, is too complex, or nothing of the vocabulary fits into it."""
+
+    code = "invalid_grammar"
+
+
 class UnauthorizedError(FwdError):
     """The request brings no key, or an unknown one."""
 

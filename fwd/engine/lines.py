@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from fwd.engine.request import Request
-from fwd.engine.sampler import draw
-from fwd.engine.scheduler import Span
+from fwd.engine.sampler import draw, mask_of
+from fwd.engine.scheduler import MAX_ROWS, Span
 from fwd.engine.step import CPU, Step, staging
 from fwd.kernels.drawing import BIASED, FIELDS, PENALTIES, Drawing, fill_row, kinds_of, line_bias, line_counts
-from fwd.kernels.ops import Draw
+from fwd.kernels.ops import Draw, Mask
+from fwd.kernels.sizes import mask_words
 
 
 @dataclass(slots=True)
@@ -28,7 +29,10 @@ class _Line:
 
 
 class Lines:
-    """`count` lines with counts int32 and bias float32 [lines, vocab] on the device; a sequence keeps its line."""
+    """`count` lines with counts int32 and bias float32 [lines, vocab] on the device; a sequence keeps its line.
+
+    Beside them are the masks of the rows of one step: who has any is not run ahead, so the next step finds them read.
+    """
 
     def __init__(self, count: int, vocab: int, device: torch.device) -> None:
         self._lines = [_Line() for _ in range(count)]
@@ -36,6 +40,7 @@ class Lines:
         self._given: list[int] = []  # and their lines
         self._counts = _Rewritten(count, vocab, torch.int32, device)
         self._bias = _Rewritten(count, vocab, torch.float32, device)
+        self._masks = _Masks(vocab, device)
 
     def assign(self, spans: Sequence[Span]) -> list[int]:
         """The line of each span's request; those of requests that have none are given away."""
@@ -51,7 +56,7 @@ class Lines:
     def drawing(self, step: Step) -> Drawing:
         """What the sampler is told of the rows of a step, whose block holds `FIELDS`."""
         rows = {name: step.block.tensors[name] for name in FIELDS}
-        return Drawing(**rows, counts=self._counts.tensor, bias=self._bias.tensor)
+        return Drawing(**rows, counts=self._counts.tensor, bias=self._bias.tensor, masks=self._masks.tensor)
 
     def owns(self, line: int, request: Request) -> bool:
         """Whether the device knows of the request what it was told last."""
@@ -62,7 +67,7 @@ class Lines:
         if self._lines[line].request is not request:
             self._lines[line] = _Line(request)
         known = self._lines[line]
-        wanted = draw(request, place, history=not known.counted)
+        wanted = draw(request, place, history=not known.counted, mask=mask_of(request, place))
         kinds = kinds_of(wanted)
         if kinds & PENALTIES and not known.counted:
             self._counts.rewrite(line, *line_counts(wanted))
@@ -72,11 +77,38 @@ class Lines:
         fill_row(step.block.arrays, row, wanted, kinds)
         return not wanted.banned
 
+    def constrain(self, row: int, mask: Mask) -> None:
+        """Have the row of what is launched next draw no other id."""
+        self._masks.write(row, mask)
+
+    def upload(self) -> None:
+        """Bring the masks to the device."""
+        self._masks.upload()
+
     def _rebias(self, line: int, known: _Line, wanted: Draw) -> None:
         """Tell the device the bias of a line: at first, and once more when its answer is long enough to end."""
         if known.banned != len(wanted.banned):
             self._bias.rewrite(line, *line_bias(wanted))
             known.banned = len(wanted.banned)
+
+
+class _Masks:
+    """int32 [rows, ⌈vocab/32⌉] on the device: those of the rows up to the last that has one are brought there."""
+
+    def __init__(self, vocab: int, device: torch.device) -> None:
+        self._host = staging(MAX_ROWS * mask_words(vocab), torch.int32, device).view(MAX_ROWS, -1)
+        self.tensor = self._host if device == CPU else self._host.to(device)
+        self._rows = self._host.numpy().view(np.uint32)
+        self._end = 0
+
+    def write(self, row: int, mask: Mask) -> None:
+        self._rows[row] = mask
+        self._end = max(self._end, row + 1)
+
+    def upload(self) -> None:
+        if self._end and self.tensor is not self._host:
+            self.tensor[: self._end].copy_(self._host[: self._end], non_blocking=True)
+        self._end = 0
 
 
 class _Rewritten:

@@ -6,35 +6,38 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from fwd.engine.reports import pong, timing
+from fwd.engine.grammar import Grammars
+from fwd.engine.reports import failed, pong, scored, timing, tokens
 from fwd.engine.request import Drawn, Request
 from fwd.engine.scheduler import Chunk, Scheduler, Span
 from fwd.engine.space import Space
 from fwd.engine.speculate.drafter import Off, Speculator
+from fwd.engine.speculate.verify import until_end
 from fwd.engine.work import HostWork, Runner
-from fwd.errors import BadFrameError, NonFiniteError
+from fwd.errors import BadFrameError, FwdError, GrammarError, NonFiniteError
 from fwd.protocol.frames import Channel
 from fwd.protocol.messages import (
     Cancel,
     DropDrafts,
     Dropped,
-    Failed,
     Finished,
     Hello,
     Load,
     Message,
     Ping,
     Pong,
-    PromptLogprobs,
     Submit,
     ToEngine,
-    Tokens,
+    Vocabulary,
 )
 from fwd.protocol.values import Reason
 
 
 class Loop:
-    """Serves one front over `channel` until it closes. `chunk` is the prefill chunk in tokens."""
+    """Serves one front over `channel` until it closes. `chunk` is the prefill chunk in tokens.
+
+    A request whose grammar cannot be compiled, or gone on with, fails alone.
+    """
 
     def __init__(
         self,
@@ -45,12 +48,14 @@ class Loop:
         max_seqs: int,
         chunk: int,
         speculator: Speculator | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self._channel = channel
         self._runner = runner
         self._space = space
         self._speculator = speculator or Off()
         self._scheduler = Scheduler(space, max_seqs, chunk, self._speculator)
+        self._grammars = grammars or Grammars(0)
         self._requests: dict[int, Request] = {}
         self._out: list[Message] = []
         self._flight: deque[Sequence[Span]] = deque()  # steps that are launched and not collected
@@ -91,6 +96,8 @@ class Loop:
                     self._finish(request, "cancelled")
             case Ping():
                 self._out.append(self._pong(message.seq))
+            case Vocabulary():
+                self._grammars.learn(message)
             case DropDrafts():
                 self._out.append(Dropped(tokens=self._speculator.drop()))
             case Hello() | Load():
@@ -100,6 +107,13 @@ class Loop:
         request = Request(submit)
         request.clock.arrived = time.monotonic()
         self._requests[request.id] = request
+        if submit.grammar:
+            try:
+                request.grammar = self._grammars.matcher(submit.grammar, request.ids[request.prompt :])
+            except GrammarError as error:
+                del self._requests[request.id]
+                self._out.append(failed(request, error))
+                return
         self._scheduler.add(request)
 
     def _pong(self, seq: int) -> Pong:
@@ -137,6 +151,9 @@ class Loop:
             self._runner.copy(copies)
 
     def _launch(self, spans: Sequence[Span]) -> None:
+        spans = [span for span in spans if not self._stuck(span.request)]
+        if not spans:
+            return
         self._enter()
         self._since = self._since if self._flight else time.perf_counter()
         self._runner.launch(spans)
@@ -185,9 +202,9 @@ class Loop:
         self._measure(sum(span.reach - span.start for span in spans))
         launched = {span.request.id for later in self._flight for span in later}
         for span in spans:
-            tokens = next(drawn) if span.draws else ()
+            verified = next(drawn) if span.draws else ()
             if self._requests.get(span.request.id) is span.request:
-                self._keep(span, _until_stop(span.request, tokens), ahead=span.request.id in launched)
+                self._keep(span, until_end(span.request, verified), ahead=span.request.id in launched)
 
     def _measure(self, rows: int) -> None:
         before, self._since = self._since, time.perf_counter()
@@ -195,7 +212,7 @@ class Loop:
 
     def _keep(self, span: Span, drawn: Sequence[Drawn], *, ahead: bool) -> None:
         """Commit what a span drew as one: ids, cells and records; what rejected drafts left is written over."""
-        request, finite = span.request, [token for token in drawn if token.finite]
+        request, draws, finite = span.request, span.draws, [token for token in drawn if token.finite]
         request.clock.steps += 1
         if finite:
             self._commit(request, finite)
@@ -209,7 +226,7 @@ class Loop:
             self._speculator.settle(request, span.proposal, len(finite))
         if len(finite) < len(drawn):
             self._fail_non_finite(request)
-        elif drawn:
+        elif draws:
             self._end(request)
 
     def _score(self, request: Request, start: int, scores: Sequence[Drawn]) -> None:
@@ -218,14 +235,7 @@ class Loop:
         if not all(score.finite for score in scores):
             self._fail_non_finite(request)
             return
-        self._out.append(
-            PromptLogprobs(
-                id=request.id,
-                start=start,
-                logprobs=[score.logprob for score in scores],
-                top=[score.top for score in scores],
-            )
-        )
+        self._out.append(scored(request, start, scores))
 
     def _settle(self, request: Request, drawn: Drawn | None) -> None:
         """Commit what was drawn, tell the reader, and end the request if its last token is known."""
@@ -234,35 +244,38 @@ class Loop:
         if drawn and not drawn.finite:
             self._fail_non_finite(request)
             return
-        if drawn:
-            self._commit(request, [drawn])
+        if drawn and (kept := until_end(request, [drawn])):
+            self._commit(request, kept)
         self._end(request)
 
     def _end(self, request: Request) -> None:
-        """End the request if its last token is known."""
-        last = request.ids[-1]
+        """End the request if its last token is known, or cannot be."""
+        last, grammar = request.ids[-1], request.grammar
+        if self._stuck(request):
+            return
         if request.output and last in request.stop_ids:
             self._finish(request, "stop", last)
+        elif grammar and grammar.ended:
+            self._finish(request, "stop", last if last in grammar.ends else -1)
         elif request.length == request.limit:
             self._finish(request, "length")
 
     def _commit(self, request: Request, drawn: Sequence[Drawn]) -> None:
-        ids = [token.id for token in drawn]
-        wanted = request.submit.sampling.logprobs >= 0
-        self._out.append(
-            Tokens(
-                id=request.id,
-                start=request.output,
-                ids=ids,
-                logprobs=[token.logprob for token in drawn] if wanted else [],
-                top=[token.top for token in drawn] if wanted else [],
-            )
-        )
-        request.append(ids)
+        self._out.append(tokens(request, drawn))
+        request.append([token.id for token in drawn])
+
+    def _stuck(self, request: Request) -> bool:
+        """Fail a request whose grammar lets it go on no more; whether it is one."""
+        if request.grammar is None or not request.grammar.error:
+            return False
+        self._fail(request, GrammarError(request.grammar.error))
+        return True
 
     def _fail_non_finite(self, request: Request) -> None:
-        error = NonFiniteError("the model produced NaN or infinity for this request")
-        self._out.append(Failed(id=request.id, code=error.code, message=error.message))
+        self._fail(request, NonFiniteError("the model produced NaN or infinity for this request"))
+
+    def _fail(self, request: Request, error: FwdError) -> None:
+        self._out.append(failed(request, error))
         self._drop(request)
 
     def _finish(self, request: Request, reason: Reason, stop_id: int = -1) -> None:
@@ -279,9 +292,3 @@ class Loop:
         if self._out:
             out, self._out = self._out, []
             self._channel.send(*out)
-
-
-def _until_stop(request: Request, drawn: Sequence[Drawn]) -> Sequence[Drawn]:
-    """The tokens up to the one that ends the request, if one does: what drafts had right after it is not said."""
-    ends = (place for place, token in enumerate(drawn, 1) if token.id in request.stop_ids)
-    return drawn[: next(ends, len(drawn))]

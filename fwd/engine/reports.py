@@ -1,12 +1,14 @@
 """What the engine says of itself and of a request that ends."""
 
 import time
+from collections.abc import Sequence
 
-from fwd.engine.request import Request
+from fwd.engine.request import Drawn, Request
 from fwd.engine.scheduler import Scheduler
 from fwd.engine.space import Space
 from fwd.engine.speculate.drafter import Speculator
-from fwd.protocol.messages import Pong
+from fwd.errors import FwdError
+from fwd.protocol.messages import Failed, Pong, PromptLogprobs, Tokens
 from fwd.protocol.values import Prefilling, Timing
 
 
@@ -27,6 +29,29 @@ def pong(scheduler: Scheduler, space: Space, speculator: Speculator) -> Pong:
         drafters=speculator.counts(),
         corpus_tokens=speculator.corpus_tokens,
     )
+
+
+def tokens(request: Request, drawn: Sequence[Drawn]) -> Tokens:
+    """What a request is about to gain."""
+    wanted = request.submit.sampling.logprobs >= 0
+    return Tokens(
+        id=request.id,
+        start=request.output,
+        ids=[token.id for token in drawn],
+        logprobs=[token.logprob for token in drawn] if wanted else [],
+        top=[token.top for token in drawn] if wanted else [],
+    )
+
+
+def scored(request: Request, start: int, scores: Sequence[Drawn]) -> PromptLogprobs:
+    """Scores of the prompt tokens from `start` on."""
+    logprobs, top = [score.logprob for score in scores], [score.top for score in scores]
+    return PromptLogprobs(id=request.id, start=start, logprobs=logprobs, top=top)
+
+
+def failed(request: Request, error: FwdError) -> Failed:
+    """The end of a request that did not end well."""
+    return Failed(id=request.id, code=error.code, message=error.message, param=error.param)
 
 
 def timing(request: Request) -> Timing:

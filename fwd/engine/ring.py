@@ -8,7 +8,7 @@ import torch
 from fwd.engine.lines import Lines
 from fwd.engine.plan import Plan
 from fwd.engine.request import Drawn, Request
-from fwd.engine.sampler import NO_TOP
+from fwd.engine.sampler import NO_TOP, mask_of
 from fwd.engine.scheduler import BUCKETS, MAX_ROWS, Span
 from fwd.engine.speculate.verify import verified
 from fwd.engine.step import CPU, Step, Table
@@ -54,6 +54,7 @@ class Slot:
             if span.draws:
                 self._want(line, span, [next(rows) for _ in range(len(span.drafts) + 1)])
         step.block.upload()
+        self._lines.upload()
         return size
 
     def _want(self, line: int, span: Span, rows: Sequence[int]) -> None:
@@ -72,6 +73,8 @@ class Slot:
         else:
             steady = self._lines.fill(self._step, row, line, request, place)
             self._told[row] = (request, line) if steady else (None, -1)
+        if (wanted := mask_of(request, place)) is not None:
+            self._lines.constrain(row, wanted)
 
     def launched(self) -> None:
         """All of the step is launched."""

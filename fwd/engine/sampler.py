@@ -5,16 +5,18 @@ from collections.abc import Sequence
 
 from fwd.engine.request import Drawn, Request
 from fwd.kernels.noise import choice_seed
-from fwd.kernels.ops import Draw, Sampled, Top
+from fwd.kernels.ops import Draw, Mask, Sampled, Top
 from fwd.protocol.values import TopLogprobs
 
 NO_TOP = TopLogprobs()
 
 
-def draw(request: Request, length: int, drafts: Sequence[int] = (), *, history: bool = True) -> Draw:
+def draw(
+    request: Request, length: int, drafts: Sequence[int] = (), *, history: bool = True, mask: Mask | None = None
+) -> Draw:
     """How a request draws the token that comes after `length` ones and `drafts`, which count as output.
 
-    Without `history` the ids they are stay out.
+    Without `history` the ids they are stay out. `mask` is what its grammar lets through there.
     """
     submit = request.submit
     sampling = submit.sampling
@@ -34,6 +36,7 @@ def draw(request: Request, length: int, drafts: Sequence[int] = (), *, history: 
         frequency_penalty=sampling.frequency_penalty,
         bias=sampling.logit_bias,
         banned=banned(request, length + len(drafts)),
+        mask=mask,
         seen=seen,
         counts=counts,
         top_logprobs=sampling.logprobs,
@@ -56,6 +59,11 @@ def banned(request: Request, length: int) -> Sequence[int]:
     """The ids that are never drawn after `length` tokens."""
     limits = request.submit.limits
     return limits.stop_ids if length - request.prompt < limits.min_tokens else ()
+
+
+def mask_of(request: Request, place: int) -> Mask | None:
+    """The ids that the grammar of a request lets it draw at `place` in its next step; None: it has none."""
+    return request.grammar.masks[place - request.length] if request.grammar else None
 
 
 def drawn(sampled: Sampled) -> list[Drawn]:

@@ -148,13 +148,15 @@ class Scheduler:
     def follow(self, spans: Sequence[Span]) -> list[Span]:
         """The step after `spans`, to be launched before their tokens are known; empty if it must wait for them.
 
-        It waits for whoever may be placed now, for chunks, replays and drafts, and where it would have to preempt. A
+        It waits for whoever may be placed now, for chunks, replays, drafts and grammars, and where it would preempt. A
         request that reaches its limit in `spans` is left out; one that ends there for another reason has a row in vain.
         """
         if (self._changed and any(self._waiting)) or any(self.prefilling) or not all(span.draws for span in spans):
             return []
         going_on = [span.request for span in spans if span.request in self._running]
-        if any(span.drafts for span in spans) or any(map(self._speculator.drafts, going_on)):
+        if any(each.grammar for each in going_on) or any(span.drafts for span in spans):
+            return []
+        if any(map(self._speculator.drafts, going_on)):
             return []
         ahead = [Span(each, each.length, each.length + 1) for each in going_on if each.length + 1 < each.limit]
         return ahead if all(self._space.prepare(span.request, span.end) for span in ahead) else []
@@ -240,14 +242,14 @@ class Scheduler:
         ]
         most = [self._space.spare(request, min(MAX_ROWS - rows, request.room)) for request in drafting]
         wishes = [Wish(request, count) for request, count in zip(drafting, most, strict=True) if count]
-        if not wishes:
-            return spans
-        proposals = zip(wishes, self._speculator.propose(wishes, rows), strict=True)
-        found = {wish.request.id: proposal for wish, proposal in proposals}
+        proposals = self._speculator.propose(wishes, rows) if wishes else ()
+        found = {wish.request.id: proposal for wish, proposal in zip(wishes, proposals, strict=True)}
         return [self._prepared(span._replace(proposal=found.get(span.request.id, NOTHING))) for span in spans]
 
     def _prepared(self, span: Span) -> Span:
-        """The span without drafts where records lack for them."""
+        """The span without the drafts that its grammar forbids, and without any where records lack for them."""
+        if span.draws and (grammar := span.request.grammar):
+            span = _cut(span, grammar.prepare(span.drafts))
         if span.drafts and not self._space.prepare(span.request, span.reach):
             return span._replace(proposal=NOTHING)
         return span
@@ -277,6 +279,11 @@ class Scheduler:
             follower.leader = None
             self._waiting[follower.background].appendleft(follower)
         request.leader = None
+
+
+def _cut(span: Span, count: int) -> Span:
+    """The span with so many of its drafts."""
+    return span._replace(proposal=span.proposal._replace(ids=span.drafts[:count]) if count else NOTHING)
 
 
 def _youngest(requests: Iterable[Request]) -> Request:

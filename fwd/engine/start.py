@@ -12,6 +12,7 @@ import torch
 from fwd import __version__
 from fwd.engine.device import Device, cpu, gpu, host
 from fwd.engine.device_runner import DeviceRunner
+from fwd.engine.grammar import Grammars
 from fwd.engine.keyfile import prefix_key
 from fwd.engine.loop import Loop
 from fwd.engine.memory import available, blocks_apart
@@ -64,7 +65,8 @@ def start(
     for line in _fallbacks(planned.device, planned.spec):
         log.warning("weights_rounded", reason=line)
     space = Space(planned.groups, planned.units, planned.page_size, chunk=planned.chunk, key=key, nodes=planned.nodes)
-    loop = Loop(channel, runner, space, max_seqs=planned.max_seqs, chunk=planned.chunk)
+    grammars = Grammars(planned.spec.vocab)
+    loop = Loop(channel, runner, space, max_seqs=planned.max_seqs, chunk=planned.chunk, grammars=grammars)
     return loop, _info(planned, model, threads, (time.monotonic() - started) * 1e3)
 
 

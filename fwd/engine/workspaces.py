@@ -23,12 +23,13 @@ def kernel_items(plan: "Plan") -> dict[str, int]:
     """
     vocab = plan.spec.vocab
     next_ids = 8 * MAX_ROWS
+    lines = plan.max_seqs * 8 * vocab + MAX_ROWS * 4 * sizes.mask_words(vocab)
     kernels = _attending(plan) + _mixing(plan, MAX_ROWS) + sizes.sampler_bytes(vocab) + next_ids
     fetched = RING * sizes.outcome_bytes(MAX_ROWS, plan.max_seqs) + 8 * vocab
     if plan.device.gpu:
         chunk = _mixing(plan, plan.chunk) + UNPACKED_BYTES
-        return {"lines": plan.max_seqs * 8 * vocab, "kernels": kernels + chunk}
-    return {"lines": plan.max_seqs * 8 * vocab + fetched, "kernels": kernels}
+        return {"lines": lines, "kernels": kernels + chunk}
+    return {"lines": lines + fetched, "kernels": kernels}
 
 
 def workspace(plan: "Plan") -> int:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from fwd.kernels.ops import Draw
 from fwd.kernels.sampling import single
-from fwd.kernels.sizes import MAX_TOPS
+from fwd.kernels.sizes import MAX_TOPS, mask_words
 
 DRAWN = 1  # kinds: the row's token is wanted
 PENALTIES = 2  # kinds: `counts` of its line are read, and gain what is committed
 BIASED = 4  # kinds: `bias` of its line is added
 GIVEN = 8  # kinds: the row's token is its id of the step: only the log-probability is wanted
+MASKED = 16  # kinds: `masks` of the row are read
 
 IN_PROMPT = 1 << 30  # of `counts`
 
@@ -53,9 +54,10 @@ class Drawing:
     frequencies: Tensor  # float32
     top_ks: Tensor  # int32
     tops: Tensor  # int32, of most likely ids wanted (≤ MAX_TOPS); −1: none
-    kinds: Tensor  # int32, DRAWN | PENALTIES | BIASED; 0: a padding row or one that only writes KV
+    kinds: Tensor  # int32, DRAWN | PENALTIES | BIASED | MASKED; 0: a padding row or one that only writes KV
     counts: Tensor  # int32 [lines, vocab]: times the id stands in the output, bit 30 set if it stands in the prompt
     bias: Tensor  # float32 [lines, vocab]: added to logits; −inf: never drawn
+    masks: Tensor  # int32 [rows, ⌈vocab/32⌉], bits as in `Mask`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,12 +82,14 @@ def new_drawing(device: torch.device, rows: int, lines: int, vocab: int) -> Draw
     """Return buffers in which no row draws and no line has counts or bias."""
     fields = {name: torch.zeros(rows, dtype=dtype, device=device) for name, dtype in FIELDS.items()}
     counts = torch.zeros((lines, vocab), dtype=torch.int32, device=device)
-    return Drawing(**fields, counts=counts, bias=torch.zeros((lines, vocab), dtype=torch.float32, device=device))
+    bias = torch.zeros((lines, vocab), dtype=torch.float32, device=device)
+    masks = torch.zeros((rows, mask_words(vocab)), dtype=torch.int32, device=device)
+    return Drawing(**fields, counts=counts, bias=bias, masks=masks)
 
 
 def drawing_bytes(rows: int, lines: int, vocab: int) -> int:
     """Bytes of a `Drawing`."""
-    return rows * sum(dtype.itemsize for dtype in FIELDS.values()) + lines * vocab * 8
+    return rows * (sum(dtype.itemsize for dtype in FIELDS.values()) + mask_words(vocab) * 4) + lines * vocab * 8
 
 
 def new_outcome(rows: int, lines: int, device: torch.device, *, pinned: bool = False) -> Outcome:
@@ -109,7 +113,7 @@ def new_outcome(rows: int, lines: int, device: torch.device, *, pinned: bool = F
 def kinds_of(draw: Draw) -> int:
     """Return the kinds of a row that draws so."""
     penalties = (draw.repetition_penalty, draw.presence_penalty, draw.frequency_penalty) != (1.0, 0.0, 0.0)
-    return DRAWN | PENALTIES * penalties | BIASED * bool(draw.bias or draw.banned)
+    return DRAWN | PENALTIES * penalties | BIASED * bool(draw.bias or draw.banned) | MASKED * (draw.mask is not None)
 
 
 def fill_row(arrays: Arrays, row: int, draw: Draw, kinds: int) -> None:

@@ -8,12 +8,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fwd.kernels.kv import KV, LatentKV
 from fwd.kernels.qtensor import QTensor
 from fwd.kernels.rows import Rows
+
+Mask = NDArray[np.uint32]  # [⌈vocab/32⌉], bit i mod 32 of word i/32: id i may be drawn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,6 +129,7 @@ class Draw:
     frequency_penalty: float = 0.0  # subtracted per occurrence in output
     bias: Mapping[int, float] = field(default_factory=dict)  # added to logits
     banned: Sequence[int] = ()  # never drawn (stop ids before min_tokens)
+    mask: Mask | None = None  # ids without their bit are never drawn (a grammar); None: all have it
     seen: Collection[int] = ()  # ids in prompt or output, each once, in any order; read only for the repetition penalty
     counts: Mapping[int, int] = field(default_factory=dict)  # of each id in output; read only for the other penalties
     top_logprobs: int = -1  # N most likely ids wanted; −1: none

@@ -17,6 +17,7 @@ from fwd.kernels.drawing import (
     DRAWN,
     FIELDS,
     GIVEN,
+    MASKED,
     PENALTIES,
     Drawing,
     Outcome,
@@ -27,9 +28,9 @@ from fwd.kernels.drawing import (
     new_outcome,
 )
 from fwd.kernels.launch import Kernel, Launcher
-from fwd.kernels.ops import Draw, Sampled, Top
+from fwd.kernels.ops import Draw, Mask, Sampled, Top
 from fwd.kernels.rows import Rows
-from fwd.kernels.sizes import LEVELS, MAX_ROWS, MAX_TOPS, SCANNED
+from fwd.kernels.sizes import LEVELS, MAX_ROWS, MAX_TOPS, SCANNED, mask_words
 
 MAX_VOCAB = 1 << 19  # a thread of the last block of a row for each chunk
 
@@ -171,14 +172,15 @@ def _eagerly(launcher: Launcher, workspace: Workspace, logits: Tensor, tokens: S
 
 
 def _drawing(device: torch.device, vocab: int, tokens: Sequence[_Token]) -> Drawing:
-    """What rows draw, each a line of its own; counts and bias only as far down as some row reads them."""
+    """What rows draw, each a line of its own; counts, bias and masks only as far down as some row reads them."""
     arrays = {name: torch.zeros(len(tokens), dtype=dtype).numpy() for name, dtype in FIELDS.items()}
     for row, token in enumerate(tokens):
         fill_row(arrays, row, token.draw, token.kinds)
     fields = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
     counts = _table([line_counts(token.draw) for token in _lines(tokens, PENALTIES)], vocab, torch.int32)
     bias = _table([line_bias(token.draw) for token in _lines(tokens, BIASED)], vocab, torch.float32)
-    return Drawing(**fields, counts=counts.to(device), bias=bias.to(device))
+    masks = _masks([token.draw.mask for token in _lines(tokens, MASKED)], mask_words(vocab))
+    return Drawing(**fields, counts=counts.to(device), bias=bias.to(device), masks=masks.to(device))
 
 
 def _lines(tokens: Sequence[_Token], kind: int) -> Sequence[_Token]:
@@ -193,6 +195,14 @@ def _table(lines: Sequence[tuple[NDArray[np.int64], NDArray[np.generic]]], vocab
     return table
 
 
+def _masks(rows: Sequence[Mask | None], words: int) -> Tensor:
+    table = np.zeros((len(rows), words), np.uint32)
+    for row, mask in enumerate(rows):
+        if mask is not None:
+            table[row] = mask
+    return torch.from_numpy(table.view(np.int32))
+
+
 def _check(workspace: Workspace, logits: Tensor, call: _Call) -> None:
     rows, vocab = logits.shape
     drawing, outcome = call.drawing, call.outcome
@@ -201,6 +211,8 @@ def _check(workspace: Workspace, logits: Tensor, call: _Call) -> None:
     assert 0 < rows <= min(len(workspace.results), len(drawing.kinds), len(outcome.ids)), f"{rows} rows of logits"
     assert vocab == workspace.values.shape[1], f"{vocab} logits, a workspace for {workspace.values.shape[1]}"
     assert drawing.counts.shape[1:] == drawing.bias.shape[1:] == (vocab,)
+    assert drawing.masks.shape[1:] == (mask_words(vocab),)
+    assert drawing.masks.dtype == torch.int32
     for name, dtype in FIELDS.items():
         assert getattr(drawing, name).dtype == dtype, name
 
@@ -216,7 +228,7 @@ def _launch(launcher: Launcher, workspace: Workspace, logits: Tensor, call: _Cal
         (chunks(vocab), rows, 1),
         _SCAN_THREADS,
         _SCAN_SHARED,
-        *(logits, *drawn),
+        *(logits, *drawn, call.drawing.masks),
         *(space.partials, space.chunk_tops, space.values, *results, space.arrivals, vocab),
     )
     launcher.launch(

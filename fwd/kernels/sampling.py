@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fwd.kernels.noise import gumbel
-from fwd.kernels.ops import Draw, Top
+from fwd.kernels.ops import Draw, Mask, Top
 
 Logits = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -53,7 +53,7 @@ def single(value: float) -> np.float32:
 
 
 def sample_row(logits: Logits, draw: Draw) -> int:
-    """Return the id drawn from one row of finite logits [vocab]; 0 if every id is banned."""
+    """Return the id drawn from one row of finite logits [vocab]; 0 if every id is banned or masked."""
     adjusted = flushed(adjust(logits, draw))
     if single(draw.temperature) < GREEDY_BELOW:
         return int(adjusted.argmax())
@@ -73,7 +73,7 @@ def flushed(values: Logits) -> Logits:
 def adjust(logits: Logits, draw: Draw) -> Logits:
     """Return logits after penalties (repetition: prompt + output; presence, frequency: output), bias and mask."""
     counted = bool(draw.presence_penalty or draw.frequency_penalty)
-    if draw.repetition_penalty == 1.0 and not (counted or draw.bias or draw.banned):
+    if draw.repetition_penalty == 1.0 and not (counted or draw.bias or draw.banned) and draw.mask is None:
         return logits
     out = flushed(logits).astype(np.float64)
     if draw.repetition_penalty != 1.0:
@@ -87,8 +87,15 @@ def adjust(logits: Logits, draw: Draw) -> Logits:
     for token, bias in draw.bias.items():
         out[token] += np.float64(single(bias))
     out[_ids(draw.banned)] = -np.inf
+    if draw.mask is not None:
+        out[~allowed(draw.mask, len(out))] = -np.inf
     with np.errstate(over="ignore"):
         return out.astype(np.float32)
+
+
+def allowed(mask: Mask, vocab: int) -> NDArray[np.bool_]:
+    """Return for each id of the vocabulary whether the mask lets it through."""
+    return np.unpackbits(mask.view(np.uint8), count=vocab, bitorder="little").view(np.bool_)
 
 
 def temper(adjusted: Logits, temperature: float) -> Logits:

@@ -50,3 +50,8 @@ def sampler_bytes(vocab: int, rows: int = MAX_ROWS) -> int:
 def outcome_bytes(rows: int, lines: int) -> int:
     """Bytes of a `drawing.Outcome`."""
     return rows * (16 + MAX_TOPS * 8) + lines * 8 + 8
+
+
+def mask_words(vocab: int) -> int:
+    """How many int32 hold a bit for each id of a vocabulary."""
+    return -(-vocab // 32)

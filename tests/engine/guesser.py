@@ -56,6 +56,14 @@ class Guesser:
     def end(self, request):
         self.ended.append(request.id)
 
+    def counts(self):
+        return []
+
+    corpus_tokens = 0
+
+    def drop(self):
+        return 0
+
 
 class Knowing(Guesser):
     """Guesses from the answers that are known to come, by request."""
@@ -68,11 +76,3 @@ class Knowing(Guesser):
         coming = self.answers[request.id][request.output :][:count]
         wrong = [not self._right(position) for position in range(request.length, request.length + len(coming))]
         return tuple((token + off) % self.vocab for token, off in zip(coming, wrong, strict=True))
-
-    def counts(self):
-        return []
-
-    corpus_tokens = 0
-
-    def drop(self):
-        return 0

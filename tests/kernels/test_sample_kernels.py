@@ -29,7 +29,7 @@ from fwd.kernels.ops import Draw
 from fwd.kernels.reference import Reference
 from fwd.kernels.rows import Rows
 from fwd.kernels.sampling import sample_row
-from fwd.kernels.sizes import MAX_TOPS, outcome_bytes, sampler_bytes
+from fwd.kernels.sizes import MAX_TOPS, mask_words, outcome_bytes, sampler_bytes
 
 REFERENCE = Reference()
 LOGPROB_BOUND = 1e-5
@@ -43,6 +43,18 @@ def normal(rows, vocab, seed=FIRST, scale=3.0):
 def coarse(rows, vocab, seed=FIRST):
     """Logits with many ties."""
     return (normal(rows, vocab, seed) * 2).round() / 4
+
+
+def mask_of(ids, vocab):
+    """Bits for these ids; those behind the vocabulary may be anything."""
+    bits = np.zeros(32 * mask_words(vocab), np.bool_)
+    bits[[*ids, *range(vocab, len(bits), 2)]] = True
+    return np.packbits(bits, bitorder="little").view(np.uint32)
+
+
+def any_mask(rng, vocab):
+    """From one id to nearly all of them."""
+    return mask_of(rng.sample(range(vocab), max(1, int(vocab * rng.choice([0, 0.01, 0.2, 0.9])))), vocab)
 
 
 def any_draw(rng, vocab):
@@ -65,6 +77,7 @@ def any_draw(rng, vocab):
         frequency_penalty=sometimes(rng.uniform(-2, 2), 0.0),
         bias={token: rng.uniform(-5, 5) for token in some[: rng.randrange(5)]},
         banned=some[5 : 5 + rng.randrange(5)],
+        mask=sometimes(any_mask(rng, vocab), None),
         seen=some,
         counts=Counter(rng.choices(some[::2], k=10)),
         top_logprobs=rng.choice([-1, -1, 0, 1, 5, MAX_TOPS]),

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -152,6 +153,27 @@ def test_banned_ids_are_never_drawn_even_at_the_highest_temperature():
     logits = row([9.0, 0.0, 0.0])
     drawn = {sample_row(logits, Draw(seed=1, position=p, temperature=2.0, banned=(0,))) for p in range(200)}
     assert drawn == {1, 2}
+
+
+@settings(max_examples=60)
+@given(coarse, st.randoms(use_true_random=False), st.integers(0, 5), st.sampled_from([0.0, 0.8]))
+def test_masked_ids_are_as_if_they_were_not_there(values, random, top_k, temperature):
+    """The draw is that of the ids that are left, whose noise is their own."""
+    kept = sorted(random.sample(range(len(values)), random.randrange(1, len(values) + 1)))
+    bits = np.zeros(-(-len(values) // 32) * 32, np.bool_)
+    bits[[*kept, *range(len(values), len(bits))]] = True
+    mask = np.packbits(bits, bitorder="little").view(np.uint32)
+    banned = [token for token in range(len(values)) if token not in kept]
+    draw = Draw(seed=3, position=len(kept), temperature=temperature, top_k=top_k, mask=mask)
+    masked = sample_row(row(values), draw)
+    assert masked in kept
+    assert masked == sample_row(row(values), replace(draw, mask=None, banned=banned))
+    assert adjust(row(values), draw)[kept].tolist() == row(values)[kept].tolist()
+
+
+def test_where_every_id_is_masked_the_first_is_drawn():
+    for limit in ({}, {"temperature": 0.0}, {"top_k": 2}):
+        assert sample_row(row([1.0, 2.0, 3.0]), Draw(mask=np.zeros(1, np.uint32), **limit)) == 0
 
 
 def test_a_row_draws_the_same_beside_any_others():

@@ -6,7 +6,7 @@ are those that were committed. Hence no drafter, length or tree can change an an
 
 from collections.abc import Sequence
 
-from fwd.engine.request import Drawn
+from fwd.engine.request import Drawn, Request
 
 
 def verified(drafts: Sequence[int], drawn: Sequence[Drawn]) -> Sequence[Drawn]:
@@ -20,3 +20,17 @@ def verified(drafts: Sequence[int], drawn: Sequence[Drawn]) -> Sequence[Drawn]:
             break
         count += 1
     return drawn[:count]
+
+
+def until_end(request: Request, drawn: Sequence[Drawn]) -> Sequence[Drawn]:
+    """The tokens up to the one that ends the request, if one does: what drafts had right after it is not said.
+
+    Its grammar goes along, and ends it as well; a token that does not follow from it is left out.
+    """
+    grammar = request.grammar
+    for place, token in enumerate(drawn):
+        if grammar and token.finite and not grammar.take(token.id):
+            return drawn[:place]
+        if token.id in request.stop_ids or (grammar and grammar.ended):
+            return drawn[: place + 1]
+    return drawn
