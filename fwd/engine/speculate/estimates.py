@@ -9,7 +9,7 @@ from fwd.engine.speculate.drafter import Proposal
 MEMORY = 128  # observations of a place that count, of all requests together
 OWN_MEMORY = 32  # and of one request
 PRIOR_WEIGHT = 2.0  # observations that the place before, or a first guess, is worth
-COMMON_WEIGHT = 8.0  # and that all requests are worth to one of them
+COMMON_WEIGHT = 4.0  # and that all requests are worth to one of them
 Key = tuple[str, int]  # drafter and level
 
 

@@ -16,6 +16,7 @@ from fwd.protocol.values import DrafterCounts
 
 MOST = MAX_ROWS - 1  # drafts of a step
 FREE, COSTLY = 0.5, 0.75  # the first guess at how often drafts hold: what costs must be tried to be known
+SILENT = 64  # ids after which a costly drafter that had nothing to say is asked again
 FAIR = 0.98  # what each further draft of a request is worth where others could have it
 
 
@@ -78,6 +79,7 @@ class JointSpeculator:
         self._estimates = Estimates({self._costly.name: COSTLY} if self._costly else {}, FREE)
         self._steps, self._drafting, self._gap = Costs(), Costs(unknown=0.0), Window()
         self._looks: dict[int, Look] = {}
+        self._silent: dict[int, int] = {}  # where the costly drafter is asked again that had nothing to say
         self._tallies = {name: Tally() for name in self._names}
         self._trials = Trials()
         self._step = _Step()
@@ -115,7 +117,7 @@ class JointSpeculator:
         """The last `count` ids of a request were committed in a step with a proposal, of which `count` − 1 held."""
         if proposal.ids:
             self._tallies.setdefault(proposal.drafter, Tally()).add(len(proposal.ids), count - 1)
-            self._trials.settle(request, count - 1)
+        self._trials.settle(request, count - 1)
         self._estimates.learn(request)
 
     def measured(self, rows: int, seconds: float) -> None:
@@ -131,6 +133,8 @@ class JointSpeculator:
     def end(self, request: Request) -> None:
         """The request has ended."""
         self._looks.pop(request.id, None)
+        self._silent.pop(request.id, None)
+        self._trials.settle(request, 0)
         self._estimates.end(request)
         for drafter in self._drafters:
             drafter.end(request)
@@ -174,7 +178,8 @@ class JointSpeculator:
         for made in found:
             self._estimates.watch(request, made)
         choices = [Choice(made.drafter, self._estimates.survival(request, made.key, len(made.ids))) for made in found]
-        if self._costly and self._asked(request, self._costly):
+        silent = self._silent.get(request.id, 0) > request.length
+        if self._costly and self._asked(request, self._costly) and not silent:
             name = self._costly.name
             choices.append(Choice(name, self._estimates.survival(request, (name, 0), most), costly=True))
         return Look(request.length, found, choices)
@@ -246,9 +251,13 @@ class JointSpeculator:
         begun = self._clock()
         proposals = self._timed(self._costly, wishes)
         self._step.seconds = self._clock() - begun
-        self._drafting.measured(max(wish.most for wish in wishes), self._step.seconds)
-        for wish, proposal in zip(wishes, proposals, strict=True):
-            self._estimates.watch(wish.request, proposal._replace(level=0))
+        if any(proposal.ids for proposal in proposals):
+            self._drafting.measured(max(wish.most for wish in wishes), self._step.seconds)
+        for (request, _), proposal in zip(wishes, proposals, strict=True):
+            if proposal.ids:
+                self._estimates.watch(request, proposal._replace(level=0))
+            else:
+                self._silent[request.id] = request.length + SILENT
         return proposals
 
     def _timed(self, drafter: Drafter, wishes: Sequence[Wish]) -> list[Proposal]:
