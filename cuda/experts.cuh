@@ -58,12 +58,6 @@ FWD_INLINE void multiply(float (&sums)[kColumns][4], const typename Format::Held
     for (int sub = 0; sub < kSub; ++sub) gemv::accumulate<Format>(sums, span, held[0], held[1], sub, x[sub]);
 }
 
-template <int kColumns>
-FWD_INLINE void clear(float (&sums)[kColumns][4]) {
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) sums[c][0] = sums[c][1] = sums[c][2] = sums[c][3] = 0.0f;
-}
-
 // The sums of `count` visits where all warps find them: own [visits][kPitch].
 template <int kColumns>
 FWD_INLINE void store_sums(float* own, const float (&sums)[kColumns][4], int count) {
@@ -131,7 +125,7 @@ struct Team {
     // To item `at`, whose first step is `from` of a turn.
     template <class Work>
     FWD_INLINE void aim(const Work& work, const Unit& unit, int from) {
-        clear(sums);
+        gemv::clear(sums);
         steps.none();
         if (at >= unit.end) return;
         item = work.item(at);

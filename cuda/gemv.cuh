@@ -143,6 +143,12 @@ struct Weights {
     }
 };
 
+template <int kColumns>
+FWD_INLINE void clear(float (&sums)[kColumns][4]) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) sums[c][0] = sums[c][1] = sums[c][2] = sums[c][3] = 0.0f;
+}
+
 // This warp's part of `kWide` tiles. Reads of rows are under way in batches: of several blocks, or within one.
 template <int kColumns, class Format, int kWide, class Tiling, class Rows>
 FWD_INLINE void multiply(float (&sums)[kWide][kColumns][4], Weights<Format, kWide, Tiling>& weights, const Rows& rows) {
@@ -150,9 +156,7 @@ FWD_INLINE void multiply(float (&sums)[kWide][kColumns][4], Weights<Format, kWid
     constexpr int kReads = kBatch < kSub ? kBatch : kSub;
     float span[kWide][kColumns][4];
 #pragma unroll
-    for (int w = 0; w < kWide; ++w)
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) sums[w][c][0] = sums[w][c][1] = sums[w][c][2] = sums[w][c][3] = 0.0f;
+    for (int w = 0; w < kWide; ++w) clear(sums[w]);
     int block = warp_index();
     do {
         int there = weights.blocks - block;
