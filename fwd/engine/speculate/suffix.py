@@ -65,6 +65,7 @@ class _Reader:
         self._ids = request.ids
         self._own = Grams(request.ids, request.limit)
         self._given = _given(request.submit.prediction)
+        self._prompt = request.prompt
         self._length = request.length  # for which `_chosen` holds
         self._chosen: Place | None = Place(self._given[0], request.output) if self._given else None
         self._last = self._chosen  # that of the lengths before, moved along with what was committed
@@ -108,6 +109,8 @@ class _Reader:
     def _match_near(self, last: Place, texts: Sequence[Grams], corpus: Sequence[Grams]) -> tuple[Match, bool]:
         if self._goes_on(last):
             return Match(REACH, [last]), True
+        if self._length == self._prompt:  # what stands before the answer says nothing of its likely text
+            return Match(0, [last]), True
         found = longest(texts, corpus, self._ids, self._length)
         if last in found.places:
             return Match(found.length, [last]), True
