@@ -214,6 +214,27 @@ def logits_of(draft, hidden):
     return by_steps(draft.logits, hidden)
 
 
+def block_of(draft, ids, known, cache):
+    """Hidden of a block behind so many positions."""
+    ends = torch.full((len(ids) + -len(ids) % 4,), known + len(ids) - 1)
+    ends[len(ids) :] = 0
+    own = rows(known, known + len(ids), valid=CONTEXT).padded(4)
+    return draft.draft(F.pad(ids, (0, -len(ids) % 4)), ends, own, cache)[: len(ids)]
+
+
+@torch.inference_mode()
+def absorb(draft, features, prompt, width, cache):
+    fused = by_steps(draft.fuse, features)
+    none = torch.zeros(CHUNK, dtype=torch.int64)
+    for begin in range(0, prompt, CHUNK):
+        part = fused[begin : min(begin + CHUNK, prompt)]
+        padded = F.pad(part, (0, 0, 0, CHUNK - len(part)))
+        passed(draft, none, padded, begin, cache, chunk=begin // CHUNK, valid=prompt, run="absorb")
+    for begin in range(prompt, len(features), width):
+        part = fused[begin : begin + width].clone()
+        passed(draft, none[: len(part)], part, begin, cache, run="absorb")
+
+
 def by_steps(function, rows):
     """A function of rows [rows, …], some of them at a time in whole blocks."""
     return torch.cat([function(F.pad(part, (0, 0, 0, -len(part) % 4)))[: len(part)] for part in rows.split(16)])

@@ -51,21 +51,25 @@ def read_draft(wanted: str, folder: Path, target: ModelSpec) -> DraftSpec | None
 
 def read_folder(draft: Path, folder: Path, target: ModelSpec) -> DraftSpec:
     """Return what a drafter's folder says of it."""
-    config = read_object(draft / "config.json")
-    if config is None:
-        raise ModelError(f"draft_model: {draft} is no model folder: it has no config.json")
-    files = headers(draft)
     try:
-        match kind_of(config, files):
-            case "eagle":
-                _check_verifier(config, target)
-                return read_eagle(draft, config, files, target)
-            case "dflash":
-                return read_dflash(draft, config, files, target)
-        return read_language(draft, folder, target)
+        return _read(draft, folder, target)
     except ModelError as error:
         where = "" if str(draft) in error.message else f"{draft}: "
         raise ModelError(f"draft_model: {where}{error.message}") from None
+
+
+def _read(draft: Path, folder: Path, target: ModelSpec) -> DraftSpec:
+    config = read_object(draft / "config.json")
+    if config is None:
+        raise ModelError(f"{draft} is no model folder: it has no config.json")
+    files = headers(draft)
+    match kind_of(config, files):
+        case "eagle":
+            _check_verifier(config, target)
+            return read_eagle(draft, config, files, target)
+        case "dflash":
+            return read_dflash(draft, config, files, target)
+    return read_language(draft, folder, target)
 
 
 def kind_of(config: Mapping[str, Any], files: Mapping[str, Entry]) -> DraftKind:
