@@ -18,9 +18,9 @@ class Costs:
 
     A dense model takes as long for all rows of a bucket, a mixture of experts a little longer for each; both show. A
     size has the median of its latest measurements, so one that was held up changes nothing. Where there are not enough
-    it is guessed to cost little, so that it is tried: hardly more than the next smaller one, or in proportion to the
-    next greater one; `unknown` where nothing is known. A change of a size that is in use is one of all, as when
-    contexts grow. No size takes less than a smaller one.
+    it is guessed to cost little, so that it is tried: hardly more than a smaller one, half of what lies between two, or
+    in proportion to a greater one; `unknown` where nothing is known. A change of a size that is in use is one of all,
+    as when contexts grow. No size takes less than a smaller one.
     """
 
     def __init__(self, unknown: float = 1e-3) -> None:
@@ -58,14 +58,25 @@ class Costs:
 
     def _fit(self) -> None:
         """Draw `curve`, float64 [`MAX_ROWS` + 1], through what is known."""
-        known = self._known
-        first = next((size for size, seconds in enumerate(known, 1) if seconds), 0)
-        last = known[first - 1] / first if first else self._unknown
-        curve = [0.0]
-        for seconds in known:
-            last = seconds or last * (1 + SLOPE)
-            curve.append(last)
+        curve, last, at = [0.0], 0.0, 0
+        for size, seconds in enumerate(self._known, 1):
+            if seconds:
+                curve += _between(last, seconds, size - at)
+                last, at = seconds, size
+        last, at = (last, at) if at else (self._unknown, 0)
+        curve += [last * (1 + SLOPE * more) for more in range(1, MAX_ROWS - at + 1)]
         self.curve = np.minimum.accumulate(curve[::-1])[::-1]
+
+
+def _between(low: float, high: float, steps: int) -> list[float]:
+    """What sizes take after one that takes `low` up to one that takes `high`: half of what a straight line says.
+
+    Without one below it is all of that.
+    """
+    return [
+        (low + (high - low) * at / steps + (low * (1 + SLOPE * at) if low else high * at / steps)) / 2
+        for at in range(1, steps)
+    ] + [high]
 
 
 class Window:
