@@ -22,7 +22,7 @@ from fwd.engine.speculate.speculator import JointSpeculator
 
 MODELS = ("gpt-oss-120b", "llama-8b")
 GPUS = ("h200", "b200")
-PLACES = 6000  # of a trace
+PLACES = 4000  # of a trace
 PART = 400  # of one kind in the trace that switches
 GAP = 50e-6  # what the host may take of a step that does not run ahead
 SEED = 7
