@@ -36,7 +36,7 @@ class DFlash(Base[DFlashSpec]):
     def __init__(self, spec: DFlashSpec, target: Target, context: int) -> None:
         super().__init__(spec, target)
         self._embedding, self._head = target.embedding, target.head
-        check(self._ops, spec.body)
+        check(self._ops, spec, spec.body)
         with Checkpoint(spec.folder, quietly) as checkpoint:
             self._take(Weights(spec.body, self._ops, checkpoint, self.dtype))
             checkpoint.finish(is_unused)

@@ -52,7 +52,7 @@ class Eagle(Base[EagleSpec]):
 
     def __init__(self, spec: EagleSpec, target: Target, context: int) -> None:
         super().__init__(spec, target)
-        check(self._ops, replace(spec.body, vocab=spec.vocab))
+        check(self._ops, spec, replace(spec.body, vocab=spec.vocab))
         with Checkpoint(spec.folder, quietly) as checkpoint:
             weights = Weights(spec.body, self._ops, checkpoint, self.dtype)
             self._take(weights, target)
@@ -77,7 +77,7 @@ class Eagle(Base[EagleSpec]):
         self._head: QTensor = target.head
         if spec.own_head:
             self._head = self._ops.pack_head(weights.matrix(("lm_head",), (spec.vocab,), width))
-        self._ones = Norm(torch.ones_like(self._norm.weight), self._norm.eps)
+        self._ones = Norm(torch.ones_like(self._norm.weight), spec.body.eps) if spec.norm_output else None
 
     def fuse(self, features: Tensor) -> Tensor:  # noqa: D102
         if self._input_norm is not None:
@@ -90,7 +90,7 @@ class Eagle(Base[EagleSpec]):
     def forward(self, ids: Tensor, hidden: Tensor | None, rows: Rows, cache: KVCache) -> Tensor:  # noqa: D102
         assert hidden is not None, "it takes features"
         first, (kv, *others) = self._first, heads_of(cache)
-        both = joined(self._ops.embed(ids, self._embedding), hidden, self._norm.eps)
+        both = joined(self._ops.embed(ids, self._embedding), hidden, self.spec.body.eps)
         residual = normed(hidden, first.hidden_norm) if self.spec.norm_before_residual else hidden
         hidden = first.mlp.run(self._ops, self._attend(first.attention, both, residual, rows, kv))
         for layer, cells in zip(self._rest, others, strict=True):
@@ -98,7 +98,7 @@ class Eagle(Base[EagleSpec]):
         return normed(hidden, self._norm) if self.spec.norm_output else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:  # noqa: D102
-        if self.spec.norm_output:  # the head's norm only scales a row that is normed already: back to its length
+        if self._ones:  # the head's norm only scales a row that is normed already: back to its length
             length = hidden.float().square().mean(dim=1, keepdim=True).add_(self._ones.eps).sqrt_()
             found = self._ops.head(hidden, self._ones, self._head).mul_(length)
         else:

@@ -55,7 +55,8 @@ def read_eagle(folder: Path, config: Mapping[str, Any], files: Mapping[str, Entr
     if body.max_context < target.max_context:
         notes += (f"EAGLE-3: {_CONTEXT} is {body.max_context}: it is used up to the target's {target.max_context}",)
     vocab = flags.integer("draft_vocab_size", 16, target.vocab, target.vocab)
-    reference, kernels = _sizes(body, vocab, taps, files, target)
+    normed = flags.flag("norm_output")
+    reference, kernels = _sizes(body, vocab, len(taps) * target.hidden, files, target, ones=normed * body.hidden)
     draft = EagleSpec(
         kind="eagle",
         folder=folder,
@@ -79,7 +80,7 @@ def read_eagle(folder: Path, config: Mapping[str, Any], files: Mapping[str, Entr
         norm_before_residual=flags.flag("norm_before_residual", default=speculators),
         norm_before_fc=flags.flag("norm_before_fc"),
         fc_norm=flags.flag("fc_norm"),
-        norm_output=flags.flag("norm_output"),
+        norm_output=normed,
     )
     _check(draft, files, target)
     return draft
@@ -126,11 +127,11 @@ def _taps(config: Mapping[str, Any], target: ModelSpec) -> tuple[tuple[int, ...]
 
 
 def _sizes(
-    body: ModelSpec, vocab: int, taps: tuple[int, ...], files: Mapping[str, Entry], target: ModelSpec
+    body: ModelSpec, vocab: int, features: int, files: Mapping[str, Entry], target: ModelSpec, *, ones: int
 ) -> tuple[DraftSizes, DraftSizes]:
-    features = len(taps) * target.hidden
+    """What it takes; so many `ones` are the weights of a norm that changes nothing."""
     norms = sum(entry.shape[0] for name, entry in files.items() if _is_feature_norm(name) and entry.shape)
-    needed = [Part("fc", (body.hidden,), features), vectors(norms), vectors(body.hidden)]
+    needed = [Part("fc", (body.hidden,), features), vectors(norms + ones), vectors(body.hidden)]
     needed += _first_parts(body)
     for index in range(1, body.layers):
         needed += layer_parts(body, LAYERS.format(index))

@@ -19,7 +19,7 @@ class Language(Base[LanguageSpec]):
     def __init__(self, spec: LanguageSpec, target: Target, context: int) -> None:
         super().__init__(spec, target)
         family, self._vocab, self._target_vocab = FAMILIES[spec.body.family], spec.body.vocab, target.spec.vocab
-        check(self._ops, spec.body)
+        check(self._ops, spec, spec.body)
         rehearse(spec.folder, lambda rehearsal, unpacked: family(spec.body, unpacked, self.dtype, rehearsal, 1))
         with Checkpoint(spec.folder, quietly) as checkpoint:
             self._model = family(spec.body, self._ops, self.dtype, checkpoint, context)

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 
+from fwd.errors import ModelError
 from fwd.kernels import device as kernels
 from fwd.kernels.device import DeviceOps
 from fwd.kernels.kv import KV, KVCache
@@ -68,10 +69,14 @@ def heads_of(cache: KVCache) -> Sequence[KV]:
     return cast("Sequence[KV]", cache.layers)
 
 
-def check(ops: Ops, body: ModelSpec) -> None:
+def check(ops: Ops, spec: DraftSpec, body: ModelSpec) -> None:
     """Raise ModelError for layers that the target's kernels do not take; the reference takes all."""
-    if isinstance(ops, DeviceOps):
+    if not isinstance(ops, DeviceOps):
+        return
+    try:
         kernels.check("host" if ops.device.type == "cpu" else "cuda", shape(body))
+    except ModelError as error:
+        raise ModelError(f"draft_model: {spec.folder}: {error.message}, or --draft-model none") from None
 
 
 def quietly(_done: int, _total: int) -> None:
