@@ -97,8 +97,11 @@ class Letters:
     strips_space = False
     table = text_table = MappingProxyType({token: bytes([token]) for token in range(256)})
 
-    async def encode_async(self, text: str) -> list[int]:
+    async def encode_async(self, text: str, **_: Any) -> list[int]:
         return list(text.encode())
+
+    def start(self, text: str, tokens: int) -> str:
+        return text[:tokens]
 
 
 class Transcript:

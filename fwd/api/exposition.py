@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -10,6 +10,21 @@ ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 Labels = Mapping[str, str]
 Sample = tuple[str, Labels, float]
 Kind = Literal["counter", "gauge", "histogram"]
+
+
+class Metric(NamedTuple):
+    """One metric, and its name in vLLM's dashboards if there is one."""
+
+    name: str
+    kind: Kind
+    text: str
+    samples: Iterable[Sample]
+    alias: str = ""
+
+
+def value(name: str, kind: Kind, text: str, number: float, alias: str = "") -> Metric:
+    """A metric of one sample; `alias` is vLLM's name without its prefix."""
+    return Metric(name, kind, text, [("", {}, float(number))], alias and f"vllm:{alias}")
 
 
 class Histogram:

@@ -2,27 +2,18 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, get_args
+from collections.abc import Iterator
+from typing import get_args
 
 from fwd import __version__
-from fwd.api.exposition import Histogram, Kind, Sample, family
+from fwd.api.drafting import drafting
+from fwd.api.exposition import Histogram, Metric, family, value
 from fwd.front.service import Service
 from fwd.front.streams import Stream
 from fwd.protocol.values import CacheMiss, EngineInfo, Timing
 
 TICK = 0.25
 REASONS = {"stop": "stop", "length": "length", "cancelled": "abort"}  # vLLM's words
-
-
-class Metric(NamedTuple):
-    """One metric, and its name in vLLM's dashboards if there is one."""
-
-    name: str
-    kind: Kind
-    text: str
-    samples: Iterable[Sample]
-    alias: str = ""
 
 
 class Metrics:
@@ -55,7 +46,8 @@ class Metrics:
         """The exposition."""
         labels = {"model_name": self._service.config.served_name}
         lines: list[str] = []
-        for metric in (*self._state(), *self._engine(), *self._traffic(), *self._times()):
+        speculation = drafting(self._service.supervisor.active)
+        for metric in (*self._state(), *self._engine(), *speculation, *self._traffic(), *self._times()):
             samples = list(metric.samples)
             for name in filter(None, (metric.name, metric.alias)):
                 lines += family(name, metric.kind, metric.text, samples, labels)
@@ -94,24 +86,24 @@ class Metrics:
         used = held / status.pages_total if status.pages_total else 0.0
         build = {"version": __version__, "device": info.device, "dtype": info.dtype, "kernel_set": info.kernel_set}
         yield Metric("fwd_build_info", "gauge", "Build and device.", [("", build, 1)])
-        yield _value("fwd_ready", "gauge", "The engine is ready.", status.state == "ready")
-        yield _value("fwd_requests_running", "gauge", "Requests in the engine.", status.running, "num_requests_running")
-        yield _value("fwd_requests_waiting", "gauge", "Requests that wait.", status.waiting, "num_requests_waiting")
-        yield _value("fwd_queue_tokens", "gauge", "Tokens of requests that have not begun.", status.queue_tokens)
-        yield _value("fwd_queue_limit_tokens", "gauge", "How many may wait.", status.queue_limit)
-        yield _value("fwd_kv_usage_ratio", "gauge", "Share of KV pages in use.", used, "kv_cache_usage_perc")
+        yield value("fwd_ready", "gauge", "The engine is ready.", status.state == "ready")
+        yield value("fwd_requests_running", "gauge", "Requests in the engine.", status.running, "num_requests_running")
+        yield value("fwd_requests_waiting", "gauge", "Requests that wait.", status.waiting, "num_requests_waiting")
+        yield value("fwd_queue_tokens", "gauge", "Tokens of requests that have not begun.", status.queue_tokens)
+        yield value("fwd_queue_limit_tokens", "gauge", "How many may wait.", status.queue_limit)
+        yield value("fwd_kv_usage_ratio", "gauge", "Share of KV pages in use.", used, "kv_cache_usage_perc")
         yield Metric("fwd_pages", "gauge", "KV pages by who holds them.", pages)
         yield Metric("fwd_memory_bytes", "gauge", "Planned memory.", memory)
-        yield _value("fwd_event_loop_lag_seconds", "gauge", "How late the event loop wakes.", self._lag)
+        yield value("fwd_event_loop_lag_seconds", "gauge", "How late the event loop wakes.", self._lag)
 
     def _engine(self) -> Iterator[Metric]:
         keeper = self._service.supervisor.active
         restarts = [("", {"cause": cause}, count) for cause, count in keeper.restarts.items()]
         yield Metric("fwd_engine_restarts_total", "counter", "Engine deaths by cause.", restarts)
-        yield _value("fwd_stream_resumes_total", "counter", "Streams resumed after a death.", keeper.resumes)
-        yield _value("fwd_engine_steps_total", "counter", "Steps of this engine process.", keeper.pong.steps)
-        yield _value("fwd_step_host_seconds", "gauge", "Host work between two steps.", keeper.pong.host_us / 1e6)
-        yield _value("fwd_decode_progress_age_seconds", "gauge", "Time without progress.", keeper.progress_age)
+        yield value("fwd_stream_resumes_total", "counter", "Streams resumed after a death.", keeper.resumes)
+        yield value("fwd_engine_steps_total", "counter", "Steps of this engine process.", keeper.pong.steps)
+        yield value("fwd_step_host_seconds", "gauge", "Host work between two steps.", keeper.pong.host_us / 1e6)
+        yield value("fwd_decode_progress_age_seconds", "gauge", "Time without progress.", keeper.progress_age)
 
     def _traffic(self) -> Iterator[Metric]:
         open_tokens = sum(len(stream.emitted) - stream.given for stream in self._service.streams)
@@ -122,11 +114,11 @@ class Metrics:
         shed = [("", {"reason": code}, count) for code, count in self._service.shed.items()]
         yield Metric("fwd_requests_total", "counter", "Ended requests.", reasons, "vllm:request_success_total")
         yield Metric("fwd_request_errors_total", "counter", "Requests that failed.", errors)
-        yield _value("fwd_prompt_tokens_total", "counter", "Tokens read.", self._prompt_tokens, "prompt_tokens_total")
-        yield _value("fwd_cached_tokens_total", "counter", "Prompt tokens from the cache.", self._cached_tokens)
+        yield value("fwd_prompt_tokens_total", "counter", "Tokens read.", self._prompt_tokens, "prompt_tokens_total")
+        yield value("fwd_cached_tokens_total", "counter", "Prompt tokens from the cache.", self._cached_tokens)
         yield Metric("fwd_prefix_miss_tokens_total", "counter", "Prompt tokens not in the cache.", missed)
         yield Metric("fwd_shed_total", "counter", "Requests told to come again.", shed)
-        yield _value("fwd_generation_tokens_total", "counter", "Tokens made.", made, "generation_tokens_total")
+        yield value("fwd_generation_tokens_total", "counter", "Tokens made.", made, "generation_tokens_total")
 
     def _times(self) -> Iterator[Metric]:
         for name, text, histogram in (
@@ -137,7 +129,3 @@ class Metrics:
             ("request_decode_time", "Decode.", self._decode),
         ):
             yield Metric(f"fwd_{name}_seconds", "histogram", text, histogram.samples(), f"vllm:{name}_seconds")
-
-
-def _value(name: str, kind: Kind, text: str, value: float, alias: str = "") -> Metric:
-    return Metric(name, kind, text, [("", {}, float(value))], alias and f"vllm:{alias}")

@@ -7,9 +7,10 @@ from msgspec.structs import replace
 from fwd.errors import BadRequestError, ContextLengthError
 from fwd.protocol.ids import unpack_ids
 from fwd.protocol.messages import Submit
-from fwd.protocol.values import EngineInfo
+from fwd.protocol.values import Draft, EngineInfo
 
 INLINE = 1024
+MAX_DRAFT = 15  # rows of the largest step but one
 MAX_SCORES = 1 << 22  # of prompt tokens and those beside them, some 300 MB in the journal
 
 
@@ -22,7 +23,20 @@ def bounded(submits: Sequence[Submit], info: EngineInfo) -> list[Submit]:
     _check_scores(submits)
     for prompt in {id(submit.prompt): submit.prompt for submit in submits}.values():
         _check_ids(_extremes(prompt), info, "prompt")
+    for prediction in {id(submit.prediction): submit.prediction for submit in submits}.values():
+        _check_ids(_extremes(prediction), info, "prediction")
     return found
+
+
+def notes(asked: Submit, taken: Submit) -> tuple[str, ...]:
+    """What was taken as less than was asked: it changes the speed and no token."""
+    found = []
+    if asked.draft.max_draft > taken.draft.max_draft:
+        found.append(f"max_draft: {asked.draft.max_draft} is taken as {MAX_DRAFT}, the most that a step has room for")
+    if asked.prediction.nbytes > taken.prediction.nbytes:
+        kept = taken.prediction.nbytes // 4
+        found.append(f"prediction: longer than the context, so only its first {kept} tokens are used")
+    return tuple(found)
 
 
 def over_context(info: EngineInfo, asked: str, param: str) -> ContextLengthError:
@@ -52,7 +66,21 @@ def _bounded(submit: Submit, info: EngineInfo) -> Submit:
     _check_ids(submit.sampling.logit_bias, info, "logit_bias")
     most = info.context - tokens if limits.max_tokens < 0 else limits.max_tokens
     drawable = tuple(token for token in limits.stop_ids if token < info.vocab_size)
-    return replace(submit, limits=replace(limits, max_tokens=most, stop_ids=drawable))
+    return replace(
+        submit,
+        limits=replace(limits, max_tokens=most, stop_ids=drawable),
+        draft=_draft(submit.draft, info),
+        prediction=submit.prediction[: 4 * info.context],
+    )
+
+
+def _draft(draft: Draft, info: EngineInfo) -> Draft:
+    known = ("auto", "off", *info.drafters)
+    if draft.drafter not in known:
+        raise BadRequestError(
+            f"no drafter {draft.drafter!r} is loaded here: use one of {', '.join(known)}", param="fwd.drafter"
+        )
+    return replace(draft, max_draft=min(draft.max_draft, MAX_DRAFT))
 
 
 def _check_scores(submits: Sequence[Submit]) -> None:

@@ -9,13 +9,15 @@ from typing import Literal
 import msgspec
 import structlog
 
-from fwd.errors import ConfigError, EngineError, FwdError, ModelError, from_wire
+from fwd.errors import ConfigError, EngineError, FwdError, ModelError, NotReadyError, from_wire
+from fwd.front.drafts import Drafts
 from fwd.front.process import COMMAND, EngineProcess
 from fwd.front.queue import Pace, Queue
 from fwd.front.roster import Roster
 from fwd.front.streams import JournalError, Stream
 from fwd.protocol.messages import (
     VERSION,
+    Dropped,
     Failed,
     Finished,
     FromEngine,
@@ -40,9 +42,9 @@ MAX_BACKOFF = 10.0
 class Keeper:
     """One model's engine. Streams given to it finish whatever happens to the process, or fail with their own error.
 
-    `restarts` counts deaths by kind, `pace` is how fast the engine computes. `on_change` is called on every change of
-    `state`. `ping_interval`, `hang_timeout` and `load_timeout` are seconds; a hang is counted in unanswered pings, so a
-    suspended machine is no hang.
+    `restarts` counts deaths by kind, `pace` is how fast the engine computes, `drafts` what speculation has done.
+    `on_change` is called on every change of `state`. `ping_interval`, `hang_timeout` and `load_timeout` are seconds; a
+    hang is counted in unanswered pings, so a suspended machine is no hang.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Keeper:
         self.error: FwdError | None = None
         self.process: EngineProcess | None = None
         self.pace = Pace()
+        self.drafts = Drafts()
         self._command = command
         self._ping_interval = ping_interval
         self._patience = {"ready": hang_timeout, "loading": load_timeout}
@@ -107,6 +110,12 @@ class Keeper:
     def close(self, stream: Stream, result: Finished) -> None:
         """End a stream whose answer is complete as soon as the engine has given its account of it."""
         self._roster.close(stream, result)
+
+    async def drop_drafts(self) -> int:
+        """Have the engine forget the answers that drafts come from; how many ids they were. Raises `NotReadyError`."""
+        if not (self.process and self._accepting):
+            raise NotReadyError(f"not ready: {self.reason}", retry_after=1)
+        return await self.drafts.ask(self.process.send)
 
     async def drained(self) -> None:
         """Return when no stream is open."""
@@ -197,6 +206,8 @@ class Keeper:
             case Loading():
                 self._silent = 0.0
                 self.progress = message
+            case Dropped():
+                self.drafts.dropped(message.tokens)
             case Ready():
                 self._on_ready(message.info)
             case Hello(version=version):
@@ -214,6 +225,7 @@ class Keeper:
         if pong.steps != self.pong.steps or not busy:
             self._silent = 0.0
         self.pong = pong
+        self.drafts.observe(pong.drafters)
         self.pace.observe(time.monotonic(), pong.computed, busy=busy)
         self._roster.show_prefills(pong.prefilling)
 
@@ -236,6 +248,7 @@ class Keeper:
 
     def _end_life(self, cause: str) -> None:
         self._accepting = False
+        self.drafts.end_life()
         if self._stopping.is_set():
             return
         kind = cause.partition(":")[0]

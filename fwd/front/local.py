@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -13,34 +14,33 @@ import structlog
 
 from fwd import __version__
 from fwd.errors import BadFrameError, BodyTooLargeError, ForbiddenError, FwdError, OverloadedError
+from fwd.front import relay
 from fwd.front.generation import Generation
 from fwd.front.service import Service
 from fwd.front.streams import Stream
 from fwd.protocol.connection import Connection
 from fwd.protocol.messages import (
     VERSION,
-    Accepted,
     Cancel,
     Done,
+    DropDrafts,
+    Dropped,
     Failed,
     Finished,
     Hello,
     Prompt,
-    PromptLogprobs,
     RequestsQuery,
     StatusQuery,
     Stop,
     Submit,
     Text,
     ToDaemon,
-    Tokens,
     to_daemon,
 )
 from fwd.protocol.values import Reason
 
 log = structlog.get_logger("fwd.local")
 MAX_OPEN = 64
-BATCH = 512
 PAUSE = 1.0  # seconds without accepting when there are no descriptors left
 R = TypeVar("R", Submit, Prompt)
 
@@ -104,6 +104,7 @@ class Session:
         self._on_close = on_close
         self._streams: dict[int, Stream] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._held: list[ToDaemon] | None = None  # asks that wait for the answer to one before them
         self._greeted = False
         self._link: Connection[ToDaemon] = Connection(sock, to_daemon, self._on_message, self._closed)
         self._link.send(Hello(build=__version__))
@@ -160,6 +161,8 @@ class Session:
 
     def _serve(self, message: ToDaemon) -> None:
         match message:
+            case StatusQuery() | RequestsQuery() | Cancel() | Stop() | DropDrafts() if self._held is not None:
+                self._held.append(message)
             case Submit():
                 self._spawn(message.id, self._relay, message)
             case Prompt():
@@ -171,6 +174,10 @@ class Session:
             case RequestsQuery():
                 self._authorise()
                 self._link.send(self._service.requests())
+            case DropDrafts():
+                self._authorise()
+                self._held = []
+                self._run(self._drop())
             case Stop():
                 self._authorise()
                 self._link.send(Done())
@@ -190,13 +197,26 @@ class Session:
     def _spawn(self, tag: int, work: Callable[[R], Coroutine[None, None, None]], request: R) -> None:
         if len(self._tasks) >= MAX_OPEN:
             raise OverloadedError(f"{MAX_OPEN} requests are open on this connection, which is the limit", retry_after=1)
-        task = asyncio.get_running_loop().create_task(self._guarded(tag, work, request))
+        self._run(self._guarded(tag, partial(work, request)))
+
+    def _run(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _guarded(self, tag: int, work: Callable[[R], Coroutine[None, None, None]], request: R) -> None:
+    async def _guarded(self, tag: int | None, work: Callable[[], Coroutine[None, None, None]]) -> None:
         with self._answering(tag):
-            await work(request)
+            await work()
+
+    async def _drop(self) -> None:
+        """Answer `DropDrafts` when the engine has; asks are answered in their order."""
+        await self._guarded(None, self._dropped)
+        held, self._held = self._held or [], None
+        for message in held:
+            self._on_message(message)
+
+    async def _dropped(self) -> None:
+        self._link.send(Dropped(tokens=await self._service.drop_drafts()))
 
     @contextlib.contextmanager
     def _opened(self, submit: Submit) -> Iterator[Stream]:
@@ -204,7 +224,7 @@ class Session:
         stream = self._service.open(submit)
         self._streams[stream.id] = stream
         try:
-            self._link.send(Accepted(tag=submit.id, id=stream.id, seed=stream.seed, prompt_tokens=len(stream.prompt)))
+            self._link.send(relay.accepted(submit.id, stream))
             yield stream
         finally:
             self._streams.pop(stream.id, None)
@@ -221,21 +241,22 @@ class Session:
             await stream.wait(cursor)
             await self._link.drain()
             while scored < len(stream.prompt_logprobs):
-                self._link.send(_scores(stream, scored))
-                scored = min(scored + BATCH, len(stream.prompt_logprobs))
+                self._link.send(relay.scores(stream, scored))
+                scored = min(scored + relay.BATCH, len(stream.prompt_logprobs))
             if cursor < len(stream.emitted):
-                self._link.send(_tokens(stream, cursor))
-                cursor = min(cursor + BATCH, len(stream.emitted))
+                self._link.send(relay.tokens(stream, cursor))
+                cursor = min(cursor + relay.BATCH, len(stream.emitted))
 
     async def _write(self, prompt: Prompt) -> None:
         service = self._service
-        if prompt.body.nbytes > service.config.max_body:
-            limit = service.config.max_body
+        limit = service.config.max_body
+        if max(prompt.body.nbytes, prompt.prediction.nbytes) > limit:
             raise BodyTooLargeError(f"the prompt is larger than {limit} bytes: shorten it, or raise `max_body`")
         service.check_queue()
         ids = await service.prompts.body(prompt.kind, prompt.body)
+        likely = await service.prompts.likely(prompt.prediction, service.info().context)
         stop_ids = service.prompts.stop_ids(prompt.limits.stop_ids, ignore_eos=prompt.ignore_eos)
-        with self._opened(_submit(prompt, ids, stop_ids)) as stream:
+        with self._opened(relay.submit_of(prompt, ids, likely, stop_ids)) as stream:
             generation = Generation(stream, service.prompts.tokenizer, prompt.stops)
             try:
                 async for piece in generation.pieces():
@@ -253,37 +274,3 @@ class Session:
         else:
             finished = stream.finished or Finished(id=stream.id, reason="stop")
             self._link.send(msgspec.structs.replace(finished, reason=reason or finished.reason))
-
-
-def _submit(prompt: Prompt, ids: memoryview, stop_ids: tuple[int, ...]) -> Submit:
-    return Submit(
-        id=prompt.id,
-        prompt=ids,
-        sampling=prompt.sampling,
-        limits=msgspec.structs.replace(prompt.limits, stop_ids=stop_ids),
-        seed=prompt.seed,
-        priority=prompt.priority,
-        cache_key=prompt.cache_key,
-        draft=prompt.draft,
-        cache=prompt.cache,
-    )
-
-
-def _tokens(stream: Stream, cursor: int) -> Tokens:
-    begin, end = cursor - stream.given, cursor - stream.given + BATCH
-    return Tokens(
-        id=stream.id,
-        start=cursor,
-        ids=stream.emitted[cursor : cursor + BATCH].tolist(),
-        logprobs=stream.logprobs[begin:end].tolist(),
-        top=stream.top[begin:end],
-    )
-
-
-def _scores(stream: Stream, scored: int) -> PromptLogprobs:
-    return PromptLogprobs(
-        id=stream.id,
-        start=scored + 1,
-        logprobs=stream.prompt_logprobs[scored : scored + BATCH].tolist(),
-        top=stream.prompt_top[scored : scored + BATCH],
-    )

@@ -53,6 +53,21 @@ class Prompts:
         ids = await self.tokenizer.encode_async(text)
         return pack_ids(ids) if len(ids) <= PIECE else await asyncio.to_thread(_packed, ids)
 
+    async def prediction(self, text: str, most: int) -> memoryview:
+        """Ids of text that an answer will likely hold; if there are more than `most`, one more than that."""
+        if not text:
+            return EMPTY
+        start = self.tokenizer.start(text, most + 1)
+        ids = await self.tokenizer.encode_async(start, add_special_tokens=False)
+        return await asyncio.to_thread(_packed, ids[: most + 1]) if len(ids) > PIECE else pack_ids(ids[: most + 1])
+
+    async def likely(self, prediction: memoryview, most: int) -> memoryview:
+        """The same for the field of a `Prompt` message; raises `BadRequestError` if it is not UTF-8."""
+        try:
+            return await self.prediction(str(prediction, "utf-8"), most)
+        except UnicodeDecodeError as error:
+            raise BadRequestError(f"the prediction is not text: {error}", param="prediction") from error
+
     async def chat(self, chat: Chat) -> memoryview:
         """Ids of a rendered chat.
 

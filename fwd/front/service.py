@@ -22,7 +22,7 @@ from fwd.errors import (
     NotReadyError,
     OverloadedError,
 )
-from fwd.front.bounds import bounded
+from fwd.front.bounds import bounded, notes
 from fwd.front.prompts import Prompts
 from fwd.front.queue import MAX_OPEN, queue_tokens, retry_after
 from fwd.front.streams import Stream
@@ -123,13 +123,13 @@ class Service:
         Choices of one prompt share the object in `prompt`, and its place in the queue.
         """
         info = self.info()
-        submits = bounded(submits, info)
-        self.check_queue(queue_tokens(submits), len(submits))
-        return [self._run(submit) for submit in submits]
+        taken = bounded(submits, info)
+        self.check_queue(queue_tokens(taken), len(taken))
+        return [self._run(submit, notes(asked, submit)) for asked, submit in zip(submits, taken, strict=True)]
 
-    def _run(self, submit: Submit) -> Stream:
+    def _run(self, submit: Submit, said: Sequence[str]) -> Stream:
         seed = secrets.randbits(63) if submit.seed is None else submit.seed
-        stream = Stream(replace(submit, id=next(self._ids), seed=seed))
+        stream = Stream(replace(submit, id=next(self._ids), seed=seed), said)
         stream.on_end.append(self._ended)
         self._streams[stream.id] = stream
         self._limit(stream, submit.limits.deadline_ms)
@@ -154,6 +154,10 @@ class Service:
             async with asyncio.timeout(SETTLE):
                 await stream.wait_end()
         self.cancel(stream)
+
+    async def drop_drafts(self) -> int:
+        """Forget the answers that drafts come from; returns how many ids they were. Raises `NotReadyError`."""
+        return await self.supervisor.active.drop_drafts()
 
     def requests(self) -> Requests:
         """The open requests, oldest first."""
@@ -189,6 +193,8 @@ class Service:
             host_us=pong.host_us,
             queue_tokens=keeper.queue.tokens,
             queue_limit=self.config.max_queue,
+            drafters=keeper.drafts.counts,
+            corpus_tokens=pong.corpus_tokens,
         )
 
     def _limit(self, stream: Stream, deadline_ms: float) -> None:
@@ -216,6 +222,7 @@ class Service:
             priority=stream.submit.priority,
             resumes=stream.resumes,
             prefilled=stream.prefilling.done if stream.prefilling else 0,
+            commits=stream.commits,
         )
 
     def _ended(self, stream: Stream) -> None:

@@ -24,13 +24,16 @@ class JournalError(Exception):
 class Stream:
     """One choice of one request: its prompt, its journal and how it ended. All times are `time.monotonic` seconds.
 
-    `stalls` counts engine deaths since the last new token, `resumes` all deaths survived. `begun` says that the engine
-    of the moment works on it, `prefilling` how far its prompt is read while that is what happens and known.
+    `notes` say what was taken as less than was asked. `commits` counts the pieces in which tokens came: with drafts a
+    step brings several. `stalls` counts engine deaths since the last new token, `resumes` all deaths survived. `begun`
+    says that the engine of the moment works on it, `prefilling` how far its prompt is read while that is what happens
+    and known.
     """
 
-    def __init__(self, submit: Submit) -> None:
+    def __init__(self, submit: Submit, notes: Sequence[str] = ()) -> None:
         assert submit.seed is not None, "the front draws the seed before a stream is opened"
         self.submit = submit
+        self.notes = notes
         self.id = submit.id
         self.seed = submit.seed
         self.prompt: Sequence[int] = unpack_ids(submit.prompt)
@@ -45,6 +48,7 @@ class Stream:
         self.created = time.monotonic()
         self.first_token: float | None = None
         self.ended: float | None = None
+        self.commits = 0
         self.stalls = 0
         self.resumes = 0
         self.begun = False
@@ -72,6 +76,7 @@ class Stream:
         if self.first_token is None:
             self.first_token = time.monotonic()
         self.emitted.extend(tokens.ids)
+        self.commits += 1
         self.logprobs.extend(tokens.logprobs)
         self.top.extend(tokens.top)
         self.stalls = 0

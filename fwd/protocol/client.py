@@ -22,6 +22,8 @@ from fwd.protocol.messages import (
     Accepted,
     Cancel,
     Done,
+    DropDrafts,
+    Dropped,
     Failed,
     Finished,
     FromDaemon,
@@ -127,6 +129,10 @@ class Client:
         """The open requests, oldest first."""
         return self._ask(RequestsQuery(), Requests).requests
 
+    def drop_drafts(self) -> int:
+        """Forget the answers that drafts come from, in memory and on disk; how many tokens they were."""
+        return self._ask(DropDrafts(), Dropped).tokens
+
     def stop(self) -> None:
         """Ask the daemon to stop, and wait until it is gone."""
         self._ask(Stop(), Done)
@@ -231,6 +237,10 @@ class AsyncClient:
     async def requests(self) -> list[RequestInfo]:
         """The open requests, oldest first."""
         return (await self._ask(RequestsQuery(), Requests)).requests
+
+    async def drop_drafts(self) -> int:
+        """Forget the answers that drafts come from, in memory and on disk; how many tokens they were."""
+        return (await self._ask(DropDrafts(), Dropped)).tokens
 
     async def _ask(self, message: Message, kind: type[T]) -> T:
         tag = self._inboxes.ask()

@@ -249,12 +249,16 @@ class Stop(Message, tag=35, frozen=True):
 
 
 class Accepted(Message, tag=48, frozen=True):
-    """The request with the client's `tag` runs under `id`; `seed` is the one in use."""
+    """The request with the client's `tag` runs under `id`; `seed` is the one in use.
+
+    `notes` say what was taken as less than was asked, where that changes no token.
+    """
 
     tag: Id
     id: Id
     seed: Seed
     prompt_tokens: Count
+    notes: tuple[str, ...] = ()
 
 
 class Text(Message, tag=49, frozen=True):

@@ -19,8 +19,10 @@ def prompt_message(tag: int, prompt: str | Sequence[dict[str, Any]], options: di
     """The `Prompt` for a text, or for a chat given as messages.
 
     `options` are fields of `Sampling`, `Limits`, `Draft` and `Prompt` by name, and for a chat `tools` and `kwargs`.
-    Raises `BadRequestError` for an option that does not exist or is out of range.
+    `prediction` is text, too. Raises `BadRequestError` for an option that does not exist or is out of range.
     """
+    if "prediction" in options:
+        options = {**options, "prediction": memoryview(options["prediction"].encode())}
     if isinstance(prompt, str):
         return _build(Prompt, options, id=tag, body=memoryview(prompt.encode()))
     chat: dict[str, Any] = {key: options.pop(key) for key in ("tools", "kwargs") if key in options}
@@ -30,9 +32,8 @@ def prompt_message(tag: int, prompt: str | Sequence[dict[str, Any]], options: di
 
 def submit_message(tag: int, prompt: Sequence[int], options: dict[str, Any]) -> Submit:
     """The `Submit` for raw ids; `options` as in `prompt_message`, and fields of `Submit`."""
-    if "emitted" in options:
-        options = {**options, "emitted": pack_ids(options["emitted"])}
-    return _build(Submit, options, id=tag, prompt=pack_ids(prompt))
+    packed: dict[str, Any] = {name: pack_ids(options[name]) for name in ("emitted", "prediction") if name in options}
+    return _build(Submit, {**options, **packed}, id=tag, prompt=pack_ids(prompt))
 
 
 def _build(kind: type[K], options: dict[str, Any], /, **own: Any) -> K:

@@ -165,7 +165,10 @@ class Prefilling(Part, frozen=True):
 
 
 class RequestInfo(Part, frozen=True):
-    """One open request as `fwd ps` shows it; `state` is waiting, prefill (of `prefilled` prompt tokens) or running."""
+    """One open request as `fwd ps` shows it; `state` is waiting, prefill (of `prefilled` prompt tokens) or running.
+
+    `commits` counts the steps that brought its output tokens: fewer than tokens where drafts held.
+    """
 
     id: Id
     state: str
@@ -175,3 +178,4 @@ class RequestInfo(Part, frozen=True):
     priority: Priority
     resumes: Count
     prefilled: Count = 0
+    commits: Count = 0

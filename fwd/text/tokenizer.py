@@ -113,6 +113,10 @@ class Tokenizer:
         """
         return -(-len(text) // self._longest) if self._lossless else 0
 
+    def start(self, text: str, tokens: int) -> str:
+        """A start of `text` that has so many tokens if the text has; all of it where its length tells nothing."""
+        return text[: tokens * self._longest] if self._lossless else text
+
     @property
     def strips_space(self) -> bool:
         """Whether decoding drops one leading space, as SentencePiece does."""

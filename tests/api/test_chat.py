@@ -59,6 +59,7 @@ def test_a_whole_answer(folder, run):
                 "completion_tokens": 12,
                 "total_tokens": len(PROMPT) + 12,
                 "prompt_tokens_details": {"cached_tokens": 0},
+                "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
             }
 
     run(scenario())

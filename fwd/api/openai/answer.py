@@ -18,6 +18,7 @@ from fwd.front.service import Service
 from fwd.front.streams import Stream
 from fwd.protocol.ids import unpack_ids
 from fwd.protocol.messages import Submit
+from fwd.protocol.values import EMPTY
 
 SEED_BITS = 53  # what JavaScript can send back
 
@@ -26,7 +27,7 @@ class Wanted(NamedTuple):
     """What to open: `n` choices of each prompt, in packed ids. Log-probabilities −1 are off.
 
     `max_tokens` None is all the context; `continues` says that the answer goes on in the prompt's own text; `deadline`
-    is a time of the event loop.
+    is a time of the event loop; `prediction` holds ids that are likely in each choice.
     """
 
     parameters: Parameters
@@ -36,6 +37,7 @@ class Wanted(NamedTuple):
     prompt_logprobs: int = -1
     continues: bool = False
     deadline: float | None = None
+    prediction: memoryview = EMPTY
 
 
 class Answer:
@@ -73,6 +75,7 @@ class Answer:
             prompt_logprobs=self.wanted.prompt_logprobs,
             draft=parameters.draft,
             cache=parameters.cache_prompt is not False,
+            prediction=self.wanted.prediction,
         )
         choices = [(ids, choice) for ids in self.wanted.prompts for choice in range(self.n)]
         submits = [replace(submit, prompt=ids, choice=choice) for ids, choice in choices]
@@ -97,6 +100,12 @@ class Answer:
             include_stop=bool(parameters.include_stop_str_in_output),
             continues=self.wanted.continues,
         )
+
+
+async def read_prediction(service: Service, parameters: Parameters) -> memoryview:
+    """Ids of what the client says is likely in the answer; the text itself is let go."""
+    given, parameters.prediction = parameters.prediction, None
+    return await service.prompts.prediction(given.text, service.info().context) if given else EMPTY
 
 
 def check_fit(service: Service, tokens: int, most: int | None) -> None:

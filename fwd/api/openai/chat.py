@@ -8,7 +8,7 @@ from aiohttp import web
 from msgspec import Meta
 
 from fwd.api.context import entering, serving
-from fwd.api.openai.answer import Answer, Wanted, answering
+from fwd.api.openai.answer import Answer, Wanted, answering, read_prediction
 from fwd.api.openai.logprobs import chat_items, output_scores
 from fwd.api.openai.parameters import REFUSED, Parameters, Top, deadline, refuse
 from fwd.api.openai.respond import respond
@@ -87,8 +87,9 @@ async def post(request: web.Request) -> web.StreamResponse:
         body.check()
         service = serving(request, body.model)
         prompt = await service.prompts.chat(body.chat)
+        likely = await read_prediction(service, body)
     most = body.max_completion_tokens or body.max_tokens
-    wanted = Wanted(body, [prompt], max_tokens=most, logprobs=body.scored, deadline=ends)
+    wanted = Wanted(body, [prompt], max_tokens=most, logprobs=body.scored, deadline=ends, prediction=likely)
     with answering(request, wanted, "chatcmpl") as answer:
         return await respond(request, answer, ChatDialect(answer))
 

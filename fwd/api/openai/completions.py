@@ -9,7 +9,7 @@ from aiohttp import web
 from msgspec import Meta
 
 from fwd.api.context import entering, serving
-from fwd.api.openai.answer import Answer, Wanted, answering, check_fit
+from fwd.api.openai.answer import Answer, Wanted, answering, check_fit, read_prediction
 from fwd.api.openai.logprobs import Columns, output_scores, prompt_scores
 from fwd.api.openai.parameters import REFUSED, Parameters, Top, deadline, refuse
 from fwd.api.openai.prompts import check_count, read_prompts
@@ -59,6 +59,7 @@ async def _read(request: web.Request) -> tuple[CompletionBody, Wanted]:
         body.check()
         service = serving(request, body.model)
         prompts = await _prompts(service, body)
+        likely = await read_prediction(service, body)
     body.prompt = msgspec.Raw()  # it has been read, and may be large
     scored = -1 if body.logprobs is None else body.logprobs
     return body, Wanted(
@@ -69,6 +70,7 @@ async def _read(request: web.Request) -> tuple[CompletionBody, Wanted]:
         prompt_logprobs=scored if body.echo else -1,
         continues=True,
         deadline=ends,
+        prediction=likely,
     )
 
 

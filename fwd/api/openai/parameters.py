@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 from aiohttp import web
 from msgspec import Meta, Struct
 
+from fwd.api.openai.prediction import Prediction
 from fwd.errors import BadRequestError
 from fwd.front.prompts import Prompts
 from fwd.protocol.values import (
@@ -69,6 +70,7 @@ class Parameters(Struct, kw_only=True):
     return_token_ids: bool | None = None
     prompt_cache_key: Annotated[str, Meta(max_length=256)] | None = None
     cache_prompt: bool | None = None
+    prediction: Prediction | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     fwd: Extension | None = None

@@ -7,6 +7,8 @@ from typing import Any
 from fwd.api.openai.answer import Answer
 from fwd.protocol.values import Timing
 
+PREDICTION = "suffix:prediction"  # what its drafts are counted as
+
 
 def usage(answer: Answer) -> dict[str, Any]:
     """Token counts so far: a prompt counts once however many choices it has."""
@@ -17,12 +19,26 @@ def usage(answer: Answer) -> dict[str, Any]:
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached_tokens(answer)},
+        "completion_tokens_details": _predicted(answer, completion),
     }
 
 
 def cached_tokens(answer: Answer) -> int:
     """Prompt tokens that were in the cache when the request came: what its first choices found there."""
     return sum(timing.cached_tokens for timing in timings(answer)[:: answer.n])
+
+
+def _predicted(answer: Answer, completion: int) -> dict[str, int]:
+    """Of the ids drafted from `prediction` those that held and those that did not.
+
+    Those beyond a stop string, which the engine knows nothing of, do not count as held.
+    """
+    spent = timings(answer)
+    drafted, held = (
+        sum(counts.get(PREDICTION, 0) for counts in made)
+        for made in ([timing.drafted for timing in spent], [timing.accepted for timing in spent])
+    )
+    return {"accepted_prediction_tokens": min(held, completion), "rejected_prediction_tokens": drafted - held}
 
 
 def timings(answer: Answer) -> list[Timing]:
@@ -40,11 +56,13 @@ def report(answer: Answer) -> dict[str, Any]:
         "tokens_per_second": _rate(answer),
         "drafted": dict(sum((Counter(timing.drafted) for timing in spent), Counter())),
         "accepted": dict(sum((Counter(timing.accepted) for timing in spent), Counter())),
+        "accept_length": _accept_length(spent),
         "cached_tokens": cached_tokens(answer),
         "cache_miss": missed.cache_miss or None,
         "cache_differs_at": missed.differs_at if missed.differs_at >= 0 else None,
         "energy_joules": sum(joules) if joules else None,
         "resumes": sum(stream.resumes for stream in answer.streams),
+        "notes": list(dict.fromkeys(note for stream in answer.streams for note in stream.notes)),
         "receipt": {**constants(answer), "seed": answer.seed},
     }
 
@@ -94,6 +112,12 @@ def _rate(answer: Answer) -> float | None:
         return None
     spent = max(stream.ended or 0 for stream in streams) - min(stream.first_token or 0 for stream in streams)
     return round(after / max(spent, 1e-6), 2)
+
+
+def _accept_length(spent: list[Timing]) -> float | None:
+    """Tokens that a decode step brought: 1, and the drafts that held."""
+    steps = sum(timing.steps for timing in spent)
+    return round(1 + sum(sum(timing.accepted.values()) for timing in spent) / steps, 3) if steps else None
 
 
 def _ms(seconds: float) -> float:
