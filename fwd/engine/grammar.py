@@ -157,7 +157,7 @@ class Matcher:
     def take(self, token: int) -> bool:
         """Go on by a committed id; False, and `error` says why, if it may not stand there."""
         if self.error or self.ended or not self._advance(token):
-            self.error = self.error or f"token {token} does not follow from the grammar"
+            self.error = self.error or f"the grammar cannot go on with token {token}: {_reason(self._state)}"
             return False
         self._ids.append(token)
         self.ended = self._state.is_stopped() or token in self.ends

@@ -1,7 +1,8 @@
 """A loop on the mock model without a peer or a thread: it is driven step by step."""
 
-from mock_runner import FULL, MockRunner
+from mock_runner import FULL, VOCAB, MockRunner
 
+from fwd.engine.grammar import Grammars
 from fwd.engine.loop import Loop
 from fwd.engine.space import Space
 from fwd.protocol.ids import pack_ids
@@ -22,7 +23,8 @@ class Engine:
     def __init__(self, groups=(FULL,), units=(64,), seqs=4, key=b"secret", nodes=1000, ahead=False, speculator=None):
         self.runner = MockRunner(PAGE, CHUNK, groups, ahead=ahead)
         self.space = Space(groups, units, PAGE, chunk=CHUNK, key=key, nodes=nodes)
-        self.loop = Loop(self, self.runner, self.space, max_seqs=seqs, chunk=CHUNK, speculator=speculator)
+        how = {"max_seqs": seqs, "chunk": CHUNK, "speculator": speculator, "grammars": Grammars(VOCAB)}
+        self.loop = Loop(self, self.runner, self.space, **how)
         self.messages, self.output, self.results = [], {}, {}
 
     @property

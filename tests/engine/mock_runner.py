@@ -12,6 +12,8 @@ from array import array
 from collections import defaultdict, deque
 from types import SimpleNamespace
 
+import numpy as np
+
 from fwd.engine.request import Drawn, Prefilled
 from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.speculate.verify import verified
@@ -27,9 +29,14 @@ def sliding(window):
     return Group("sliding", window, ())
 
 
-def next_token(ids, seed, choice=0):
+def next_token(ids, seed, choice=0, mask=None):
+    """One of all ids, or of those in a mask; 0 if there are none."""
     digest = hashlib.blake2b(repr((list(ids), seed, choice)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % VOCAB
+    number = int.from_bytes(digest, "little")
+    if mask is None:
+        return number % VOCAB
+    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little", count=VOCAB)).tolist() or [0]
+    return allowed[number % len(allowed)]
 
 
 def oracle(prompt, seed, tokens, stop_ids=(), choice=0):
@@ -85,7 +92,8 @@ class MockRunner:
         if request.submit.prompt_logprobs >= 0:
             targets = request.ids[chunk.start + 1 : min(chunk.end + 1, request.prompt)]
             scores = [self._drawn(request, token) for token in targets]
-        return Prefilled([self._draw(each) for each in chunk.drawing], scores, finite=True)
+        drawn = [self._draw(each, mask=each.grammar and each.grammar.masks[0]) for each in chunk.drawing]
+        return Prefilled(drawn, scores, finite=True)
 
     def launch(self, spans):
         self.before()
@@ -111,6 +119,9 @@ class MockRunner:
         assert self.ahead or end <= request.length
         assert not span.drafts or end == request.length
         assert span.reach < request.limit
+        assert not (request.grammar and end > request.length), "it is not run ahead"
+        masks = request.grammar.masks if request.grammar and span.draws else [None] * (1 + len(span.drafts))
+        assert len(masks) == 1 + len(span.drafts), "a mask for each row that draws"
         reads = [request.record, *request.staged[:-1]]
         first = len(request.staged) - (span.reach - start)  # where it runs ahead, the one before it stages a record too
         return SimpleNamespace(
@@ -123,6 +134,7 @@ class MockRunner:
                 submit=request.submit,
                 tables=[SimpleNamespace(pages=table.pages[:]) for table in request.tables],
             ),
+            masks=[mask if mask is None else mask.copy() for mask in masks],
             reads=reads[first:],
             writes=request.staged[first:],
         )
@@ -183,11 +195,11 @@ class MockRunner:
 
     def _verified(self, given):
         request, span = given.request, given.span
-        tokens = [self._draw(request, end) for end in range(span.end, span.reach + 1)]
-        return verified(span.drafts, tokens)
+        ends = range(span.end, span.reach + 1)
+        return verified(span.drafts, [self._draw(request, *row) for row in zip(ends, given.masks, strict=True)])
 
-    def _draw(self, request, end=None):
-        return self._drawn(request, next_token(request.ids[:end], request.submit.seed, request.submit.choice))
+    def _draw(self, request, end=None, mask=None):
+        return self._drawn(request, next_token(request.ids[:end], request.submit.seed, request.submit.choice, mask))
 
     def _drawn(self, request, token):
         return Drawn(token, -float(token), TopLogprobs(), not self.fail(request))

@@ -1,0 +1,116 @@
+"""Grammars over the vocabulary of the mock model, and what answers under them are, told by the library alone."""
+
+import json
+import re
+import string
+from functools import cache
+from itertools import accumulate
+
+import numpy as np
+from llguidance import LLMatcher
+from mock_runner import VOCAB, next_token
+
+from fwd.engine.grammar import Tokens, serialised
+from fwd.protocol.ids import pack_ids
+from fwd.protocol.messages import Vocabulary
+
+PIECES = [
+    '{"',
+    '":',
+    '","',
+    '"a',
+    '":"',
+    "true",
+    "false",
+    "null",
+    "ab",
+    "abc",
+    "},",
+    "[1",
+    "12",
+    '"}',
+    "]}",
+    "b ",
+    "  ",
+]
+PIECES += ["xyz", "a long piece", "\u00e9"]
+PLAIN = [*'{}[]":,. -\\', *string.digits, *string.ascii_lowercase]
+TEXTS = [text.encode() for text in PLAIN + PIECES]
+SPECIAL = (len(TEXTS), len(TEXTS) + 1)  # special tokens, whose text a grammar never sees
+EOS = (VOCAB - 2, VOCAB - 1)  # the first of them reads like text
+TEXTS += [b"<|x|>", b"ab"]
+TEXTS += [b""] * (VOCAB - 2 - len(TEXTS)) + [b"true", b"<|end|>"]
+assert len(TEXTS) == VOCAB
+
+
+def vocabulary(texts=TEXTS, special=SPECIAL, eos=EOS):
+    return Vocabulary(
+        text=memoryview(b"".join(texts)), ends=pack_ids(accumulate(map(len, texts))), special=pack_ids(special), eos=eos
+    )
+
+
+def text_of(ids):
+    """The text of an answer, without what ends it."""
+    return b"".join(TEXTS[token] for token in ids if token not in EOS).decode(errors="replace")
+
+
+def schema(**fields):
+    return "json_schema:" + json.dumps(fields)
+
+
+def is_record(text):
+    found = json.loads(text)
+    assert list(found) == ["a", "bcd", "e"]
+    assert isinstance(found["a"], bool)
+    assert found["bcd"] in ("12", "abc", "a long piece")
+    return len(found["e"]) <= 2 and all(isinstance(each, int) for each in found["e"])
+
+
+RECORD = {
+    "a": {"type": "boolean"},
+    "bcd": {"enum": ["12", "abc", "a long piece"]},
+    "e": {"type": "array", "items": {"type": "integer"}, "maxItems": 2},
+}
+TIGHT = {"whitespace_flexible": False}
+# A grammar, and whether a text is one of its.
+GRAMMARS = {
+    "record": (schema(type="object", properties=RECORD, required=[*RECORD], additionalProperties=False), is_record),
+    "tight": (
+        schema(
+            type="object",
+            properties=RECORD,
+            required=[*RECORD],
+            additionalProperties=False,
+            **{"x-guidance": TIGHT},
+        ),
+        lambda text: is_record(text) and json.dumps(json.loads(text), separators=(",", ":")) == text,
+    ),
+    "any": (schema(), lambda text: json.loads(text) is not ...),
+    "digits": (r"regex:[0-9]{3}-[0-9]{4}", re.compile(r"[0-9]{3}-[0-9]{4}").fullmatch),
+    "words": (r"regex:(abc|ab|xyz|a long piece)( (abc|ab|xyz))*\.?", re.compile(r"[a-z ]+\.?").fullmatch),
+    "lark": (
+        'lark:start: "[" item ("," item)* "]"\nitem: /[a-f]{2}/ | start',
+        re.compile(r"[\[\]a-f,]+").fullmatch,
+    ),
+    "empty": ('lark:start: ""', lambda text: not text),
+}
+
+
+@cache
+def _tokens():
+    return Tokens(vocabulary(), VOCAB)
+
+
+def answer(grammar, prompt, seed, tokens, *, stop_ids=(), choice=0):
+    """The output of a request that nothing disturbs, and how it ends: reason and the id that stopped it."""
+    state = LLMatcher(_tokens().table, serialised(grammar))
+    ids = list(prompt)
+    for _ in range(tokens):
+        mask = np.frombuffer(state.compute_bitmask(), np.uint32)
+        ids.append(token := next_token(ids, seed, choice, mask))
+        assert state.consume_token(token), state.get_error()
+        if token in stop_ids or token in EOS:
+            return ids[len(prompt) :], ("stop", token)
+        if state.is_stopped():
+            return ids[len(prompt) :], ("stop", -1)
+    return ids[len(prompt) :], ("length", -1)
