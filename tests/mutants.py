@@ -4,10 +4,12 @@ import inspect
 import types
 
 
-def mutant(module, old, new):
-    """A copy of a module in which `old`, which its source holds once, is `new`."""
+def mutant(module, *texts):
+    """A copy of a module with changes: each old text, which its source holds once, and the new one in turn."""
     source = inspect.getsource(module)
-    assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {module.__name__}"
+    for old, new in zip(texts[::2], texts[1::2], strict=True):
+        assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {module.__name__}"
+        source = source.replace(old, new)
     copy = types.ModuleType(module.__name__)
-    exec(compile(source.replace(old, new), str(module.__file__), "exec"), copy.__dict__)
+    exec(compile(source, str(module.__file__), "exec"), copy.__dict__)
     return copy

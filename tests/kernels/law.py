@@ -4,8 +4,6 @@ Samples are words: the first ids of an answer, as a chain of drafts makes them w
 `verified` and `until_end`. A word's probability is the product of the next ids', computed here in another way.
 """
 
-import inspect
-import types
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from operator import attrgetter
 import numpy as np
 import torch
 from msgspec.structs import replace
+from mutants import mutant
 
 from fwd.engine import sampler
 from fwd.engine.request import Drawn, Request
@@ -134,17 +133,6 @@ def law(world: World):
 # ---- what is drawn ----
 
 
-def rewritten(module, *changes):
-    """A copy of a module with changes of its text, each at the one place where it stands."""
-    text = inspect.getsource(module)
-    for old, new in changes:
-        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {module.__name__}"
-        text = text.replace(old, new)
-    copy = types.ModuleType(module.__name__)
-    exec(compile(text, str(module.__file__), "exec"), copy.__dict__)
-    return copy
-
-
 @cache
 def _noise(vocab: int, position: int, count: int):
     """float64 [count, vocab], of the seeds 0 … count − 1, by the function itself, a block of seeds at a time."""
@@ -154,24 +142,24 @@ def _noise(vocab: int, position: int, count: int):
 
 @dataclass
 class Speaker:
-    """Draws words of a world. Planted bugs: changes of the text of the sampler, of `draw` and of the verify rule."""
+    """Draws words of a world. Bugs are changes, as of `mutant`, of the sampler, of `draw` and of the verify rule."""
 
     world: World
-    sampler_bugs: Sequence[tuple[str, str]] = ()
-    draw_bugs: Sequence[tuple[str, str]] = ()
-    verify_bugs: Sequence[tuple[str, str]] = ()
+    sampler_bugs: Sequence[str] = ()
+    draw_bugs: Sequence[str] = ()
+    verify_bugs: Sequence[str] = ()
     lost: bool = False  # planted: what follows drafts that all held is gone on from and never told
     room: Callable[[Request], int] = attrgetter("room")
     count: int = SAMPLES
     shown: list = field(default_factory=list)  # some rows as they were drawn: logits, draw, id
 
     def __post_init__(self) -> None:
-        self.definition = rewritten(sampling, ALONG_ROWS, *self.sampler_bugs)
+        self.definition = mutant(sampling, *ALONG_ROWS, *self.sampler_bugs)
         self.definition.gumbel = lambda seeds, position, kept: _noise(self.world.vocab, position, self.count)[
             np.ix_(seeds, kept)
         ]
-        self.draw = rewritten(sampler, *self.draw_bugs).draw
-        self.verify = rewritten(verify, *self.verify_bugs)
+        self.draw = mutant(sampler, *self.draw_bugs).draw
+        self.verify = mutant(verify, *self.verify_bugs)
         self.target, self.drafter = self.world.target, self.world.drafter
 
     def words(self):

@@ -43,44 +43,44 @@ WORLDS = [
 MASKED_LATE = "(0 if draw.mask is None else np.where(allowed(draw.mask, len(logits))[kept], 0, -np.inf))"
 BUGS = {
     "noise of one position for all": {
-        "sampler_bugs": [("gumbel(draw.seed, draw.position, kept)", "gumbel(draw.seed, 3, kept)")]
+        "sampler_bugs": ["gumbel(draw.seed, draw.position, kept)", "gumbel(draw.seed, 3, kept)"]
     },
     "temperature after the noise": {
         "world": World(sampling=Sampling(temperature=0.5)),
         "sampler_bugs": [
-            ("tempered = temper(adjusted, draw.temperature)", "tempered = adjusted"),
-            ("gumbel(draw.seed, draw.position, kept)", "gumbel(draw.seed, draw.position, kept) / draw.temperature"),
+            *("tempered = temper(adjusted, draw.temperature)", "tempered = adjusted"),
+            *("gumbel(draw.seed, draw.position, kept)", "gumbel(draw.seed, draw.position, kept) / draw.temperature"),
         ],
     },
     "no temperature": {
         "world": World(sampling=Sampling(temperature=0.8)),
-        "sampler_bugs": [("tempered = temper(adjusted, draw.temperature)", "tempered = adjusted")],
+        "sampler_bugs": ["tempered = temper(adjusted, draw.temperature)", "tempered = adjusted"],
     },
     "mask after thresholds and noise": {
         "world": World(grammar=True, sampling=Sampling(top_k=3)),
         "sampler_bugs": [
-            ("out[~allowed(draw.mask, len(out))] = -np.inf", "pass"),
-            ("gumbel(draw.seed, draw.position, kept)", f"gumbel(draw.seed, draw.position, kept) + {MASKED_LATE}"),
+            *("out[~allowed(draw.mask, len(out))] = -np.inf", "pass"),
+            *("gumbel(draw.seed, draw.position, kept)", f"gumbel(draw.seed, draw.position, kept) + {MASKED_LATE}"),
         ],
     },
     "top-p of logits without penalties": {
         "world": World(sampling=replace(PENALTIES, top_p=0.8)),
-        "sampler_bugs": [("kept = keep(tempered, draw)", "kept = keep(temper(logits, draw.temperature), draw)")],
+        "sampler_bugs": ["kept = keep(tempered, draw)", "kept = keep(temper(logits, draw.temperature), draw)"],
     },
     "position off by one for drafts": {
-        "draw_bugs": [("position=length + len(drafts),", "position=length + max(0, len(drafts) - 1),")]
+        "draw_bugs": ["position=length + len(drafts),", "position=length + max(0, len(drafts) - 1),"]
     },
-    "noise by row": {"draw_bugs": [("position=length + len(drafts),", "position=request.prompt + len(drafts),")]},
+    "noise by row": {"draw_bugs": ["position=length + len(drafts),", "position=request.prompt + len(drafts),"]},
     "drafts do not count for penalties": {
         "world": World(sampling=Sampling(frequency_penalty=0.6)),
-        "draw_bugs": [("if wanted and drafts:", "if not drafts and drafts:")],
+        "draw_bugs": ["if wanted and drafts:", "if not drafts and drafts:"],
     },
     "drafts beyond min_tokens, banned as the first row is": {
         "world": World(limits=STOPS),
-        "draw_bugs": [("banned=banned(request, length + len(drafts)),", "banned=banned(request, length),")],
+        "draw_bugs": ["banned=banned(request, length + len(drafts)),", "banned=banned(request, length),"],
         "room": lambda request: request.limit - request.length - 1,
     },
-    "drafts are not compared": {"verify_bugs": [("not token.finite or token.id != draft", "not token.finite")]},
+    "drafts are not compared": {"verify_bugs": ["not token.finite or token.id != draft", "not token.finite"]},
     "what follows the last draft is lost": {"lost": True},
 }
 TESTS = len(WORLDS)
