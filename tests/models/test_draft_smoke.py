@@ -21,6 +21,7 @@ from structlog.testing import capture_logs
 
 from fwd.demo import MODEL
 from fwd.models.draft import smoke
+from fwd.models.draft.load import load_draft
 from fwd.models.draft.smoke import PROMPT, Trial, notes, trial
 from fwd.models.load import load
 from fwd.models.taps import Taps
@@ -76,6 +77,16 @@ def test_a_model_foresees_all_of_itself(target):
     assert found.places == found.right == 4 * (LENGTH - PROMPT)
     assert found.vocab == 260
     assert 0 < found.frequent <= found.right
+
+
+def test_it_is_the_same_trial_on_kernels():
+    model, draft = loaded("", MODEL, "bfloat16")
+    kernels = load(MODEL, device="host")
+    own = load_draft(draft.spec, kernels, CONTEXT)
+    texts = [smoke._spoken(*each, PROMPT + 3)[0] for each in ((model, draft), (kernels, own))]
+    assert torch.equal(*texts)
+    assert trial(kernels, own, PROMPT + 3) == trial(model, draft, PROMPT + 3)
+    assert notes(kernels, own, CONTEXT) == ()
 
 
 def test_a_short_context_is_not_tried(target, tmp_path):

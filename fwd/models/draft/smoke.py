@@ -49,8 +49,8 @@ def notes(target: Model, draft: DraftModel, context: int) -> tuple[str, ...]:
 
     `context` is the positions that both are loaded for. Takes some tens of passes, and gives its memory back.
     """
-    room = context - draft.spec.block
-    if room < PROMPT + FEW or any(isinstance(layout, State) for layout in target.spec.cache):
+    room, states = context - draft.spec.block, any(isinstance(layout, State) for layout in target.spec.cache)
+    if room < PROMPT + FEW or states or target.ops.name == "host":  # where kernels are examined, too slowly for this
         return ()
     found = trial(target, draft, min(room, PROMPT + _steps(target)))
     if not found.useless:
@@ -99,7 +99,7 @@ def _spoken(target: Model, draft: DraftModel, length: int) -> tuple[Tensor, Tens
     while begin < length - 1:
         end = begin + (AT_ONCE if begin < PROMPT else 1)
         rows = _rows(range(TEXTS), range(begin, end), length, count, ops)
-        hidden = target.forward(texts[:, begin:end].flatten(), rows, cache, taps)
+        hidden = target.forward(_flat(texts, begin, end), rows, cache, taps)
         features[:, begin:end] = buffer[: len(hidden)].view(TEXTS, end - begin, -1)
         if end >= PROMPT:
             texts[:, end] = target.logits(hidden).view(TEXTS, end - begin, -1)[:, -1].argmax(-1)
@@ -114,8 +114,8 @@ def _ids(draft: DraftModel, texts: Tensor, features: Tensor) -> dict[tuple[int, 
     for begin in range(0, length - 1 - shift, AT_ONCE):
         end = min(begin + AT_ONCE, length - 1 - shift)
         rows = _rows(range(TEXTS), range(begin, end), length, count, draft.ops)
-        hidden = draft.fuse(features[:, begin:end].flatten(0, 1)) if draft.spec.taps else None
-        ids = texts[:, begin + shift : end + shift].flatten()
+        hidden = draft.fuse(_flat(features, begin, end)) if draft.spec.taps else None
+        ids = _flat(texts, begin + shift, end + shift)
         found = draft.logits(draft.forward(ids, hidden, rows, cache)).argmax(-1).view(TEXTS, -1).tolist()
         said |= {
             (text, begin + place + 1 + shift): id_ for text, each in enumerate(found) for place, id_ in enumerate(each)
@@ -135,7 +135,7 @@ def _blocks(draft: DraftModel, texts: Tensor, features: Tensor) -> dict[tuple[in
             said |= {(text, place): id_ for place, id_ in enumerate(found, begin + 1) if place < length}
         end = min(begin + AT_ONCE, length - 1)
         rows = _rows(range(TEXTS), range(begin, end), span, count, draft.ops)
-        draft.absorb(texts[:, begin:end].flatten(), draft.fuse(features[:, begin:end].flatten(0, 1)), rows, cache)
+        draft.absorb(_flat(texts, begin, end), draft.fuse(_flat(features, begin, end)), rows, cache)
     return said
 
 
@@ -156,6 +156,11 @@ def _rows(texts: range, places: range, span: int, count: int, ops: Ops) -> Rows:
     tables = torch.arange(TEXTS * pages, dtype=torch.int32, device=ops.device).view(TEXTS, pages)
     cells = Cells(sequences * pages * PAGE + positions, tables)
     return Rows(positions, sequences, torch.full_like(positions, -1), (cells,) * count).padded(ops.row_block)
+
+
+def _flat(of: Tensor, begin: int, end: int) -> Tensor:
+    """What stands at some places of each text [TEXTS, length, …], as the rows of a pass."""
+    return of[:, begin:end].flatten(0, 1).contiguous()
 
 
 def _pages(places: int) -> int:
