@@ -14,8 +14,12 @@ from reach import held_bytes
 from safetensors.torch import load_file, save_file
 
 from fwd.errors import ModelError
+from fwd.kernels.device import DeviceOps
+from fwd.kernels.host import HostLauncher
 from fwd.kernels.reference import Reference
+from fwd.models import load as loading
 from fwd.models.draft import mtp as module
+from fwd.models.draft.load import load_draft
 from fwd.models.load import load
 
 KNOWN, STEPS = 90, 4
@@ -228,6 +232,26 @@ def test_it_takes_what_is_planned(kind, dtype, tmp_path, monkeypatch):
     _, draft = loaded("mtp", tmp_path, dtype)
     own = [draft._layer, draft._projection, draft._enorm, draft._hnorm, draft._norm]
     assert held_bytes(own) == draft.spec.reference.weights
+
+
+def test_a_layer_on_kernels_is_that_of_the_reference(tmp_path, monkeypatch):
+    write("glm4-moe-lite", tmp_path, monkeypatch)
+    right, ops = loading.select, DeviceOps(HostLauncher(optimization=1))
+    monkeypatch.setattr(loading, "select", lambda kind, shape: ops if kind == "host" else right(kind, shape))
+    spec, exact = read("mtp", tmp_path, "bfloat16"), loaded("mtp", tmp_path)[1]
+    target = load(tmp_path, device="host", dtype="bfloat16")
+    draft = load_draft(spec, target, 256)
+    own = [draft._layer, draft._projection, draft._enorm, draft._hnorm, draft._norm]
+    assert held_bytes(own) == spec.kernels.weights
+    ids, features = tokens(20, seed=4), Random(7).matrix(20, 64)
+    found = [
+        logits_of(each, hidden_of(each, ids, features.to(each.dtype), 12, 4, new_cache(each, kv)))
+        for each, kv in ((draft, "bfloat16"), (exact, "float32"))
+    ]
+    errors = sorted(
+        float(1 - 2 * (x * y).sum() / (x.square().sum() + y.square().sum())) for x, y in zip(*found, strict=True)
+    )
+    assert errors[len(errors) * 3 // 4] < 3e-3, errors  # of the others a rounding may have chosen another expert
 
 
 def refusal(wanted, folder):

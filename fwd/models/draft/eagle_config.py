@@ -52,8 +52,6 @@ def read_eagle(folder: Path, config: Mapping[str, Any], files: Mapping[str, Entr
     _refuse(flags)
     body = _body(layer, files, target)
     taps, notes = _taps(config, target)
-    if body.max_context < target.max_context:
-        notes += (f"EAGLE-3: {_CONTEXT} is {body.max_context}: it is used up to the target's {target.max_context}",)
     vocab = flags.integer("draft_vocab_size", 16, target.vocab, target.vocab)
     normed = flags.flag("norm_output")
     reference, kernels = _sizes(body, vocab, len(taps) * target.hidden, files, target, ones=normed * body.hidden)
@@ -70,7 +68,7 @@ def read_eagle(folder: Path, config: Mapping[str, Any], files: Mapping[str, Entr
         rotated=body.head_dim,
         reference=reference,
         kernels=kernels,
-        notes=notes,
+        notes=notes + _short(body, target),
         body=body,
         first=FIRST if any(name.startswith(FIRST) for name in files) else LAYERS.format(0),
         vocab=vocab,
@@ -112,6 +110,13 @@ def _body(layer: Mapping[str, Any], files: Mapping[str, Entry], target: ModelSpe
         qk_norm=any(name.endswith("self_attn.q_norm.weight") for name in files),
         output_bias=any(name.endswith("self_attn.o_proj.bias") for name in files),
     )
+
+
+def _short(body: ModelSpec, target: ModelSpec) -> tuple[str, ...]:
+    """A note where a config names a shorter context than the target has: such heads take the whole of it."""
+    if body.max_context >= target.max_context:
+        return ()
+    return (f"EAGLE-3: {_CONTEXT} is {body.max_context}: it is used up to the target's {target.max_context}",)
 
 
 def _taps(config: Mapping[str, Any], target: ModelSpec) -> tuple[tuple[int, ...], tuple[str, ...]]:
