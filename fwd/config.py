@@ -26,8 +26,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     the pool holds if that is less. `max_queue` bounds what waits for the engine, except for one request alone.
     `threads` 0 is one, and one a core for a model over 64 MiB. `strict` refuses a model of which kernels would not
     take a quantised matrix as it is; `requant` makes the head, or the projections of attention, FP8 where they are
-    plain. `state_dir` holds what outlives the daemon. `keys` is a file with one lower-case SHA-256 of a key a line;
-    `hosts` are Host headers allowed besides the addresses bound.
+    plain. `state_dir` holds what outlives the daemon: the secret of the prefix cache, and in up to `draft_log_bytes`
+    (0: 64 MiB) earlier answers in ids, from which drafts come. `keys` is a file with one lower-case SHA-256 of a key a
+    line; `hosts` are Host headers allowed besides the addresses bound.
     """
 
     model: str = "demo"
@@ -48,6 +49,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     keys: str = ""
     state_dir: str = ""
+    draft_log_bytes: Annotated[int, Meta(ge=0, le=2**40)] = 0
     hosts: tuple[str, ...] = ()
     hang_timeout: Positive = 30.0
     load_timeout: Positive = 120.0

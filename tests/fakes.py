@@ -23,6 +23,8 @@ from fwd.protocol.ids import unpack_ids
 from fwd.protocol.messages import (
     VERSION,
     Cancel,
+    DropDrafts,
+    Dropped,
     Failed,
     Finished,
     Hello,
@@ -36,9 +38,19 @@ from fwd.protocol.messages import (
     Submit,
     ToEngine,
     Tokens,
+    Vocabulary,
     to_engine,
 )
-from fwd.protocol.values import MAX_FRAME, EngineInfo, Limits, Prefilling, Reason, Timing, TopLogprobs
+from fwd.protocol.values import (
+    MAX_FRAME,
+    DrafterCounts,
+    EngineInfo,
+    Limits,
+    Prefilling,
+    Reason,
+    Timing,
+    TopLogprobs,
+)
 
 MASK = 2**64 - 1
 SCORES = 512
@@ -74,7 +86,9 @@ class Script(Struct, forbid_unknown_fields=True):
     A frame carries `per_frame[step]` tokens. A step is made whenever there is work, or with `pace="ping"` one for each
     ping. A prompt is read `chunk` tokens a step, 0: whole in the first one. `cached` is what each answer says about the
     prefix cache, and `memory` the plan. The load waits until the file `hold` exists. A running prompt that holds an id
-    in `poison` kills. `hashes[life]` is the weights' hash.
+    in `poison` kills. `hashes[life]` is the weights' hash. `drafters` are loaded and have done `drafts` in each life;
+    `corpus` tokens are remembered until they are dropped. If it is `careless`, token 5 is another one where there may
+    be drafts, or where there are neighbours.
     """
 
     vocab: int = 4096
@@ -96,6 +110,11 @@ class Script(Struct, forbid_unknown_fields=True):
     faults: tuple[Fault | None, ...] = ()
     always: Fault | None = None
     lives: str = ""
+    drafters: tuple[str, ...] = ()
+    drafts: tuple[DrafterCounts, ...] = ()
+    notes: tuple[str, ...] = ()
+    corpus: int = 0
+    careless: Literal["", "drafts", "neighbours"] = ""
 
 
 def command(script: Script) -> list[str]:
@@ -173,6 +192,7 @@ class Row:
     steps: int = 0
     read: int = 0
     scored: int = 1
+    wrong: bool = False
 
     @classmethod
     def of(cls, script: Script, submit: Submit) -> "Row":
@@ -190,7 +210,8 @@ class Row:
         )
 
     def next(self) -> int:
-        return token(self.script, self.number, len(self.ids), self.submit.limits)
+        drawn = token(self.script, self.number, len(self.ids), self.submit.limits)
+        return drawn ^ 1 if self.wrong and len(self.ids) == 5 else drawn
 
     def end(self) -> Finished | None:
         limits, timing = self.submit.limits, self.timing()
@@ -258,6 +279,8 @@ class FakeEngine:
         self.sent = 0
         self.computed = 0
         self.standing = False
+        self.introduced = False
+        self.corpus = script.corpus
 
     def run(self) -> None:
         self.start()
@@ -308,13 +331,19 @@ class FakeEngine:
             memory=self.script.memory,
             max_seqs=self.load.max_seqs,
             pid=os.getpid(),
+            drafters=self.script.drafters,
+            draft_notes=self.script.notes,
         )
 
     def hear(self, message: ToEngine) -> None:
         match message:
             case Load():
                 self.load = message
+            case Vocabulary():
+                assert not self.introduced, "once is enough"
+                self.introduced = True
             case Submit():
+                assert self.introduced or not message.grammar, "a grammar comes after the vocabulary"
                 self.rows[message.id] = Row.of(self.script, message)
             case Cancel():
                 if row := self.rows.pop(message.id, None):
@@ -323,6 +352,9 @@ class FakeEngine:
                 if self.script.pace == "ping" and not self.standing:
                     self.step()
                 self.channel.send(self.pong(message.seq))
+            case DropDrafts():
+                self.channel.send(Dropped(tokens=self.corpus))
+                self.corpus = 0
             case Hello():
                 assert message.version == VERSION
 
@@ -345,6 +377,8 @@ class FakeEngine:
                 for row in self.running()
                 if row.read < len(row.prompt)
             ],
+            drafters=list(self.script.drafts),
+            corpus_tokens=self.corpus,
         )
 
     def step(self) -> None:
@@ -358,6 +392,7 @@ class FakeEngine:
                 self.suffer("kill" if poisoned or not self.fault else self.fault.kind, row)
                 return
             before, read = len(row.ids), row.read
+            row.wrong = self.wrong(row)
             frames += row.step(min(left, self.script.per_frame[self.steps % len(self.script.per_frame)]))
             self.sent += len(row.ids) - before
             self.computed += len(row.ids) - before + row.read - read
@@ -365,6 +400,14 @@ class FakeEngine:
                 del self.rows[row.submit.id]
         self.steps += bool(rows)
         self.channel.send(*frames)
+
+    def wrong(self, row: Row) -> bool:
+        match self.script.careless:
+            case "drafts":
+                return row.submit.draft.drafter != "off"
+            case "neighbours":
+                return len(self.rows) > 1
+        return False
 
     def suffer(self, kind: str, row: Row) -> None:
         match kind:

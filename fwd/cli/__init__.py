@@ -24,6 +24,7 @@ VERBS = {
     "ps": "admin",
     "cancel": "admin",
     "stop": "admin",
+    "cache": "cache",
     "plan": "plan",
     "eval": "eval",
     "kernels": "kernels",

@@ -6,7 +6,7 @@ from fwd.cli.common import client, emit, progress
 from fwd.cli.options import json_option, uds_option
 from fwd.errors import EngineError, NotFoundError, NotReadyError
 from fwd.protocol.messages import Status
-from fwd.protocol.values import EngineInfo, RequestInfo
+from fwd.protocol.values import DrafterCounts, EngineInfo, RequestInfo
 
 CODES = {"ready": 0, "failed": EngineError.exit_code}
 
@@ -37,7 +37,7 @@ def _rows(found: Status) -> list[tuple[str, str]]:
         ("queue", f"{found.queue_tokens} of at most {found.queue_limit} tokens wait"),
         ("pages", f"{found.pages_free} of {found.pages_total} free, {found.pages_cached} hold the prefix cache"),
     ]
-    return [*rows, *_engine_rows(found.engine, found.host_us)] if found.engine else rows
+    return [*rows, *_engine_rows(found.engine, found.host_us), *_draft_rows(found)] if found.engine else rows
 
 
 def _engine_rows(engine: EngineInfo, host_us: float) -> list[tuple[str, str]]:
@@ -49,8 +49,27 @@ def _engine_rows(engine: EngineInfo, host_us: float) -> list[tuple[str, str]]:
         ("weights", f"{engine.architecture}, {size}, {engine.weights_hash}"),
         *([("memory", _memory(engine))] if engine.memory else []),
         *(("fallback", line) for line in engine.fallbacks),
-        *([("drafters", _kept(engine))] if engine.kept else []),
+        *([("left", _kept(engine))] if engine.kept else []),
     ]
+
+
+def _draft_rows(found: Status) -> list[tuple[str, str]]:
+    """Which drafters there are, what each has done since the daemon's start, and what there is to say of them."""
+    assert found.engine
+    engine, counts = found.engine, [each for each in found.drafters if each.drafted]
+    named = f"{', '.join(engine.drafters) or 'none'}{engine.draft_hash and f', weights {engine.draft_hash}'}"
+    return [
+        ("drafters", named),
+        *(("drafted", drafted(each)) for each in counts),
+        *([("corpus", f"{found.corpus_tokens} tokens of earlier answers")] if found.corpus_tokens else []),
+        *(("note", line) for line in engine.draft_notes),
+    ]
+
+
+def drafted(counts: DrafterCounts) -> str:
+    """How often the drafts of one drafter held, and what they cost."""
+    share, cost = counts.accepted / counts.drafted, counts.ms * 1e3 / max(1, counts.drafts)
+    return f"{counts.name}: {share:.0%} of {counts.drafted} tokens held, {cost:.0f} µs a draft"
 
 
 def _steps(launches: str, host_us: float) -> str:
@@ -58,8 +77,8 @@ def _steps(launches: str, host_us: float) -> str:
 
 
 def _kept(engine: EngineInfo) -> str:
-    """What the files hold for drafters, which is not loaded."""
-    return ", ".join(f"{prefix}* {size / 1e6:.1f} MB" for prefix, size in engine.kept.items()) + ", left in the files"
+    """What the files hold for drafters and is not loaded."""
+    return ", ".join(f"{prefix}* {size / 1e6:.1f} MB" for prefix, size in engine.kept.items()) + " in the files"
 
 
 def _memory(engine: EngineInfo) -> str:
@@ -78,9 +97,9 @@ def ps(uds: str | None, as_json: bool) -> None:
     if as_json:
         emit({"requests": found})
         return
-    click.echo(f"{'ID':>6}  {'STATE':<12} {'PROMPT':>7} {'OUTPUT':>7} {'AGE':>8}  PRIORITY")
+    click.echo(f"{'ID':>6}  {'STATE':<12} {'PROMPT':>7} {'OUTPUT':>7} {'A STEP':>7} {'AGE':>8}  PRIORITY")
     for row in found:
-        tokens = f"{row.prompt_tokens:>7} {row.output_tokens:>7}"
+        tokens = f"{row.prompt_tokens:>7} {row.output_tokens:>7} {row.output_tokens / max(1, row.commits):>7.2f}"
         click.echo(f"{row.id:>6}  {_state(row):<12} {tokens} {row.age_s:>7.1f}s  {row.priority}")
 
 

@@ -58,5 +58,6 @@ def _summary(answer: Answer, found: Status) -> str:
 def _acceptance(timing: Timing) -> str:
     drafted, accepted = sum(timing.drafted.values()), sum(timing.accepted.values())
     if not drafted:
-        return "acceptance: none, speculation is off: this build has no drafters"
-    return f"acceptance: {accepted / drafted:.0%} of {drafted} drafted tokens"
+        return "acceptance: nothing was drafted"
+    length = 1 + accepted / timing.steps
+    return f"acceptance: {accepted / drafted:.0%} of {drafted} drafted tokens, {length:.2f} tokens a step"

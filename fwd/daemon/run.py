@@ -20,6 +20,7 @@ from fwd.front.service import Service
 from fwd.front.supervisor import Supervisor
 from fwd.log import configure
 from fwd.protocol.messages import Load
+from fwd.text.files import text_hash
 
 
 class Stops(Protocol):
@@ -154,4 +155,6 @@ def _load_message(config: Config) -> Load:
         log_level=config.log_level,
         strict=config.strict,
         requant=config.requant,
+        text_hash=text_hash(config.folder),
+        corpus_bytes=config.draft_log_bytes,
     )

@@ -1,5 +1,6 @@
 """Reading the JSON files of a model folder."""
 
+import hashlib
 import stat
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import msgspec
 
 from fwd.errors import ModelError
+
+TEXT = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 
 
 def read_text(path: Path) -> str:
@@ -35,6 +38,18 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_optional_json(path: Path) -> dict[str, Any]:
     """As `read_json`; an empty object where the file does not exist."""
     return read_json(path) if path.exists() else {}
+
+
+def text_hash(folder: Path) -> str:
+    """A hash of what makes ids of text and text of chats; a file that cannot be read counts as if it were not there."""
+    found = hashlib.sha256()
+    for path in (folder / name for name in TEXT):
+        try:
+            content = path.read_bytes() if path.is_file() else b""
+        except OSError:  # whoever needs it says so
+            content = b""
+        found.update(b"%d\n%b" % (len(content), content))
+    return found.hexdigest()[:16]
 
 
 def token_content(value: Any) -> str | None:

@@ -9,7 +9,7 @@ from apiserver import NAME, script, serving, until
 
 from fwd.api.exposition import Histogram, family
 from fwd.protocol.messages import Pong
-from fwd.protocol.values import Timing
+from fwd.protocol.values import DrafterCounts, Timing
 
 COMPLETE = "/v1/completions"
 LINE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)\{((?:[a-z_]+="[^"]*",?)*)\} (\S+)')
@@ -129,6 +129,40 @@ def test_deaths_and_errors_are_counted(folder, run, tmp_path):
             assert found["fwd_stream_resumes_total", ""] == 2
             await server.post(COMPLETE, request(prompt=[20]))
             assert (await scrape(server))["fwd_request_errors_total", 'code="poisoned"'] == 1
+
+    run(scenario())
+
+
+def test_what_drafters_did_is_counted_through_the_death_of_an_engine(folder, run, tmp_path):
+    suffix = DrafterCounts("suffix", drafts=10, drafted=40, accepted=12, places=[9, 3], ms=250.0, saved=12)
+    model = DrafterCounts("model", drafts=2, drafted=6, accepted=5, places=[2, 2, 1], ms=1000.0, saved=5)
+    fault = fakes.Fault("kill", after=400)
+
+    async def scenario():
+        engine = script(
+            drafters=("suffix", "model"), drafts=(suffix, model), corpus=77, pace="ping", faults=(fault,),
+            lives=str(tmp_path / "lives"),
+        )  # fmt: skip
+        async with serving(folder, engine, ping_interval=0.002) as server:
+            for life in (1, 2):
+                await server.post(COMPLETE, request(max_tokens=300))
+                await until(lambda: server.keeper.pong.drafters)
+                found = await scrape(server)
+                assert server.keeper.restarts == ({} if life == 1 else {"signal SIGKILL": 1})
+                assert found["fwd_draft_proposals_total", 'drafter="suffix"'] == 10 * life
+                assert found["fwd_draft_tokens_total", 'drafter="model"'] == 6 * life
+                assert found["fwd_draft_accepted_tokens_total", 'drafter="suffix"'] == 12 * life
+                assert found["fwd_draft_seconds_total", 'drafter="model"'] == life
+                assert found["fwd_draft_accepted_tokens_per_position_total", 'drafter="model",position="2"'] == life
+                assert found["fwd_draft_corpus_tokens", ""] == 77
+                assert found["vllm:spec_decode_num_drafts_total", ""] == 12 * life
+                assert found["vllm:spec_decode_num_draft_tokens_total", ""] == 46 * life
+                assert found["vllm:spec_decode_num_accepted_tokens_total", ""] == 17 * life
+                places = [
+                    found["vllm:spec_decode_num_accepted_tokens_per_pos_total", f'position="{place}"']
+                    for place in range(15)
+                ]
+                assert places == [11 * life, 5 * life, life, *[0] * 12]
 
     run(scenario())
 

@@ -9,6 +9,7 @@ from fakes import Fault, Script
 from launch import launch
 
 from fwd.cli.demo import PROMPT
+from fwd.protocol.values import Timing
 
 
 def play(engine, *arguments):
@@ -23,8 +24,14 @@ def test_it_streams_and_says_how_fast(tmp_path):
     assert "20 tokens" in speed
     assert "tokens/s, first token after" in speed
     assert "float32 on cpu (fake)" in engine
-    assert "no drafters" in acceptance
+    assert acceptance == "acceptance: nothing was drafted"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_it_says_how_much_was_drafted():
+    told = Timing(drafted={"suffix": 10, "model": 10}, accepted={"suffix": 2, "model": 8})
+    done = play(Script(cached=told), "--max-tokens", "20")
+    assert done.stdout.splitlines()[-1] == "acceptance: 50% of 20 drafted tokens, 1.50 tokens a step"
 
 
 def test_json():

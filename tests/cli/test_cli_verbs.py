@@ -13,12 +13,12 @@ from fakes import expected
 from launch import daemon, launch
 
 from fwd.cli import VERBS, main
-from fwd.cli.admin import _engine_rows, _state
+from fwd.cli.admin import _draft_rows, _engine_rows, _state
 from fwd.cli.common import require_hope
 from fwd.errors import FwdError
 from fwd.protocol.client import GONE, Client
 from fwd.protocol.messages import Finished
-from fwd.protocol.values import EngineInfo, RequestInfo
+from fwd.protocol.values import DrafterCounts, EngineInfo, RequestInfo
 
 
 def oracle(prompt, seed, tokens):
@@ -132,7 +132,7 @@ def test_ps_shows_how_far_a_prompt_is(fwd, folder):
             pass
         assert 0 <= row.prefilled < row.prompt_tokens == 250
         shown = fwd("ps", "--uds", running.uds).stdout.splitlines()[1]
-        assert re.search(r" prefill +\d+% +250 +0 ", shown)
+        assert re.search(r" prefill +\d+% +250 +0 +0.00 ", shown)
         events.close()
 
 
@@ -253,8 +253,23 @@ def test_serve_imports_little_before_it_listens():
 
 def test_status_says_what_was_left_for_drafters():
     rows = dict(_engine_rows(EngineInfo(kept={"model.layers.47.": 1_283_000_000}), 0.0))
-    assert rows["drafters"] == "model.layers.47.* 1283.0 MB, left in the files"
-    assert "drafters" not in dict(_engine_rows(EngineInfo(), 0.0))
+    assert rows["left"] == "model.layers.47.* 1283.0 MB in the files"
+    assert "left" not in dict(_engine_rows(EngineInfo(), 0.0))
+
+
+def test_status_says_what_drafters_do(shared):
+    with Client(shared.uds) as client:
+        status = client.status()
+    assert _draft_rows(status) == [("drafters", "none")]
+    engine = EngineInfo(drafters=("suffix", "model"), draft_hash="abc", draft_notes=("one", "two"))
+    drafters = [DrafterCounts("suffix", 10, 40, 10, [10], 1.0, 10), DrafterCounts("model")]
+    assert _draft_rows(msgspec.structs.replace(status, engine=engine, drafters=drafters, corpus_tokens=9)) == [
+        ("drafters", "suffix, model, weights abc"),
+        ("drafted", "suffix: 25% of 40 tokens held, 100 µs a draft"),
+        ("corpus", "9 tokens of earlier answers"),
+        ("note", "one"),
+        ("note", "two"),
+    ]
 
 
 def test_status_names_what_no_kernel_takes():
