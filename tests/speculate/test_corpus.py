@@ -258,7 +258,8 @@ def test_a_full_disk_ends_the_log_and_not_the_serving(tmp_path, said, monkeypatc
     corpus.record(OUTPUTS[2])
     assert [event["event"] for event in said] == ["corpus_not_kept"]
     assert corpus.tokens == sum(map(len, OUTPUTS))
-    assert opened(tmp_path).read() == OUTPUTS[:1]  # and no half of the one after it
+    assert corpus._log.path.stat().st_size == HEADER.size + len(packed(OUTPUTS[0]))  # and no half of the next
+    assert opened(tmp_path).read() == OUTPUTS[:1]
 
 
 def test_drop_forgets_memory_and_all_logs(tmp_path):
@@ -305,10 +306,12 @@ def test_memory_has_the_same_bound_and_drops_the_older_half():
     corpus, said = Corpus(limit=4000), []
     for number in range(500):
         said += [number] * 7
+        before = corpus.tokens
         corpus.record(array("i", [number] * 7))
         kept = [token for grams in reversed(corpus.texts) for token in grams.text]
         assert corpus.tokens == len(kept) <= 1000
         assert kept == said[-len(kept) :]
+        assert corpus.tokens > before or corpus.tokens <= 500
         assert len(said) < 1000 or len(kept) > 1000 // 2 - 1000 // 8
     corpus.record(array("i", range(10_000)))
     assert corpus.tokens <= 1000

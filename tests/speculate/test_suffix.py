@@ -131,6 +131,27 @@ def test_of_equal_places_the_nearest_to_the_last_draft_goes_first():
     assert guess(suffix, made).ids == tuple(file[22:37])
 
 
+def test_where_the_last_draft_goes_on_counts_more_than_equal_places():
+    file = [item for number in range(100, 140) for item in (number, 7, 8)]
+    suffix, made = Suffix(), request(1, [*file, 9])
+    made.append(file[:30])
+    assert guess(suffix, made).ids == tuple(file[30:45])
+    made.append([999, 7, 8])  # in place of file[30]
+    assert guess(suffix, made).ids == tuple(file[33:48])
+
+
+def test_a_long_change_leaves_the_place_beside_it():
+    """Also through steps in which nothing is proposed."""
+    file = [item for number in range(100, 140) for item in (number, 7)]
+    suffix, made = Suffix(), request(1, [*file, 9])
+    made.append(file[:20])
+    for token in range(900, 900 + PATIENCE + 6):
+        assert guess(suffix, made).ids == () or token < 901 + PATIENCE
+        made.append([token])
+    made.append([7])
+    assert guess(suffix, made).ids[:1] == (file[20 + PATIENCE + 8],)
+
+
 def test_the_most_frequent_continuation_wins_and_of_equals_the_latest():
     def next_after(*texts):
         return guess(Suffix(), request(1, [*apart(texts), 3, 4, 5]), 2)

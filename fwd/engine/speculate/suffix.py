@@ -112,7 +112,7 @@ class _Reader:
         if self._length == self._prompt:  # what stands before the answer says nothing of its likely text
             return Match(0, [last]), True
         found = longest(texts, corpus, self._ids, self._length)
-        if last in found.places:
+        if found.places and common(last.grams.text, last.at, self._ids, self._length, 0) >= found.length:
             return Match(found.length, [last]), True
         if found.length <= 1 and (near := _near(last, self._ids)).length >= max(1, found.length):
             return near, False
