@@ -8,6 +8,7 @@ from pathlib import Path
 
 import structlog
 import torch
+from msgspec.structs import replace
 
 from fwd import __version__
 from fwd.engine.device import Device, cpu, gpu, host
@@ -19,6 +20,10 @@ from fwd.engine.memory import available, blocks_apart
 from fwd.engine.plan import Plan, plan
 from fwd.engine.runner import ModelRunner
 from fwd.engine.space import Space
+from fwd.engine.speculate.corpus import corpus_of
+from fwd.engine.speculate.forced import Forced
+from fwd.engine.speculate.speculator import JointSpeculator
+from fwd.engine.speculate.suffix import Suffix
 from fwd.engine.work import Runner
 from fwd.errors import ConfigError, KernelError, ModelError
 from fwd.kernels.cuda import CudaLauncher, Facts, probe
@@ -65,9 +70,18 @@ def start(
     for line in _fallbacks(planned.device, planned.spec):
         log.warning("weights_rounded", reason=line)
     space = Space(planned.groups, planned.units, planned.page_size, chunk=planned.chunk, key=key, nodes=planned.nodes)
-    grammars = Grammars(planned.spec.vocab)
-    loop = Loop(channel, runner, space, max_seqs=planned.max_seqs, chunk=planned.chunk, grammars=grammars)
-    return loop, _info(planned, model, threads, (time.monotonic() - started) * 1e3)
+    speculator = speculator_of(load, model, runner)
+    loop = Loop(
+        channel,
+        runner,
+        space,
+        max_seqs=planned.max_seqs,
+        chunk=planned.chunk,
+        speculator=speculator,
+        grammars=Grammars(planned.spec.vocab),
+    )
+    info = _info(planned, model, threads, (time.monotonic() - started) * 1e3)
+    return loop, replace(info, drafters=speculator.names)
 
 
 @contextlib.contextmanager
@@ -88,6 +102,12 @@ def runner_of(model: Model, planned: Plan) -> Runner:
     if isinstance(model.ops, DeviceOps):
         return DeviceRunner(model, model.ops, planned)
     return ModelRunner(model, planned)
+
+
+def speculator_of(load: Load, model: Model, runner: Runner) -> JointSpeculator:
+    """Who drafts: the texts of requests and of earlier answers, and grammars."""
+    corpus = corpus_of(load.state_dir, model.weights_hash, load.text_hash, load.corpus_bytes)
+    return JointSpeculator([Suffix(corpus), Forced()], ahead=runner.ahead, corpus=corpus)
 
 
 def plan_load(load: Load, facts: Facts) -> Plan:

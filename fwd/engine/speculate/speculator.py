@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, get_args
 
 from fwd.engine.request import Request
 from fwd.engine.scheduler import MAX_ROWS
@@ -12,6 +12,7 @@ from fwd.engine.speculate.drafter import NOTHING, Drafter, Proposal, Wish
 from fwd.engine.speculate.estimates import Estimates
 from fwd.engine.speculate.tally import Tally
 from fwd.engine.speculate.trials import Trial, Trials
+from fwd.protocol.values import Drafter as DrafterName
 from fwd.protocol.values import DrafterCounts
 
 MOST = MAX_ROWS - 1  # drafts of a step
@@ -60,7 +61,7 @@ class JointSpeculator:
 
     A request that names a drafter is drafted for by that one alone; if it says how much as well, by so much wherever
     there is as much. `ahead`: the runner need not wait for a step to be read unless there are drafts. `clock` gives
-    seconds.
+    seconds. `names` are those that a request may name.
     """
 
     def __init__(
@@ -72,15 +73,15 @@ class JointSpeculator:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._drafters, self._ahead, self._corpus, self._clock = drafters, ahead, corpus, clock
+        self.names = tuple(drafter.name for drafter in drafters if drafter.name in get_args(DrafterName))
         self._free = [drafter for drafter in drafters if drafter.free]
         self._costly = next((drafter for drafter in drafters if not drafter.free), None)
         assert len(drafters) - len(self._free) <= 1
-        self._names = {drafter.name for drafter in drafters}
         self._estimates = Estimates({self._costly.name: COSTLY} if self._costly else {}, FREE)
         self._steps, self._drafting, self._gap = Costs(), Costs(unknown=0.0), Window()
         self._looks: dict[int, Look] = {}
         self._silent: dict[int, int] = {}  # where the costly drafter is asked again that had nothing to say
-        self._tallies = {name: Tally() for name in self._names}
+        self._tallies = {drafter.name: Tally() for drafter in drafters}
         self._trials = Trials()
         self._step = _Step()
         self._case: object = None  # that was decided last
@@ -158,7 +159,7 @@ class JointSpeculator:
     def _exact(self, request: Request) -> int:
         """How many drafts the request wants in each step, 0 where that is for the controller to say."""
         draft = request.submit.draft
-        return min(max(0, draft.max_draft), MOST) if draft.drafter in self._names else 0
+        return min(max(0, draft.max_draft), MOST) if draft.drafter in self.names else 0
 
     def _look(self, request: Request) -> Look:
         look = self._looks.get(request.id)
