@@ -49,7 +49,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     keys: str = ""
     state_dir: str = ""
-    draft_log_bytes: Annotated[int, Meta(ge=0, le=2**40)] = 0
+    draft_log_bytes: Annotated[int, Meta(ge=0, le=2**30)] = 0
     hosts: tuple[str, ...] = ()
     hang_timeout: Positive = 30.0
     load_timeout: Positive = 120.0

@@ -320,12 +320,12 @@ def test_memory_has_the_same_bound_and_drops_the_older_half():
 
 def test_at_a_start_the_latest_is_known_at_once_and_the_rest_bit_by_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "START", 100)
-    monkeypatch.setattr(module, "SEGMENT", 64)
-    first = corpus_of(str(tmp_path), "weights", "text", LIMIT)
+    limit = 4 * 8 * 64  # segments of 64 ids
+    first = corpus_of(str(tmp_path), "weights", "text", limit)
     for number in range(30):
         first.record(array("i", range(10 * number, 10 * number + 10)))
     first._log.close()
-    corpus = corpus_of(str(tmp_path), "weights", "text", LIMIT)
+    corpus = corpus_of(str(tmp_path), "weights", "text", limit)
     assert corpus.tokens == 300
     assert [grams.size for grams in corpus.texts] == [60, 40, 0, 0, 0]
     corpus.take(30)

@@ -17,7 +17,7 @@ ORDERS = (1, 3, 8)
 REACH = 32  # longer matches count as this
 TRIES = 16  # places that are found at most, and looked at in each text for each order
 BULK = 32  # ids from which on arrays are faster than a loop
-SLOTS = 1 << 21
+SLOTS = 1 << 24
 FACTOR = 0x9E3779B1  # odd, near 2³² divided by the golden ratio
 _, P1, P2, P3, P4, P5, P6, P7 = POWERS = [pow(FACTOR, power, 1 << 32) for power in range(8)]
 MASK = 0xFFFFFFFF
