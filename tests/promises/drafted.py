@@ -5,207 +5,24 @@ What drafts must not change is what an engine without any says to each request a
 
 import random
 from array import array
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 
-import checkpoints
 import torch
-from guesser import Knowing
+from guesser import NATURES, Knowing
+from inprocess import PAGE, Answer, Engine, Loaded, alone
 from msgspec.structs import replace
 
-from fwd.engine.device import cpu, host
-from fwd.engine.loop import Loop
-from fwd.engine.plan import Plan, plan
-from fwd.engine.space import Space
-from fwd.engine.start import runner_of
-from fwd.models.load import load
-from fwd.models.model import Model
+from fwd.engine.speculate.forced import Forced
+from fwd.engine.speculate.speculator import JointSpeculator
+from fwd.engine.speculate.suffix import Suffix
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Cancel, Failed, Finished, Submit, Tokens
-from fwd.protocol.values import Limits, Sampling
+from fwd.protocol.messages import Cancel, Failed, Finished
+from fwd.protocol.values import Draft
 
-CONTEXT = 256
-PAGE = 16
-BEYOND = 15  # ids that are known to come after the end of an answer
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model and the plan of its engine."""
-
-    model: Model
-    plan: Plan
-
-    @classmethod
-    def of(cls, folder, device="cpu", dtype="float32", kv="auto"):
-        model = load(folder, device=device, dtype=dtype, context=CONTEXT)
-        machine = {"cpu": cpu, "host": host}[device](1 << 34)
-        return cls(model, plan(model.spec, machine, context=CONTEXT, max_seqs=16, kv_dtype=kv))
-
-
-class Engine:
-    """A loop without a peer; what it says is in `messages` once it is flushed, and lost where it dies before."""
-
-    def __init__(self, loaded, seqs=16, pages=0, speculator=None):
-        sized = loaded.plan
-        units = (pages or sized.units[0], *sized.units[1:])
-        self.runner = runner_of(loaded.model, sized)
-        self.space = Space(sized.groups, units, sized.page_size, chunk=sized.chunk, key=b"key")
-        self.loop = Loop(self, self.runner, self.space, max_seqs=seqs, chunk=sized.chunk, speculator=speculator)
-        self.messages = []
-
-    def send(self, *messages):
-        self.messages += messages
-
-    def handle(self, *messages):
-        for message in messages:
-            self.loop._handle(message)
-        self.loop._flush()
-
-    def step(self):
-        if self.loop.busy:
-            self.loop._step()
-        self.loop._flush()
-
-    def take(self):
-        said, self.messages = self.messages, []
-        return said
-
-    def cells(self, request, group, first):
-        """The bytes of the committed cells from position `first` on: uint8 [positions, bytes of all layers]."""
-        positions = torch.arange(first, request.computed)
-        pages = torch.tensor(request.tables[group].pages, dtype=torch.int64)[positions // PAGE]
-        assert (pages >= 0).all()
-        parts = []
-        for kv in self.runner._cache.layers:
-            if kv.group == group:
-                tensors = (getattr(kv, name) for name in kv.__slots__)
-                parts += [
-                    tensor[pages * PAGE + positions % PAGE].flatten(1).view(torch.uint8)
-                    for tensor in tensors
-                    if isinstance(tensor, torch.Tensor)
-                ]
-        return torch.cat(parts, dim=1)
-
-    def visible(self, request, group):
-        """The first position that the next row of a request sees."""
-        window = self.space.groups[group].window
-        return max(0, request.computed - window + 1) if window else 0
-
-    @property
-    def placed(self):
-        return [request for request in self.loop._requests.values() if request.placed and not request.leader]
-
-
-def requests(rng, count, vocab=checkpoints.VOCAB, tokens=32):
-    """Requests of every kind of sampling and of every way of ending; some share a prompt, some end with the context."""
-    made, texts = [], [[]]
-    for number in range(1, count + 1):
-        sampling = Sampling(
-            temperature=rng.choice([0.0, 0.6, 1.0, 1.0, 1.5, 2.0]),
-            top_k=rng.choice([0, 0, 5, 40]),
-            top_p=rng.choice([1.0, 1.0, 0.9, 0.5]),
-            min_p=rng.choice([0.0, 0.0, 0.05]),
-            repetition_penalty=rng.choice([1.0, 1.0, 1.3, 0.8]),
-            presence_penalty=rng.choice([0.0, 0.0, 0.7, -0.5]),
-            frequency_penalty=rng.choice([0.0, 0.0, 0.4]),
-            logit_bias=rng.choice([{}, {}, {3: 4.0, 9: -100.0}]),
-            logprobs=rng.choice([-1, 0, 0, 5]),
-        )
-        start = rng.choice(texts)[: rng.randrange(120)]
-        prompt = start + [rng.randrange(vocab) for _ in range(rng.choice([1, 15, 16, 17, 63, rng.randrange(2, 80)]))]
-        longest = CONTEXT - len(prompt)
-        if rng.random() < 0.15:
-            prompt += [rng.randrange(vocab) for _ in range(longest - tokens)]
-            longest = tokens
-        texts.append(prompt)
-        limits = Limits(
-            max_tokens=min(longest, rng.choice([1, 2, tokens, tokens, rng.randrange(3, tokens)])),
-            min_tokens=rng.choice([0, 0, 7, tokens - 3]),
-            stop_ids=tuple(rng.sample(range(vocab), rng.choice([0, 1, 25, 60]))),
-        )
-        made.append(
-            Submit(
-                id=number,
-                prompt=pack_ids(prompt),
-                sampling=sampling,
-                limits=limits,
-                seed=rng.randrange(-(2**63), 2**63),
-                choice=rng.randrange(3),
-                cache=rng.random() < 0.8,
-                priority=rng.choice(["interactive", "interactive", "background"]),
-            )
-        )
-    return made
-
-
-@dataclass
-class Answer:
-    """What a request is told: ids with all that stands beside them, how it ended; `cells` by group and position."""
-
-    told: list = field(default_factory=list)
-    end: object = None
-    cells: dict = field(default_factory=lambda: defaultdict(dict))
-    coming: list = field(default_factory=list)  # what drafts may foresee: all ids, also after the end
-
-    @property
-    def ids(self):
-        return [token[0] for token in self.told]
-
-    def read(self, message):
-        match message:
-            case Tokens():
-                assert message.start == len(self.told)
-                count = len(message.ids)
-                columns = message.logprobs or [None] * count, message.top or [None] * count
-                self.told += zip(message.ids, *columns, strict=True)
-            case Finished():
-                self.end = (message.reason, message.stop_id)
-            case Failed():
-                self.end = (message.code, message.message)
-
-
-def alone(loaded, request):
-    """What a request is told by an engine that has nothing else to do and never drafts; the cells it leaves."""
-    engine, answer = Engine(loaded, seqs=1), Answer()
-    drop = engine.loop._drop
-
-    def noted(one):
-        _note(engine, one, answer.cells)
-        drop(one)
-
-    engine.loop._drop = noted
-    engine.handle(replace(request, cache=False))
-    while engine.loop.busy:
-        engine.step()
-        for message in engine.take():
-            answer.read(message)
-        for one in engine.placed:
-            _note(engine, one, answer.cells)
-    answer.coming = answer.ids
-    if answer.end[0] == "stop":
-        answer.coming = _continued(loaded, request, answer.ids)
-    return answer
-
-
-def _note(engine, request, cells):
-    for group in range(len(request.tables)):
-        known = cells[group]
-        first = max(known, default=-1) + 1
-        known |= zip(range(first, request.computed), engine.cells(request, group, first), strict=True)
-
-
-def _continued(loaded, request, ids):
-    """The answer of a request and what would follow its end, as right drafts would have it."""
-    left = request.limits.max_tokens - len(ids)
-    limits = Limits(max_tokens=len(ids) + min(BEYOND, left))
-    engine, found = Engine(loaded, seqs=1), list(ids)
-    engine.handle(replace(request, emitted=pack_ids(ids), limits=limits, cache=False))
-    while engine.loop.busy:
-        engine.step()
-    for message in engine.take():
-        found += message.ids if isinstance(message, Tokens) else []
-    return found
+SEED = 20270107
+OWN = "own"  # what serves
+DRAFTERS = (*NATURES, OWN)
 
 
 @dataclass
@@ -227,26 +44,38 @@ class Life:
     def __post_init__(self):
         self.told = {request.id: Answer() for request in self.requests}
         self.open = {}
-        self.steps = 0
+        self.steps = self.died = 0
         self.rounds = Counter()  # drafts and how many of them held
         self.looked = Counter()  # cells by group
         self.start()
 
     def start(self):
-        coming = {number: answer.coming for number, answer in self.answers.items()}
-        vocab = self.loaded.model.spec.vocab
-        self.guesser = Knowing(self.rng, self.nature, coming, self.most, PAGE, vocab) if self.nature else None
-        self.engine = Engine(self.loaded, self.seqs, self.pages, self.guesser)
+        self.engine = Engine(self.loaded, self.seqs, self.pages, self.speculator)
+
+    def speculator(self, runner):
+        """Who drafts for an engine; what became of it goes into `rounds`."""
+        if self.nature == OWN:
+            made = JointSpeculator([Suffix(None), Forced()], ahead=runner.ahead)
+        else:
+            coming = {number: answer.coming for number, answer in self.answers.items()}
+            made = Knowing(self.rng, self.nature, coming, self.most, PAGE, self.loaded.model.spec.vocab)
+        settle = made.settle
+
+        def settled(request, proposal, count):
+            self.rounds[len(proposal.ids), count - 1] += 1
+            settle(request, proposal, count)
+
+        made.settle = settled
+        return made
 
     def live(self):
         waiting = self.rng.sample(self.requests, len(self.requests))
-        events = len(waiting) + self.deaths + self.cancels
         happen = ["die"] * self.deaths + ["cancel"] * self.cancels
         self.rng.shuffle(happen)
         while waiting or self.open:
             if waiting and (not self.open or self.rng.random() < 0.3):
                 self.submit(waiting.pop())
-            if happen and self.open and self.rng.random() < events / 300:
+            if happen and self.open and self.rng.random() < 0.15:
                 getattr(self, happen.pop())()
             self.step()
         while self.engine.loop.busy:
@@ -255,6 +84,12 @@ class Life:
         return self
 
     def submit(self, request):
+        if self.nature == OWN:
+            likely = list(self.answers[request.id].coming)
+            likely[len(likely) // 2 : len(likely) // 2 + 1] = [7, 8]
+            request = replace(
+                request, prediction=pack_ids(likely), draft=Draft("auto", self.rng.choice([-1, self.most]))
+            )
         self.open[request.id] = request
         self.engine.handle(request)
 
@@ -287,7 +122,7 @@ class Life:
 
     def die(self):
         """Perhaps with ids that nobody was told; another engine is given what is open, with what was told of it."""
-        self.note_rounds()
+        self.died += 1
         if self.rng.random() < 0.5:
             self.engine.loop._step()
         self.start()
@@ -299,12 +134,7 @@ class Life:
         self.engine.handle(Cancel(id=self.rng.choice([*self.open])))
         self.read()
 
-    def note_rounds(self):
-        if self.guesser:
-            self.rounds.update((len(proposal.ids), count - 1) for _, proposal, count in self.guesser.settled)
-
     def finish(self):
-        self.note_rounds()
         for number, told in self.told.items():
             wanted = self.answers[number]
             if told.end[0] == "cancelled":
@@ -319,3 +149,28 @@ class Life:
             drafted, accepted = (sum(counts.values()) for counts in (message.timing.drafted, message.timing.accepted))
             assert 0 <= accepted <= drafted
             assert self.nature != "liar" or accepted == 0
+
+
+def lives(loaded, asked, rng, count, looks=1.0):
+    """Lives with up to 1 … 15 drafts a step by all drafters: their rounds, cells looked at, and deaths."""
+    answers = {request.id: alone(loaded, request) for request in asked}
+    rounds, looked, died = Counter(), Counter(), 0
+    most = rng.sample(range(1, 16), 15)
+    for number in range(count):
+        life = Life(
+            loaded,
+            asked,
+            answers,
+            rng,
+            DRAFTERS[number % len(DRAFTERS)],
+            most=most[number % 15],
+            seqs=rng.choice([1, 2, 5, 16]),
+            pages=rng.choice([0, 17, 24]),
+            deaths=rng.choice([0, 1, 3]),
+            cancels=rng.choice([0, 0, 1]),
+            looks=looks,
+        ).live()
+        rounds += life.rounds
+        looked += life.looked
+        died += life.died
+    return rounds, looked, died
