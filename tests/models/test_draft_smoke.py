@@ -83,8 +83,6 @@ def test_it_is_the_same_trial_on_kernels():
     model, draft = loaded("", MODEL, "bfloat16")
     kernels = load(MODEL, device="host")
     own = load_draft(draft.spec, kernels, CONTEXT)
-    texts = [smoke._spoken(*each, PROMPT + 3)[0] for each in ((model, draft), (kernels, own))]
-    assert torch.equal(*texts)
     assert trial(kernels, own, PROMPT + 3) == trial(model, draft, PROMPT + 3)
     assert notes(kernels, own, CONTEXT) == ()
 
