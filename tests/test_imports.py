@@ -32,10 +32,14 @@ ROOMS = {
 LAZY = {"cli": {"engine", "models", "kernels"}}
 FRONT = {"cli", "daemon", "api", "front", "text", "protocol", "config", "errors", "log", "fwd"}
 DEVICE = {"torch", "cupy", "triton", "cuda"}
-NO_TORCH = {f"engine/{name}" for name in ("request", "scheduler", "pages", "prefix", "plan", "ceilings", "workspaces")}
+NO_TORCH = {
+    f"engine/{name}"
+    for name in ("request", "scheduler", "pages", "prefix", "plan", "ceilings", "drafting", "workspaces")
+}
 NO_TORCH |= {f"engine/speculate/{name}" for name in ("drafter", "items", "verify")}
-NO_TORCH |= {"models/draft/spec"}
-NO_TORCH |= {f"engine/speculate/{name}" for name in ("costs", "estimates", "controller", "trials", "tally", "speculator")}
+NO_TORCH |= {
+    f"engine/speculate/{name}" for name in ("costs", "estimates", "controller", "trials", "tally", "speculator")
+}
 NO_TORCH |= {"engine/reports"}
 NO_TORCH |= {f"engine/speculate/{name}" for name in ("grams", "suffix", "corpus", "draft_log")}
 NO_TORCH |= {"models/config", "models/architectures", "models/positions", "models/fields"}

@@ -28,7 +28,8 @@ DRAWING_BYTES = 52  # of a row: how it draws (`kernels.drawing`)
 class Plan:
     """Everything a loaded model takes of a device, for `max_seqs` sequences of up to `context` tokens.
 
-    `units` are the pages (or records of states) of each group, in the order of `groups`.
+    `units` are the pages (or records of states) of each group, in the order of `groups`. A drafter takes as many pages
+    as the first of them, beside the KV pool; `draft_notes` say what there is to know of it, or why there is none.
     """
 
     spec: ModelSpec  # in the dtype it runs in
@@ -39,6 +40,7 @@ class Plan:
     units: tuple[int, ...]
     page_size: int = PAGE_SIZE
     draft: DraftSpec | None = None
+    draft_notes: tuple[str, ...] = ()
 
     @property
     def chunk(self) -> int:
@@ -154,7 +156,7 @@ def kv_format(spec: ModelSpec, kv_dtype: str) -> KVFormat:
         raise ConfigError(
             f"kv-dtype: the model keeps states only, which are float32: {kv_dtype} is for pages, leave it out"
         )
-    width = next((_width(layout) for layout in paged if _width(layout) % FP8_BLOCK), 0)
+    width = next((vector_of(layout) for layout in paged if vector_of(layout) % FP8_BLOCK), 0)
     if kv == "fp8" and width:
         raise ConfigError(
             f"kv-dtype: fp8 needs vectors of a multiple of {FP8_BLOCK}, the model has {width}: use bfloat16"
@@ -221,7 +223,7 @@ def _ceil(amount: int, size: int) -> int:
     return -(-amount // size)
 
 
-def _width(layout: CacheLayout) -> int:
+def vector_of(layout: CacheLayout) -> int:
     """Values of one vector of a paged layout."""
     match layout:
         case Paged():

@@ -44,7 +44,7 @@ def drafter_items(plan: "Plan", drawing: int) -> dict[str, int]:
     page = sum(group.unit_bytes(plan.page_size, plan.kv) for group in groups(draft.cache))
     return {
         "drafter_weights": own.weights,
-        "drafter_rope": min(plan.context, draft.context) * draft.rotated * 4,
+        "drafter_rope": 0 if draft.kind == "mtp" else min(plan.context, draft.context) * draft.rotated * 4,
         "drafter_kv": plan.units[0] * page if plan.units else 0,
         "drafter_features": _features(plan, draft),
         "drafter_passes": _passes(plan, draft, drawing),

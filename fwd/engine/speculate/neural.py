@@ -6,7 +6,7 @@ chunk, those of an answer once a pass is full of them or when drafts are wanted.
 are read, a row also has the id after its own, so the last cell of a shared page is that of who wrote it last.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from fwd.engine.speculate.items import KEPT
 from fwd.engine.speculate.passes import Passes, Row
 from fwd.kernels.rows import Rows
 from fwd.models.draft.model import DraftModel
+from fwd.models.draft.spec import DraftSpec
 
 
 @dataclass(slots=True)
@@ -43,10 +44,13 @@ class Neural:
     """The `Drafter` of a draft model, and the `Follower` of the runner whose cells it shares."""
 
     free = False
+    notes: tuple[str, ...] = ()  # what its trial on the target's own text gave, for users
 
-    def __init__(self, model: DraftModel, plan: Plan) -> None:
+    def __init__(self, model: DraftModel, plan: Plan, ready: Callable[[], None] = lambda: None) -> None:
+        """Have `ready` make copies of pages that a launch would, before drafts are written to them."""
+        self._ready = ready
         self._spec = spec = model.spec
-        self.name = spec.kind
+        self.name, self.weights_hash = spec.kind, model.weights_hash
         self._passes = Passes(model, plan)
         self._chunk, self._context = plan.chunk, min(plan.context, spec.context)
         self._states: dict[int, _State] = {}
@@ -54,6 +58,7 @@ class Neural:
 
     def propose(self, wishes: Sequence[Wish]) -> list[Proposal]:
         """Return what the model foresees for each request; nothing where it does not know all of what was committed."""
+        self._ready()
         asked = {wish.request.id: self._most(wish) for wish in wishes}
         states = [self._states[key] for key, most in asked.items() if most > 0]
         states.sort(key=lambda state: -asked[state.request.id])
@@ -114,8 +119,8 @@ class Neural:
             return
         before = self._states.pop(request.id, None)
         line = before.line if before else self._free_line()
-        waiting = self._spec.shift and self._spec.kind != "dflash"  # for the id that comes next
-        self._states[request.id] = _State(request, request.displaced, line, request.prompt - waiting, request.prompt)
+        absorbed = request.prompt - waits(self._spec)
+        self._states[request.id] = _State(request, request.displaced, line, absorbed, request.prompt)
         if feature is not None:
             self._passes.keep(line, request.prompt - 1, feature)
 
@@ -196,6 +201,11 @@ class Neural:
         request, anchor = state.request, state.request.length - 1
         ids = [request.ids[anchor], *[self._spec.mask] * count]
         return [Row(state.line, request, place, id_, anchor + count) for place, id_ in enumerate(ids, anchor)]
+
+
+def waits(spec: DraftSpec) -> bool:
+    """Whether a row has the id after its position: the last row of a prompt waits for what is drawn there."""
+    return spec.shift == 1 and spec.kind != "dflash"
 
 
 def _beyond(rows: Sequence[list[Row]]) -> list[Row]:
