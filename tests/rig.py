@@ -93,6 +93,7 @@ class Letters:
     """A tokenizer whose tokens are the bytes of the text; 0 ends an answer."""
 
     eos_ids = (0,)
+    no_text = frozenset({0})
     vocab_size = 256
     strips_space = False
     table = text_table = MappingProxyType({token: bytes([token]) for token in range(256)})

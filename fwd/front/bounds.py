@@ -53,9 +53,8 @@ def context_error(prompt: int, completion: int, info: EngineInfo) -> ContextLeng
 
 
 def _bounded(submit: Submit, info: EngineInfo) -> Submit:
-    for field in ("adapter", "grammar"):
-        if getattr(submit, field):
-            raise BadRequestError(f"{field}: this build has none, leave it out", param=field)
+    if submit.adapter:
+        raise BadRequestError("adapter: this build has none, leave it out", param="adapter")
     tokens, given, limits = submit.prompt.nbytes // 4, submit.emitted.nbytes // 4, submit.limits
     needed = max(1 if limits.max_tokens < 0 else limits.max_tokens, given)
     if tokens + needed > info.context:

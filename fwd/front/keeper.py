@@ -29,6 +29,7 @@ from fwd.protocol.messages import (
     PromptLogprobs,
     Ready,
     Tokens,
+    Vocabulary,
 )
 from fwd.protocol.values import EngineInfo
 
@@ -98,6 +99,10 @@ class Keeper:
         self._set("stopping", "the daemon is stopping")
         if self.process:
             await self.process.stop()
+
+    def learn(self, vocabulary: Vocabulary) -> None:
+        """Take what engines are told before the first stream with a grammar."""
+        self._roster.vocabulary = vocabulary
 
     def submit(self, stream: Stream) -> None:
         """Run a stream; while the engine is away it waits."""

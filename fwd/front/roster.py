@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from fwd.errors import EngineError, FwdError, OverloadedError, PoisonedError
 from fwd.front.queue import Queue
 from fwd.front.streams import Stream
-from fwd.protocol.messages import Cancel, Finished, Message, PromptLogprobs, Tokens
+from fwd.protocol.messages import Cancel, Finished, Message, PromptLogprobs, Tokens, Vocabulary
 from fwd.protocol.values import Prefilling
 
 SUSPECT_AFTER = 2
@@ -21,12 +21,15 @@ class Roster:
     A stream is suspect after `SUSPECT_AFTER` deaths without a new token in between. While there are suspects exactly
     one of them runs, until it brings a token; one whose engine died before, and was given nothing else in its life, is
     failed as `poisoned`. An ended stream counts as running until the engine has let go of it, so that its last step
-    cannot be blamed on another. `resumes` counts the streams taken back; `queue` holds those that have not begun.
+    cannot be blamed on another. `resumes` counts the streams taken back; `queue` holds those that have not begun. Each
+    engine is told the `vocabulary` before its first stream with a grammar.
     """
 
     def __init__(self) -> None:
         self.resumes = 0
         self.queue = Queue()
+        self.vocabulary: Vocabulary | None = None
+        self._introduced = False
         self._send: Callable[[Message], None] | None = None
         self._open: dict[int, Stream] = {}
         self._running: dict[int, Stream] = {}
@@ -50,6 +53,7 @@ class Roster:
         """Let streams run: `send` reaches an engine that is ready and has none of them."""
         self._send = send
         self._given = 0
+        self._introduced = False
         self._release()
 
     def disconnect(self) -> None:
@@ -178,12 +182,20 @@ class Roster:
 
     def _give(self, stream: Stream, send: Callable[[Message], None]) -> None:
         try:
+            if stream.submit.grammar:
+                self._introduce(send)
             send(stream.resubmit())
         except OSError as error:
             self._postpone(stream, error)
             return
         self._given += 1
         self._running[stream.id] = stream
+
+    def _introduce(self, send: Callable[[Message], None]) -> None:
+        if not self._introduced:
+            assert self.vocabulary, "a grammar comes after the vocabulary"
+            send(self.vocabulary)
+            self._introduced = True
 
     def _postpone(self, stream: Stream, error: OSError) -> None:
         """There was no descriptor for a long prompt: a new request is refused, one that ran already is tried again."""

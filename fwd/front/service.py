@@ -125,6 +125,8 @@ class Service:
         info = self.info()
         taken = bounded(submits, info)
         self.check_queue(queue_tokens(taken), len(taken))
+        if any(submit.grammar for submit in taken):
+            self.supervisor.active.learn(self.prompts.vocabulary)
         return [self._run(submit, notes(asked, submit)) for asked, submit in zip(submits, taken, strict=True)]
 
     def _run(self, submit: Submit, said: Sequence[str]) -> Stream:

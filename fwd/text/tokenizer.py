@@ -24,7 +24,7 @@ class Tokenizer:
     """The tokenizer of one model folder; its methods may be called from any thread.
 
     `vocab_size` is the highest token id + 1, `eos_ids` every id that ends an answer, `hash` names the content of
-    tokenizer.json, `control` holds the added tokens that user text must never produce.
+    tokenizer.json, `control` holds the added tokens that user text must never produce, `no_text` their ids.
     """
 
     def __init__(self, document: dict[str, Any], settings: dict[str, Any], content_hash: str) -> None:
@@ -36,6 +36,7 @@ class Tokenizer:
         self.control = ControlTokens({text: special for text, special in specials.items() if is_control(text, special)})
         self._added = {token.content: i for i, token in added.items()}
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.no_text = frozenset(i for i, token in added.items() if is_control(token.content, token.special))
         self.vocab_size = max(self._full.get_vocab().values(), default=-1) + 1
         ends = settings.get("eos_token_id")
         named = [self._named(settings, "eos_token"), *(ends if isinstance(ends, list) else [ends])]
