@@ -25,6 +25,7 @@ VERBS = {
     "cancel": "admin",
     "stop": "admin",
     "cache": "cache",
+    "selftest": "selftest.verb",
     "plan": "plan",
     "eval": "eval",
     "kernels": "kernels",
