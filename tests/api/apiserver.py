@@ -148,14 +148,19 @@ async def until(condition) -> None:
 
 
 @asynccontextmanager
-async def serving(folder: Path, engine: fakes.Script, *, ready: bool = True, unix: str = "", **options):
-    """A `Server`; `ping_interval`, `hang_timeout` are the keeper's, everything else is configuration."""
+async def serving(
+    folder: Path, engine: fakes.Script | tuple[str, ...], *, ready: bool = True, unix: str = "", **options
+):
+    """A `Server` on a fake engine, or on that of a command.
+
+    `ping_interval`, `hang_timeout` are the keeper's, everything else is configuration.
+    """
     config = Config(**{"model": str(folder), "name": NAME, **options})
 
     def make(load: Load) -> Keeper:
         return Keeper(
             load,
-            command=fakes.command(engine),
+            command=engine if isinstance(engine, tuple) else fakes.command(engine),
             ping_interval=config.ping_interval,
             hang_timeout=config.hang_timeout,
         )
