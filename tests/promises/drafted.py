@@ -14,6 +14,7 @@ from inprocess import PAGE, Answer, Engine, Loaded, alone
 from msgspec.structs import replace
 
 from fwd.engine.speculate.forced import Forced
+from fwd.engine.speculate.neural import Neural
 from fwd.engine.speculate.speculator import JointSpeculator
 from fwd.engine.speculate.suffix import Suffix
 from fwd.protocol.ids import pack_ids
@@ -52,10 +53,10 @@ class Life:
     def start(self):
         self.engine = Engine(self.loaded, self.seqs, self.pages, self.speculator)
 
-    def speculator(self, runner):
+    def speculator(self, engine):
         """Who drafts for an engine; what became of it goes into `rounds`."""
         if self.nature == OWN:
-            made = JointSpeculator([Suffix(None), Forced()], ahead=runner.ahead)
+            made = JointSpeculator([Suffix(None), Forced(), *self.neural(engine)], ahead=engine.runner.ahead)
         else:
             coming = {number: answer.coming for number, answer in self.answers.items()}
             made = Knowing(self.rng, self.nature, coming, self.most, PAGE, self.loaded.model.spec.vocab)
@@ -67,6 +68,14 @@ class Life:
 
         made.settle = settled
         return made
+
+    def neural(self, engine):
+        """The draft model, if there is one, reading along."""
+        if self.loaded.draft is None:
+            return []
+        neural = Neural(self.loaded.draft, self.loaded.plan, lambda: engine.runner.copy(engine.space.take_copies()))
+        engine.runner.follow(neural)
+        return [neural]
 
     def live(self):
         waiting = self.rng.sample(self.requests, len(self.requests))
@@ -87,11 +96,14 @@ class Life:
         if self.nature == OWN:
             likely = list(self.answers[request.id].coming)
             likely[len(likely) // 2 : len(likely) // 2 + 1] = [7, 8]
-            request = replace(
-                request, prediction=pack_ids(likely), draft=Draft("auto", self.rng.choice([-1, self.most]))
-            )
+            request = replace(request, prediction=pack_ids(likely), draft=self.wish())
         self.open[request.id] = request
         self.engine.handle(request)
+
+    def wish(self):
+        """Whatever pays, or so many drafts of one drafter wherever it has them."""
+        names = ["suffix", *([self.loaded.draft.spec.kind] if self.loaded.draft else [])]
+        return self.rng.choice([Draft(), Draft(self.rng.choice(names), self.most)])
 
     def step(self):
         self.engine.step()
@@ -151,8 +163,8 @@ class Life:
             assert self.nature != "liar" or accepted == 0
 
 
-def lives(loaded, asked, rng, count, looks=1.0):
-    """Lives with up to 1 … 15 drafts a step by all drafters: their rounds, cells looked at, and deaths."""
+def lives(loaded, asked, rng, count, looks=1.0, drafters=DRAFTERS):
+    """Lives with up to 1 … 15 drafts a step by these drafters: their rounds, cells looked at, and deaths."""
     answers = {request.id: alone(loaded, request) for request in asked}
     rounds, looked, died = Counter(), Counter(), 0
     most = rng.sample(range(1, 16), 15)
@@ -162,7 +174,7 @@ def lives(loaded, asked, rng, count, looks=1.0):
             asked,
             answers,
             rng,
-            DRAFTERS[number % len(DRAFTERS)],
+            drafters[number % len(drafters)],
             most=most[number % 15],
             seqs=rng.choice([1, 2, 5, 16]),
             pages=rng.choice([0, 17, 24]),

@@ -14,6 +14,9 @@ from fwd.engine.plan import Plan, plan
 from fwd.engine.space import Space
 from fwd.engine.start import runner_of
 from fwd.front.prompts import Prompts
+from fwd.models.draft.config import read_draft
+from fwd.models.draft.load import load_draft
+from fwd.models.draft.model import DraftModel
 from fwd.models.load import load as load_model
 from fwd.models.model import Model
 from fwd.protocol.ids import pack_ids
@@ -32,20 +35,28 @@ BEYOND = 15  # ids that are known to come after the end of an answer
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, the plan of its engine and the text of its tokens."""
+    """A model, the plan of its engine, the text of its tokens, and perhaps a draft model."""
 
     model: Model
     plan: Plan
     vocabulary: Vocabulary
+    draft: DraftModel | None = None
 
 
 def load(cell, folder, device="cpu", seed=0):
     """A cell's random model, written to a folder."""
     checkpoints.make(cell.kind, folder, seed)
-    model = load_model(folder, device=device, dtype=cell.dtype, context=CONTEXT)
+    return loaded(folder, device, cell.dtype, cell.kv_dtype)
+
+
+def loaded(folder, device, dtype, kv_dtype="auto", wanted="none"):
+    """The model in a folder, with the drafter that `--draft-model` names."""
+    model = load_model(folder, device=device, dtype=dtype, context=CONTEXT)
     machine = {"cpu": cpu, "host": host}[device](1 << 34)
-    sized = plan(model.spec, machine, context=CONTEXT, max_seqs=16, kv_dtype=cell.kv_dtype)
-    return Loaded(model, sized, Prompts.load(folder).vocabulary)
+    spec = read_draft(wanted, folder, model.spec)
+    draft = load_draft(spec, model, CONTEXT) if spec else None
+    sized = plan(model.spec, machine, context=CONTEXT, max_seqs=16, kv_dtype=kv_dtype, draft=spec)
+    return Loaded(model, sized, Prompts.load(folder).vocabulary, draft)
 
 
 class Engine:
@@ -62,7 +73,7 @@ class Engine:
             self.space,
             max_seqs=seqs,
             chunk=sized.chunk,
-            speculator=speculator and speculator(self.runner),
+            speculator=speculator and speculator(self),
             grammars=Grammars(sized.spec.vocab),
         )
         self.messages = []

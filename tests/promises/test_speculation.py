@@ -96,14 +96,14 @@ def test_the_verify_rule_by_hand():
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(40))
 def test_drafts_change_nothing_for_any_model(seed, tmp_path):
     """Any kind of model with any weights, 16 requests."""
     rng = random.Random(f"{SEED} {seed}")
     cell = Cell(rng.choice(sorted(KINDS)), rng.choice(["float32", "bfloat16"]), rng.choice(["auto", "bfloat16", "fp8"]))
     print(f"seed {seed}: {cell}")  # noqa: T201
     loaded = load(cell, tmp_path, seed=seed)
-    rounds, looked, died = lives(loaded, requests(rng, 16, tokens=60), rng, 60)
+    rounds, looked, died = lives(loaded, requests(rng, 16, tokens=60), rng, 30)
 
     assert set(range(16)) <= {held for _, held in rounds}
     assert len(looked) == len(loaded.plan.groups)
