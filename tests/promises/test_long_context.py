@@ -77,7 +77,7 @@ class Books:
         self.drawn = self._drawn(self._decode.decode(spans, [0])[1])
 
     def collect(self):
-        return self.drawn
+        return [[token] for token in self.drawn]
 
     def _drawn(self, drawing):
         return [Drawn(7, 0.0, TopLogprobs(), True) for _ in drawing]
