@@ -15,6 +15,7 @@ Device = Literal["auto", "cuda", "cpu", "host"]
 DType = Literal["auto", "float32", "bfloat16"]
 Requant = Literal["fp8-head", "fp8-attn"]
 KVDType = Literal["auto", "bfloat16", "fp8"]
+DRAFTERS = ("", "mtp", "none")  # what the model comes with, its own layers that predict further tokens, none
 Positive = Annotated[float, Meta(gt=0)]
 
 
@@ -26,9 +27,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     the pool holds if that is less. `max_queue` bounds what waits for the engine, except for one request alone.
     `threads` 0 is one, and one a core for a model over 64 MiB. `strict` refuses a model of which kernels would not
     take a quantised matrix as it is; `requant` makes the head, or the projections of attention, FP8 where they are
-    plain. `state_dir` holds what outlives the daemon: the secret of the prefix cache, and in up to `draft_log_bytes`
-    (0: 64 MiB) earlier answers in ids, from which drafts come. `keys` is a file with one lower-case SHA-256 of a key a
-    line; `hosts` are Host headers allowed besides the addresses bound.
+    plain. `draft_model` is the folder of a drafter for this model, or one of DRAFTERS. `state_dir` holds what outlives
+    the daemon: the secret of the prefix cache, and in up to `draft_log_bytes` (0: 64 MiB) earlier answers in ids, from
+    which drafts come. `keys` is a file with one lower-case SHA-256 of a key a line; `hosts` are Host headers allowed
+    besides the addresses bound.
     """
 
     model: str = "demo"
@@ -62,6 +64,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def folder(self) -> Path:
         """The model folder; `demo` is the embedded one."""
         return Path(__file__).parent / "demo" / "model" if self.model == "demo" else Path(self.model)
+
+    @property
+    def drafter(self) -> str:
+        """The folder of the draft model, or one of DRAFTERS."""
+        return self.draft_model if self.draft_model in DRAFTERS else str(Path(self.draft_model).resolve())
 
     @property
     def served_name(self) -> str:
@@ -99,8 +106,8 @@ def load(flags: Mapping[str, Any], file: str | None = None, env: Mapping[str, st
         values |= layer
         _checked(values, origin)
     config = _checked(values, "configuration")
-    if config.draft_model:
-        raise ConfigError("draft_model: this build has no drafters: leave it out")
+    if config.drafter not in DRAFTERS and not Path(config.drafter).is_dir():
+        raise ConfigError(f"draft_model: {config.draft_model} is no folder: name a draft model's, mtp or none")
     return config
 
 

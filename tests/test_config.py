@@ -39,13 +39,13 @@ def test_the_file_may_be_named_in_the_environment(toml):
     assert load({}, toml("max_queue = 8"), env={"FWD_CONFIG": "/nonexistent"}).max_queue == 8
 
 
-UNSUPPORTED = {"draft_model", "kv_dtype"}
+UNSUPPORTED = {"kv_dtype"}
 
 
 def test_every_field_can_come_from_the_environment():
     texts = {"model": "m", "name": "n", "http": "127.0.0.1:1, unix:/x", "uds": "/u", "device": "cpu"}
     texts |= {"dtype": "float32", "keys": "k", "hosts": "a,b", "log_level": "debug"}
-    texts |= {"strict": "true", "requant": "fp8-head, fp8-attn"}
+    texts |= {"strict": "true", "requant": "fp8-head, fp8-attn", "draft_model": "none"}
     numbers = {
         field.name: "2000000" if field.name == "kv_bytes" else "50000" if field.name == "max_body" else "9"
         for field in msgspec.structs.fields(Config)
@@ -67,7 +67,7 @@ MISTAKES = {
     "not positive": ("", {}, {"hang_timeout": 0.0}, r"flags: .*hang_timeout"),
     "not a number": ("", {}, {"hang_timeout": float("nan")}, r"flags: .*hang_timeout"),
     "none of the choices": ("", {"FWD_DEVICE": "abacus"}, {}, r"environment: .*abacus.*device"),
-    "not in this build": ("", {}, {"draft_model": "x"}, "draft_model: .*leave it out"),
+    "no folder": ("", {}, {"draft_model": "/x"}, "draft_model: /x is no folder: name a draft model's, mtp or none"),
     "unknown flag": ("", {}, {"colour": 1}, r"flags: .*colour"),
     "no TOML": ("max_seqs = ", {}, {}, r"fwd\.toml: Invalid value"),
 }

@@ -1,11 +1,12 @@
 """`fwd plan`: what a model takes of a device, by kind, and how fast its memory lets it go. No weight is read."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from fwd.cli.common import emit
-from fwd.cli.options import json_option, requant_option, uds_option
+from fwd.cli.options import draft_model_option, json_option, requant_option, uds_option
 from fwd.config import Config, Device, DType, KVDType, load
 from fwd.errors import ModelError
 
@@ -25,6 +26,7 @@ GPU_NAMES = ("h100", "h200", "b200")
 @click.option("--dtype", type=click.Choice(get_args(DType)), help="auto is the checkpoint's.")
 @click.option("--kv-dtype", type=click.Choice(get_args(KVDType)))
 @requant_option
+@draft_model_option
 @click.option("--max-seqs", type=int, help="Sequences that run at once, 1 to 16.")
 @click.option("--kv-bytes", type=int, help="Bytes of the KV pool (default: 1 GiB on a CPU, all that is left on a GPU).")
 @click.option("--measure/--no-measure", default=True, help="Measure the bandwidth of this machine for the ceilings.")
@@ -46,12 +48,14 @@ def plan(gpu: str | None, measure: bool, as_json: bool, **flags: Any) -> None:
 
 def _planned(config: Config, gpu: str | None) -> tuple["Plan", str]:
     """The plan, and why the kernels of this build do not take the model on a GPU that is not here."""
-    from fwd.engine.plan import plan as make  # noqa: PLC0415  # the engine half, only where it is needed
+    from fwd.engine.drafting import plan_drafting  # noqa: PLC0415  # the engine half, only where it is needed
+    from fwd.engine.plan import plan as make  # noqa: PLC0415
     from fwd.models.config import read_spec, run_spec  # noqa: PLC0415
 
     spec = run_spec(read_spec(config.folder), config.dtype, config.requant)
     device, refused = _absent(gpu, spec) if gpu else (_device(config, spec), "")
-    planned = make(
+    sizes = partial(
+        make,
         spec,
         device,
         context=config.context,
@@ -59,7 +63,7 @@ def _planned(config: Config, gpu: str | None) -> tuple["Plan", str]:
         kv_dtype=config.kv_dtype,
         kv_bytes=config.kv_bytes,
     )
-    return planned, refused
+    return plan_drafting(config.drafter, config.folder, spec, lambda draft: sizes(draft=draft)), refused
 
 
 def _absent(gpu: str, spec: "ModelSpec") -> tuple["engine.Device", str]:
@@ -95,6 +99,8 @@ def _document(planned: "Plan", bandwidth: float) -> dict[str, Any]:
     return {
         "architecture": spec.architecture,
         "fallbacks": _fallbacks(planned),
+        "drafter": planned.draft.kind if planned.draft else "",
+        "draft_notes": planned.draft_notes,
         "dtype": spec.dtype,
         "kv_dtype": planned.kv,
         "device": planned.device.name,
@@ -143,6 +149,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         *_capacity(found),
         *_speed(found),
         *(f"fallback: {line}" for line in found["fallbacks"]),
+        *(f"drafter: {line}" for line in found["draft_notes"]),
         *([f"not served there: {found['refused']}"] if found["refused"] else []),
     ]
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from fwd.cli.options import json_option, requant_option, uds_option
+from fwd.cli.options import draft_model_option, json_option, requant_option, uds_option
 from fwd.config import Config, Device, DType, KVDType, load
 
 
@@ -28,7 +28,7 @@ from fwd.config import Config, Device, DType, KVDType, load
 @click.option("--kv-dtype", type=click.Choice(get_args(KVDType)))
 @requant_option
 @click.option("--strict/--no-strict", default=None, help="Refuse formats that kernels do not take as they are.")
-@click.option("--draft-model", metavar="PATH")
+@draft_model_option
 @click.option("--max-seqs", type=int, help="Sequences that run at once, 1 to 16.")
 @click.option("--threads", type=int, help="CPU threads (default: one a core; one for a model up to 64 MiB).")
 @click.option("--hang-timeout", type=float, help="Seconds without progress until the engine is replaced.")

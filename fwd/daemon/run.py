@@ -155,6 +155,7 @@ def _load_message(config: Config) -> Load:
         log_level=config.log_level,
         strict=config.strict,
         requant=config.requant,
+        draft_model=config.drafter,
         text_hash=text_hash(config.folder),
         corpus_bytes=config.draft_log_bytes,
     )

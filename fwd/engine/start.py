@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -13,6 +14,7 @@ from msgspec.structs import replace
 from fwd import __version__
 from fwd.engine.device import Device, cpu, gpu, host
 from fwd.engine.device_runner import DeviceRunner
+from fwd.engine.drafting import plan_drafting
 from fwd.engine.grammar import Grammars
 from fwd.engine.keyfile import prefix_key
 from fwd.engine.loop import Loop
@@ -20,8 +22,11 @@ from fwd.engine.memory import available, blocks_apart
 from fwd.engine.plan import Plan, plan
 from fwd.engine.runner import ModelRunner
 from fwd.engine.space import Space
+from fwd.engine.speculate.build import neural_of
 from fwd.engine.speculate.corpus import corpus_of
+from fwd.engine.speculate.drafter import Drafter
 from fwd.engine.speculate.forced import Forced
+from fwd.engine.speculate.neural import Neural
 from fwd.engine.speculate.speculator import JointSpeculator
 from fwd.engine.speculate.suffix import Suffix
 from fwd.engine.work import Runner
@@ -55,6 +60,7 @@ def start(
     """
     facts = probe() if load.device in {"auto", "cuda"} else Facts()
     planned, key = plan_load(load, facts), prefix_key(load.state_dir)
+    space = Space(planned.groups, planned.units, planned.page_size, chunk=planned.chunk, key=key, nodes=planned.nodes)
     threads = load.threads or _threads(planned.spec)
     torch.set_num_threads(threads)
     with blocks_apart(), _failures_of(planned.device, facts):
@@ -67,10 +73,10 @@ def start(
             progress=progress,
         )
         runner = runner_of(model, planned)
+        neural = neural_of(load, planned, model, runner, space)
     for line in _fallbacks(planned.device, planned.spec):
         log.warning("weights_rounded", reason=line)
-    space = Space(planned.groups, planned.units, planned.page_size, chunk=planned.chunk, key=key, nodes=planned.nodes)
-    speculator = speculator_of(load, model, runner)
+    speculator = speculator_of(load, model, runner, neural)
     loop = Loop(
         channel,
         runner,
@@ -81,7 +87,12 @@ def start(
         grammars=Grammars(planned.spec.vocab),
     )
     info = _info(planned, model, threads, (time.monotonic() - started) * 1e3)
-    return loop, replace(info, drafters=speculator.names)
+    return loop, replace(
+        info,
+        drafters=speculator.names,
+        draft_notes=(*planned.draft_notes, *(neural.notes if neural else ())),
+        draft_hash=neural.weights_hash if neural else "",
+    )
 
 
 @contextlib.contextmanager
@@ -97,17 +108,18 @@ def _failures_of(device: Device, facts: Facts) -> Iterator[None]:
         raise KernelError("; ".join(filter(None, (f"{device.name} failed: {reason}", way_out)))) from error
 
 
-def runner_of(model: Model, planned: Plan) -> Runner:
+def runner_of(model: Model, planned: Plan) -> DeviceRunner | ModelRunner:
     """What executes steps: launches of kernels where there are such."""
     if isinstance(model.ops, DeviceOps):
         return DeviceRunner(model, model.ops, planned)
     return ModelRunner(model, planned)
 
 
-def speculator_of(load: Load, model: Model, runner: Runner) -> JointSpeculator:
-    """Who drafts: the texts of requests and of earlier answers, and grammars."""
+def speculator_of(load: Load, model: Model, runner: Runner, neural: Neural | None) -> JointSpeculator:
+    """Who drafts: the texts of requests and of earlier answers, grammars, and a model if there is one."""
     corpus = corpus_of(load.state_dir, model.weights_hash, load.text_hash, load.corpus_bytes)
-    return JointSpeculator([Suffix(corpus), Forced()], ahead=runner.ahead, corpus=corpus)
+    drafters: list[Drafter] = [Suffix(corpus), Forced(), *([neural] if neural else [])]
+    return JointSpeculator(drafters, ahead=runner.ahead, corpus=corpus)
 
 
 def plan_load(load: Load, facts: Facts) -> Plan:
@@ -116,15 +128,17 @@ def plan_load(load: Load, facts: Facts) -> Plan:
     device = device_of(load.device, spec, facts)
     if load.strict and (found := _fallbacks(device, spec)):
         raise ModelError(f"--strict: {'; '.join(found)}: leave it out, or use --device cpu")
+    make = partial(
+        plan,
+        spec,
+        device,
+        context=load.context,
+        max_seqs=load.max_seqs,
+        kv_dtype=load.kv_dtype,
+        kv_bytes=load.kv_bytes,
+    )
     try:
-        return plan(
-            spec,
-            device,
-            context=load.context,
-            max_seqs=load.max_seqs,
-            kv_dtype=load.kv_dtype,
-            kv_bytes=load.kv_bytes,
-        )
+        return plan_drafting(load.draft_model, Path(load.model), spec, lambda draft: make(draft=draft))
     except ConfigError as error:
         if device.gpu and (others := held(facts)):  # perhaps it would fit without them
             raise KernelError(f"{error.message}; {others}") from None

@@ -302,14 +302,6 @@ def test_beyond_the_context_that_a_drafter_was_made_for_nothing_is_drafted(case)
     assert sorted(asking.neural._lines) == list(range(engine.plan.max_seqs))
 
 
-def stay(drafter, request, feature, begin=Neural._begin):
-    """What was known of a request holds whatever became of it."""
-    if state := drafter._states.get(request.id):
-        state.displaced = request.displaced
-    else:
-        begin(drafter, request, feature)
-
-
 def keep_further(passes, line, place, features, keep=Passes.keep):
     keep(passes, line, place + 1, features)
 
@@ -318,7 +310,6 @@ PLANTED = {
     "nothing is copied on write": ("model", Passes, "copy", lambda *_: None),
     "copies are made too late": ("model", Engine, "ready", lambda _: None),
     "drafts that did not hold are taken for known": ("model", neural, "_common", lambda guess, _: len(guess)),
-    "who is placed again is thought to be where it was": ("model", Neural, "_begin", stay),
     "what does not fit in a pass is left out": ("eagle", Passes, "absorb", lambda *_: None),
     "features stand a position further": ("eagle", Passes, "keep", keep_further),
     "what waits for its id is thought to be there": ("mtp", neural, "waits", lambda _: False),

@@ -50,7 +50,8 @@ class Neural:
         """Have `ready` make copies of pages that a launch would, before drafts are written to them."""
         self._ready = ready
         self._spec = spec = model.spec
-        self.name, self.weights_hash = spec.kind, model.weights_hash
+        self.name: str = spec.kind
+        self.weights_hash = model.weights_hash
         self._passes = Passes(model, plan)
         self._chunk, self._context = plan.chunk, min(plan.context, spec.context)
         self._states: dict[int, _State] = {}
