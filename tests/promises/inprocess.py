@@ -123,7 +123,7 @@ class Engine:
 
 
 def requests(rng, count, vocab=checkpoints.VOCAB, tokens=32):
-    """Requests of every kind of sampling and of every way of ending; some share a prompt, some end with the context."""
+    """Requests of every kind of sampling and of every way of ending; some share a prompt."""
     made, texts = [], [[]]
     for number in range(1, count + 1):
         sampling = Sampling(
@@ -137,12 +137,8 @@ def requests(rng, count, vocab=checkpoints.VOCAB, tokens=32):
             logit_bias=rng.choice([{}, {}, {3: 4.0, 9: -100.0}]),
             logprobs=rng.choice([-1, 0, 0, 5]),
         )
-        start = rng.choice(texts)[: rng.randrange(120)]
-        prompt = start + [rng.randrange(vocab) for _ in range(rng.choice([1, 15, 16, 17, 63, rng.randrange(2, 80)]))]
+        prompt = _prompt(rng, texts, vocab, tokens)
         longest = CONTEXT - len(prompt)
-        if rng.random() < 0.15:
-            prompt += [rng.randrange(vocab) for _ in range(longest - tokens)]
-            longest = tokens
         texts.append(prompt)
         limits = Limits(
             max_tokens=min(longest, rng.choice([1, *[tokens] * 5, rng.randrange(2, tokens)])),
@@ -163,6 +159,15 @@ def requests(rng, count, vocab=checkpoints.VOCAB, tokens=32):
             )
         )
     return made
+
+
+def _prompt(rng, texts, vocab, tokens):
+    """A text, perhaps that of another request or one that begins as it does, or so long that the context ends it."""
+    start = rng.choice(texts)[: rng.randrange(120)]
+    if rng.random() < 0.25 and texts[-1]:
+        return texts[-1]
+    more = CONTEXT - len(start) - tokens if rng.random() < 0.15 else rng.choice([1, 15, 16, 63, rng.randrange(2, 80)])
+    return start + [rng.randrange(vocab) for _ in range(more)]
 
 
 @dataclass
