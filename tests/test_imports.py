@@ -40,7 +40,7 @@ NO_TORCH |= {f"engine/speculate/{name}" for name in ("drafter", "items", "verify
 NO_TORCH |= {
     f"engine/speculate/{name}" for name in ("costs", "estimates", "controller", "trials", "tally", "speculator")
 }
-NO_TORCH |= {"engine/reports"}
+NO_TORCH |= {"engine/reports", "engine/grammar", "engine/speculate/forced"}
 NO_TORCH |= {f"engine/speculate/{name}" for name in ("grams", "suffix", "corpus", "draft_log")}
 NO_TORCH |= {"models/config", "models/architectures", "models/positions", "models/fields"}
 NO_TORCH |= {"models/safetensors", "models/spec", "models/quantization", "models/layout"}
