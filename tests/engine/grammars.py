@@ -1,4 +1,4 @@
-"""Grammars over the vocabulary of the mock model, and what answers under them are, told by the library alone."""
+"""Grammars over the vocabulary of the mock model, engines that take them, and answers told by the library alone."""
 
 import json
 import re
@@ -7,10 +7,14 @@ from functools import cache
 from itertools import accumulate
 
 import numpy as np
+from guesser import Guesser
 from llguidance import LLMatcher
+from mock_engine import Engine
 from mock_runner import VOCAB, next_token
 
-from fwd.engine.grammar import Tokens, serialised
+from fwd.engine.grammar import Grammars, Tokens, serialised
+from fwd.engine.speculate.drafter import Wish
+from fwd.engine.speculate.forced import Forced
 from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import Vocabulary
 
@@ -114,3 +118,35 @@ def answer(grammar, prompt, seed, tokens, *, stop_ids=(), choice=0):
         if state.is_stopped():
             return ids[len(prompt) :], ("stop", -1)
     return ids[len(prompt) :], ("length", -1)
+
+
+class Forcing(Guesser):
+    """Drafts what grammars force."""
+
+    def _guess(self, request, count):
+        if not count:
+            return ()
+        (proposal,) = Forced().propose([Wish(request, count)])
+        assert len(proposal.ids) <= count
+        return proposal.ids
+
+
+def engine(**settings):
+    made = Engine(**settings)
+    made.handle(vocabulary())
+    return made
+
+
+@cache
+def known():
+    made = Grammars(VOCAB)
+    made.learn(vocabulary())
+    return made
+
+
+def matcher(name, emitted=()):
+    return known().matcher(GRAMMARS[name][0], emitted)
+
+
+def allowed(mask):
+    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little", count=VOCAB)).tolist()
