@@ -49,11 +49,11 @@ class DeviceRunner(Prefiller):
             follower.rehearse(self._prefill.first_row()[1], features_of(self._chunk_taps))
 
     def copy(self, copies: Sequence[Copy]) -> None:  # noqa: D102
-        with _device_errors():
+        with device_errors():
             super().copy(copies)
 
     def prefill(self, chunk: Chunk) -> Prefilled:  # noqa: D102
-        with _device_errors():
+        with device_errors():
             return super().prefill(chunk)
 
     def launch(self, spans: Sequence[Span]) -> None:
@@ -61,7 +61,7 @@ class DeviceRunner(Prefiller):
         assert self._launched < self._collected + RING, "the ring is full"
         self._launched += 1
         place = self._launched % RING
-        with _device_errors():
+        with device_errors():
             self._tell(spans)
             size = self._slots[place].fill(spans, self._launched)
             self._steps.launch(place, size)
@@ -72,7 +72,7 @@ class DeviceRunner(Prefiller):
         assert self._collected < self._launched, "nothing is in flight"
         self._collected += 1
         place = self._collected % RING
-        with _device_errors():
+        with device_errors():
             return self._told(self._slots[place].collect(self._collected), self._taps[place])
 
     @torch.inference_mode()
@@ -107,7 +107,7 @@ def _leave_default_stream() -> None:
 
 
 @contextlib.contextmanager
-def _device_errors() -> Iterator[None]:
+def device_errors() -> Iterator[None]:
     """What torch says of the device ends the engine, in one line."""
     try:
         yield

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fwd.engine.device_runner import device_errors
 from fwd.engine.pages import Copy
 from fwd.engine.plan import Plan
 from fwd.engine.request import Request
@@ -64,7 +65,8 @@ class Neural:
         states = [self._states[key] for key, most in asked.items() if most > 0]
         states.sort(key=lambda state: -asked[state.request.id])
         draw = self._blocks if self._spec.kind == "dflash" else self._chains
-        drawn = draw(states, [asked[state.request.id] for state in states]) if states else []
+        with device_errors():
+            drawn = draw(states, [asked[state.request.id] for state in states]) if states else []
         found = {state.request.id: Proposal(self.name, tuple(ids)) for state, ids in zip(states, drawn, strict=True)}
         return [found.get(wish.request.id, NOTHING) for wish in wishes]
 
