@@ -81,7 +81,7 @@ class Submit(Bulk, tag=3, frozen=True):
     `emitted` holds tokens already given to the reader: the engine replays them and sends only what follows. What is
     prefilled stays in the prefix cache unless `cache` is false; that of the last request of a `cache_key` stays longer.
     `prediction` is what the answer will likely hold, for drafters; the answer itself joins their corpus unless `cache`
-    is false.
+    is false. `grammar` is what it must be: `json_schema:{…}`, `regex:…` or `lark:…` (`fwd.engine.grammar`).
     """
 
     id: Id = 0
