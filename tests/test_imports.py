@@ -29,7 +29,7 @@ ROOMS = {
     "fwd": {"protocol"},
     "__main__": {"cli"},
 }
-LAZY = {"cli": {"engine", "models", "kernels"}}
+LAZY = {"cli": {"engine", "models", "kernels", "demo"}}
 FRONT = {"cli", "daemon", "api", "front", "text", "protocol", "config", "errors", "log", "fwd"}
 DEVICE = {"torch", "cupy", "triton", "cuda"}
 NO_TORCH = {

@@ -52,16 +52,18 @@ def is_prose(text: str) -> bool:
     return 0 < len(text) < MAX_BYTES and digits < MAX_DIGITS * len(text)
 
 
-def sources(root: Path | None = None) -> Iterator[Source]:
-    """Every usable module under root (the running Python's library), in a fixed order."""
+def sources(root: Path | None = None, *, wanted: bool | None = None) -> Iterator[Source]:
+    """Every usable module under root (the running Python's library) in a fixed order, or those of one side alone."""
     root = root or Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
         if SKIP.intersection(parts) or parts[0].startswith(("config-", "_sysconfigdata")):
             continue
+        name = "/".join(parts)
+        if wanted is not None and held_out(name) is not wanted:
+            continue
         text = read(path)
         if text is not None and is_prose(text):
-            name = "/".join(parts)
             yield Source(name, text, held_out(name), bool(TESTS.intersection(parts)))
 
 
@@ -115,9 +117,7 @@ class Documents(NamedTuple):
 def documents(wanted: bool, root: Path | None = None) -> Documents:
     """The documents of the held-out files (wanted) or of all the others."""
     docs = Documents([], [], [], [])
-    for source in sources(root):
-        if source.held_out is not wanted:
-            continue
+    for source in sources(root, wanted=wanted):
         (docs.tests if source.is_test else docs.code).append(source.text)
         if not source.is_test:
             add_functions(docs, source.text)

@@ -7,6 +7,7 @@ from typing import Any, get_args
 import click
 
 from fwd.cli.bench import ceiling, decode, machine, startup
+from fwd.cli.bench.speculation import speculation
 from fwd.cli.common import emit
 from fwd.cli.options import json_option, uds_option
 from fwd.config import load
@@ -15,7 +16,25 @@ PARTS = ("startup", "decode")
 DTYPES = get_args(ceiling.RunDtype)
 
 
-@click.command()
+class Benches(click.Group):
+    """`fwd bench [MODEL]` is `fwd bench model [MODEL]`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put in the name that may be left out."""
+        if not args or args[0] not in {*self.commands, *ctx.help_option_names}:
+            args = ["model", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=Benches)
+def bench() -> None:
+    """Measure a model on this machine: `fwd bench [MODEL]`, or what drafts are worth: `fwd bench speculation`."""
+
+
+bench.add_command(speculation)
+
+
+@bench.command("model")
 @click.argument("model", default="demo")
 @click.option("--only", "parts", multiple=True, type=click.Choice(PARTS), help="A part; may repeat (default: all).")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(DTYPES), help="May repeat.")
@@ -27,7 +46,7 @@ DTYPES = get_args(ceiling.RunDtype)
 )
 @uds_option
 @json_option
-def bench(  # noqa: PLR0917  # one parameter an option
+def bench_model(  # noqa: PLR0917  # one parameter an option
     model: str,
     parts: tuple[str, ...],
     dtypes: tuple[ceiling.RunDtype, ...],
