@@ -222,6 +222,7 @@ class Loop:
         if span.drafts:
             request.drafted[span.proposal.drafter] += len(span.drafts)
             request.accepted[span.proposal.drafter] += held
+            request.holds[held] += 1
         if finite:
             self._speculator.settle(request, span.proposal, len(finite))
         if len(finite) < len(drawn):

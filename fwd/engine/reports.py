@@ -68,5 +68,6 @@ def timing(request: Request) -> Timing:
         cache_miss=request.miss,
         drafted=dict(request.drafted),
         accepted=dict(request.accepted),
+        holds=[request.holds[held] for held in range(max(request.holds, default=-1) + 1)],
         differs_at=request.differs_at,
     )

@@ -57,7 +57,7 @@ class Request:
     `displaced` counts how often it gave all that back; what is kept of its cells elsewhere holds for one such count.
     What its `grammar` lets it draw next is known only when its ids are: it is never run ahead.
     A request with a `leader` waits for that one to prefill the prompt they share. `drafted` and `accepted` count ids
-    by the drafter that proposed them.
+    by the drafter that proposed them, `holds` the steps with drafts by how many of these held.
     """
 
     def __init__(self, submit: Submit, ids: "array[int] | None" = None) -> None:
@@ -70,6 +70,7 @@ class Request:
         self.clock = Clock()
         self.drafted: Counter[str] = Counter()
         self.accepted: Counter[str] = Counter()
+        self.holds: Counter[int] = Counter()
         self.history = History()
         self.leader: Request | None = None
         self.grammar: Matcher | None = None

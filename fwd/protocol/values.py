@@ -125,7 +125,7 @@ class Timing(Part, frozen=True):
 
     `cached_tokens` of the prompt were not computed; `cache_miss` says why it was not more (empty: it could not be), and
     `differs_at` is the index of the first token at which the prompt leaves what is cached (−1: it does not). `window`:
-    what a window or a state needs there was given up.
+    what a window or a state needs there was given up. `holds[i]` counts the steps with drafts of which `i` held.
     """
 
     queue_ms: Milliseconds = 0.0
@@ -138,6 +138,7 @@ class Timing(Part, frozen=True):
     accepted: dict[str, int] = {}
     joules: float | None = None
     differs_at: int = -1
+    holds: list[Count] = []
 
 
 class DrafterCounts(Part, frozen=True):

@@ -15,6 +15,7 @@ SPOKEN = Timing(
     steps=10,
     drafted={"suffix:prediction": 12, "suffix": 3},
     accepted={"suffix:prediction": 7, "suffix": 1},
+    holds=[1, 0, 4],
 )
 
 
@@ -135,6 +136,16 @@ def test_the_usage_and_the_report_count_drafts(folder, run):
             assert body["fwd"]["drafted"] == {"suffix:prediction": 12, "suffix": 3}
             assert body["fwd"]["accepted"] == {"suffix:prediction": 7, "suffix": 1}
             assert body["fwd"]["accept_length"] > 1
+            assert body["fwd"]["speculative_decoding"] == {
+                "mean_acceptance_length": 2.6,
+                "draft_acceptance_rate": 0.533,
+                "acceptance_histogram": [1, 0, 4],
+                "num_spec_steps": 5,
+                "num_accepted_draft_tokens": 8,
+                "num_draft_tokens": 15,
+            }
+            _, several, _ = await server.post(CHAT, asked(CHAT, n=2))
+            assert several["fwd"]["speculative_decoding"] is None
             *_, last, _ = await server.stream(COMPLETE, asked(COMPLETE, stream_options={"include_usage": True}))
             assert last["usage"]["completion_tokens_details"] == details
             _, body, _ = await server.post(COMPLETE, asked(COMPLETE, max_tokens=3))

@@ -113,6 +113,8 @@ class Drafted(World):
         drafted, accepted = result.timing.drafted, result.timing.accepted
         assert set(drafted) == set(accepted) <= set(NAMES)
         assert all(accepted[name] <= drafted[name] for name in drafted)
+        assert sum(held * steps for held, steps in enumerate(result.timing.holds)) == sum(accepted.values())
+        assert sum(result.timing.holds) <= min(result.timing.steps, sum(drafted.values()))
         self.accepted.update(accepted)
 
     def finish(self):

@@ -57,6 +57,7 @@ def report(answer: Answer) -> dict[str, Any]:
         "drafted": dict(sum((Counter(timing.drafted) for timing in spent), Counter())),
         "accepted": dict(sum((Counter(timing.accepted) for timing in spent), Counter())),
         "accept_length": _accept_length(spent),
+        "speculative_decoding": _speculative(spent[0]) if len(spent) == 1 else None,
         "cached_tokens": cached_tokens(answer),
         "cache_miss": missed.cache_miss or None,
         "cache_differs_at": missed.differs_at if missed.differs_at >= 0 else None,
@@ -118,6 +119,21 @@ def _accept_length(spent: list[Timing]) -> float | None:
     """Tokens that a decode step brought: 1, and the drafts that held."""
     steps = sum(timing.steps for timing in spent)
     return round(1 + sum(sum(timing.accepted.values()) for timing in spent) / steps, 3) if steps else None
+
+
+def _speculative(timing: Timing) -> dict[str, Any] | None:
+    """VLLM's record of one answer, in its names; steps without drafts are not in it."""
+    steps, drafted, accepted = sum(timing.holds), sum(timing.drafted.values()), sum(timing.accepted.values())
+    if not (steps and drafted):
+        return None
+    return {
+        "mean_acceptance_length": round(1 + accepted / steps, 3),
+        "draft_acceptance_rate": round(accepted / drafted, 3),
+        "acceptance_histogram": timing.holds,
+        "num_spec_steps": steps,
+        "num_accepted_draft_tokens": accepted,
+        "num_draft_tokens": drafted,
+    }
 
 
 def _ms(seconds: float) -> float:
