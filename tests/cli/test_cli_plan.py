@@ -182,3 +182,18 @@ def test_a_dtype_that_the_kernels_of_a_gpu_do_not_take_is_refused(fwd, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "torch_dtype": "float32"}))
     words = "runs bfloat16 models, this one is float32: use --dtype bfloat16"
     assert words in refusal(fwd("plan", tmp_path, "--gpu", "b200"))
+
+
+def test_a_drafter_is_planned_with_its_model(fwd):
+    found = document(fwd("plan", "--no-measure", "--json"))
+    without = document(fwd("plan", "--no-measure", "--draft-model", "none", "--json"))
+
+    assert (found["drafter"], without["drafter"]) == ("model", "")
+    assert (
+        set(found["memory"]) - set(without["memory"])
+        == {name for name in found["memory"] if "drafter" in name}
+        != set()
+    )
+    assert "drafter_kv" in fwd("plan", "--no-measure").stdout
+    assert "has no layers that predict further tokens" in refusal(fwd("plan", "--draft-model", "mtp"))
+    assert "/nowhere is no folder" in refusal(fwd("plan", "--draft-model", "/nowhere"))
