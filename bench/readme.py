@@ -9,7 +9,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- numbers: python bench/readme.py -->\n", "<!-- end of numbers -->\n"
 Row = tuple[str, str, str]
-KINDS = ("bench", "front", "cache", "load", "model")
+KINDS = ("bench", "front", "cache", "load", "drafts", "model")
 GPU_ROWS = {"read bandwidth, cold", "bf16 matrix rate", "dependent launch, one more kernel in a graph"}
 
 
@@ -39,7 +39,7 @@ def newest_gpu() -> dict[str, Any] | None:
 
 def rows(sources: dict[str, dict[str, Any] | None]) -> list[Row]:
     """What was measured, the value, what it is to be seen against."""
-    bench, front, cache, load, model, gpu = (sources[what] for what in (*KINDS, "gpu"))
+    bench, front, cache, load, drafts, model, gpu = (sources[what] for what in (*KINDS, "gpu"))
     found: list[Row] = []
     if bench:
         start = bench["startup"]
@@ -57,7 +57,8 @@ def rows(sources: dict[str, dict[str, Any] | None]) -> list[Row]:
         eight = {name.split("-")[0]: run["us_per_event"] for name, run in front["runs"].items() if name.endswith("-8")}
         costs = ", ".join(f"{way} {cost:.1f} µs" for way, cost in eight.items())
         found.append(("front CPU a token event, fake engine, 8 at once", costs, f"≤ {front['target_us']:.0f} µs"))
-    for part, source in ((cache_rows, cache), (load_rows, load), (gpu_rows, gpu), (model_rows, model)):
+    parts = ((cache_rows, cache), (load_rows, load), (draft_rows, drafts), (gpu_rows, gpu), (model_rows, model))
+    for part, source in parts:
         found += part(source) if source else []
     return found
 
@@ -122,6 +123,16 @@ def load_rows(load: dict[str, Any]) -> list[Row]:
             against = f"{plain / took:.0%} of a plain read (≥ {load['goal']:.0%}); {extra:,.0f} MiB more than weights"
             found.append((f"load of {name} from the disk", f"{case['bytes'] / took / 1e6:,.0f} MB/s", against))
     return found
+
+
+def draft_rows(drafts: dict[str, Any]) -> list[Row]:
+    """What the drafters that fwd picks are worth, by kind of text, each at its temperatures."""
+    ratios = (
+        f"{kind} {' and '.join(format(found['auto']['ratio'], '.2f') for found in temperatures.values())}"
+        for kind, temperatures in drafts["kinds"].items()
+    )
+    name = f"decode with drafts, embedded model, {drafts['dtype']}, at temperature 0 and 1"
+    return [(name, f"{', '.join(ratios)} × without", "held-out code and chat ≥ 1.5 ×, random ≥ 0.98 ×")]
 
 
 def decode_rows(dtype: str, decode: dict[str, Any]) -> list[Row]:
