@@ -9,7 +9,8 @@ from fwd.engine.speculate.grams import Grams
 
 BYTES = 64 << 20
 ID = 4  # bytes
-SEGMENTS = 8  # that the limit holds
+SEGMENTS = 8  # of the largest that the limit holds
+FIRST = 1 << 16  # ids of the first segment: a few answers take no memory of many
 START = 1 << 20  # ids that can be drafted from at once: some 0.2 s
 LEAST = 2  # ids of an output that drafts can come from
 
@@ -25,6 +26,7 @@ class Corpus:
     def __init__(self, log: DraftLog | None = None, limit: int = BYTES) -> None:
         self._log, self._most = log, max(limit // ID, SEGMENTS)
         self._segment = self._most // SEGMENTS
+        self._room = 0  # ids that the newest segment holds
         self.texts: deque[Grams] = deque()
         for ids in log.read() if log else ():
             self._add(ids)
@@ -59,8 +61,9 @@ class Corpus:
         return tokens
 
     def _add(self, ids: "array[int]") -> None:
-        if not self.texts or len(self.texts[0].text) + len(ids) > self._segment:
-            self.texts.appendleft(Grams(array("i"), max(self._segment, len(ids))))
+        if not self.texts or len(self.texts[0].text) + len(ids) > self._room:
+            self._room = max(min(self._segment, max(FIRST, self.tokens)), len(ids))
+            self.texts.appendleft(Grams(array("i"), self._room))
         self.texts[0].text.extend(ids)
         if self.tokens > self._most:
             self._halve()
