@@ -68,8 +68,8 @@ def _draft_rows(found: Status) -> list[tuple[str, str]]:
 
 def drafted(counts: DrafterCounts) -> str:
     """How often the drafts of one drafter held, and what they cost."""
-    share, cost = counts.accepted / counts.drafted, counts.ms * 1e3 / max(1, counts.drafts)
-    return f"{counts.name}: {share:.0%} of {counts.drafted} tokens held, {cost:.0f} µs a draft"
+    cost = f", {counts.ms * 1e3 / counts.drafts:.0f} µs a draft" if counts.ms else ""
+    return f"{counts.name}: {counts.accepted / counts.drafted:.0%} of {counts.drafted} tokens held{cost}"
 
 
 def _steps(launches: str, host_us: float) -> str:

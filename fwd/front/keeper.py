@@ -212,6 +212,7 @@ class Keeper:
                 self._silent = 0.0
                 self.progress = message
             case Dropped():
+                self.pong = msgspec.structs.replace(self.pong, corpus_tokens=0)
                 self.drafts.dropped(message.tokens)
             case Ready():
                 self._on_ready(message.info)

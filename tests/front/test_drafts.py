@@ -41,6 +41,7 @@ def test_counters_never_fall():
 def test_dropping(uds):
     with serving(uds, Script(vocab=127, low=32, corpus=500)) as daemon, Client(uds) as client:
         assert client.drop_drafts() == 500
+        assert client.status().corpus_tokens == 0
         assert client.drop_drafts() == 0
         assert daemon.call(daemon.service.status).state == "ready"
 
