@@ -12,7 +12,7 @@ from fwd.front.process import COMMAND
 from fwd.front.prompts import Prompts
 
 URL, CHAT = "/v1/completions", "/v1/chat/completions"
-TIMES = {"timings", "tokens_per_second", "drafted", "accepted", "accept_length"}
+TIMES = {"timings", "tokens_per_second", "drafted", "accepted", "accept_length", "speculative_decoding"}
 LIMIT = 200
 LONG = 32
 EOS = 256
@@ -66,6 +66,9 @@ class Asked:
         status, body, _ = await server.post(self.url, self.body)
         assert status == 200, body
         made = [sum(body["fwd"][name].values()) for name in ("drafted", "accepted")]
+        if record := body["fwd"]["speculative_decoding"]:
+            assert [record["num_draft_tokens"], record["num_accepted_draft_tokens"]] == made
+            assert sum(held * count for held, count in enumerate(record["acceptance_histogram"])) == made[1]
         for choice in body["choices"]:
             assert len(choice["token_ids"]) <= self.body["max_tokens"]
         assert body["usage"]["completion_tokens"] == sum(len(choice["token_ids"]) for choice in body["choices"])
