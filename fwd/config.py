@@ -28,7 +28,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `threads` 0 is one, and one a core for a model over 64 MiB. `strict` refuses a model of which kernels would not
     take a quantised matrix as it is; `requant` makes the head, or the projections of attention, FP8 where they are
     plain. `draft_model` is the folder of a drafter for this model, or one of DRAFTERS. `state_dir` holds what outlives
-    the daemon: the secret of the prefix cache, and in up to `draft_log_bytes` (0: 64 MiB) earlier answers in ids, from
+    the daemon: the secret of the prefix cache, and in up to `draft_log_bytes` (0: 16 MiB) earlier answers in ids, from
     which drafts come. `keys` is a file with one lower-case SHA-256 of a key a line; `hosts` are Host headers allowed
     besides the addresses bound.
     """

@@ -62,6 +62,7 @@ def _planned(config: Config, gpu: str | None) -> tuple["Plan", str]:
         max_seqs=config.max_seqs,
         kv_dtype=config.kv_dtype,
         kv_bytes=config.kv_bytes,
+        corpus=config.draft_log_bytes,
     )
     return plan_drafting(config.drafter, config.folder, spec, lambda draft: sizes(draft=draft)), refused
 

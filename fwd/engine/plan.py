@@ -11,7 +11,7 @@ from typing import NamedTuple
 from fwd.engine.device import Device
 from fwd.engine.prefix import NODE_BYTES
 from fwd.engine.scheduler import MAX_ROWS
-from fwd.engine.speculate.items import drafter_items, drafter_workspace, sizes_of
+from fwd.engine.speculate.items import corpus_bytes, drafter_items, drafter_workspace, sizes_of
 from fwd.engine.workspaces import RING, kernel_items, workspace
 from fwd.errors import ConfigError
 from fwd.models.draft.spec import DraftSpec
@@ -41,6 +41,7 @@ class Plan:
     page_size: int = PAGE_SIZE
     draft: DraftSpec | None = None
     draft_notes: tuple[str, ...] = ()
+    corpus: int = 0  # bytes of its ids at most, 0 the usual
 
     @property
     def chunk(self) -> int:
@@ -83,7 +84,7 @@ class Plan:
             "steps": _steps(self),
             **(kernel_items(self) if self.device.kernels else {}),
             "workspace": max(workspace(self), drafter_workspace(self)),
-            **({} if self.device.gpu else {"prefix_index": self.index_bytes}),
+            **({} if self.device.gpu else {"prefix_index": self.index_bytes, "corpus": corpus_bytes(self.corpus)}),
             "graphs": self.device.graphs,
             **drafter_items(self, DRAWING_BYTES),
         }
@@ -121,6 +122,7 @@ def plan(
     kv_dtype: str = "auto",
     kv_bytes: int = 0,
     draft: DraftSpec | None = None,
+    corpus: int = 0,
 ) -> Plan:
     """Plan a model, `spec` being in the dtype it will run in, so that it fits.
 
@@ -130,7 +132,7 @@ def plan(
     """
     if context > spec.max_context:
         raise ConfigError(f"context: {context} is more than the {spec.max_context} tokens of the model")
-    empty = Plan(spec, device, kv_format(spec, kv_dtype), max_seqs, 0, (), draft=draft)
+    empty = Plan(spec, device, kv_format(spec, kv_dtype), max_seqs, 0, (), draft=draft, corpus=corpus)
     pool = kv_bytes or max(device.pool, _sized(empty, context).kv_bytes)
 
     def fits(sized: Plan, spare: int = 0) -> bool:

@@ -136,6 +136,7 @@ def plan_load(load: Load, facts: Facts) -> Plan:
         max_seqs=load.max_seqs,
         kv_dtype=load.kv_dtype,
         kv_bytes=load.kv_bytes,
+        corpus=load.corpus_bytes,
     )
     try:
         return plan_drafting(load.draft_model, Path(load.model), spec, lambda draft: make(draft=draft))

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from fwd.engine.speculate.draft_log import DraftLog
 from fwd.engine.speculate.grams import Grams
+from fwd.engine.speculate.items import CORPUS, ID
 
-BYTES = 64 << 20
-ID = 4  # bytes
 SEGMENTS = 8  # of the largest that the limit holds
 FIRST = 1 << 16  # ids of the first segment: a few answers take no memory of many
 START = 1 << 20  # ids that can be drafted from at once: some 0.2 s
@@ -16,14 +15,14 @@ LEAST = 2  # ids of an output that drafts can come from
 
 
 class Corpus:
-    """The latest outputs, up to `limit` bytes of ids (in memory 28 bytes an id): the older half goes when it is full.
+    """The latest outputs, up to `limit` bytes of ids: the older half goes when it is full.
 
     Outputs only, not those of requests whose `cache` is false. `texts` hold them in segments, the newest first. What
     the log holds is read at once (64 MiB: 0.5 s), and the latest million ids can be drafted from; the others as `take`
     comes to them, 0.15 s a million.
     """
 
-    def __init__(self, log: DraftLog | None = None, limit: int = BYTES) -> None:
+    def __init__(self, log: DraftLog | None = None, limit: int = CORPUS) -> None:
         self._log, self._most = log, max(limit // ID, SEGMENTS)
         self._segment = self._most // SEGMENTS
         self._room = 0  # ids that the newest segment holds
@@ -74,6 +73,6 @@ class Corpus:
 
 
 def corpus_of(state_dir: str, weights_hash: str, text_hash: str, limit: int) -> Corpus:
-    """The corpus for a model and its text side: kept in `state_dir` if there is one. `limit` 0: `BYTES`."""
-    limit = limit or BYTES
+    """The corpus for a model and its text side: kept in `state_dir` if there is one. `limit` 0: `CORPUS`."""
+    limit = limit or CORPUS
     return Corpus(DraftLog(Path(state_dir), weights_hash, text_hash, limit) if state_dir else None, limit)

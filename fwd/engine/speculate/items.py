@@ -19,11 +19,18 @@ MINUS = {"sequences", "parents", "slots"}  # those that are −1 in a padding ro
 KEPT = 32  # positions of a sequence whose features wait to be absorbed: less than a pass, a step, one row run ahead
 GRAPH_BYTES = 20_000_000  # assumed, as those of the target's steps
 BUCKETS = 5
+CORPUS = 16 << 20  # bytes of ids of earlier answers that are kept, if nothing else is said
+ID, HELD = 4, 28  # bytes of such an id, in the log and in memory
 
 
 def passes_of(spec: DraftSpec) -> tuple[Kind, ...]:
     """The kinds of passes of a draft model."""
     return ("absorb", "block") if spec.kind == "dflash" else ("absorb", "begin", "go_on")
+
+
+def corpus_bytes(limit: int) -> int:
+    """Bytes of host memory that a full corpus takes; `limit` 0: `CORPUS`."""
+    return (limit or CORPUS) // ID * HELD
 
 
 def sizes_of(plan: "Plan") -> DraftSizes:
