@@ -24,7 +24,7 @@ def bounded(submits: Sequence[Submit], info: EngineInfo) -> list[Submit]:
     for prompt in {id(submit.prompt): submit.prompt for submit in submits}.values():
         _check_ids(_extremes(prompt), info, "prompt")
     for prediction in {id(submit.prediction): submit.prediction for submit in submits}.values():
-        _check_ids(_extremes(prediction), info, "prediction")
+        _check_ids(_extremes(prediction[: 4 * info.context]), info, "prediction")
     return found
 
 

@@ -107,6 +107,8 @@ def test_a_prediction_from_a_local_client(uds):
         assert accepted.notes == ("prediction: longer than the context, so only its first 4096 tokens are used",)
         accepted, *_ = client.submit([40], prediction=[50] * 4096, max_tokens=1)
         assert accepted.notes == ()
+        accepted, *_ = client.submit([40], prediction=[50] * 4096 + [500], max_tokens=1)
+        assert accepted.notes, "what is not used is not looked at: a gigabyte would hold up everyone"
         with pytest.raises(BadRequestError, match="no drafter 'mtp'"):
             list(client.submit([40], drafter="mtp"))
         channel = dial(daemon)
