@@ -162,6 +162,7 @@ class Loop:
 
     def _prefill(self, chunk: Chunk) -> None:
         self._work.stop()
+        self._speculator.paused()
         everyone = (chunk.request, *chunk.followers)
         for request in everyone:
             request.clock.started = request.clock.started or time.monotonic()

@@ -53,6 +53,9 @@ class Guesser:
         assert 0 < rows <= MAX_ROWS
         assert seconds >= 0
 
+    def paused(self):
+        pass
+
     def end(self, request):
         self.ended.append(request.id)
 

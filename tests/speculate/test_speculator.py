@@ -201,6 +201,25 @@ def test_a_drafter_is_not_worth_waiting_for_what_would_run_ahead():
     assert World([trace], slow_host, names=["mtp"]).run() > 0.97 * off
 
 
+@pytest.mark.parametrize(("pauses", "told"), [(range(100, 200), True), (range(100, 110), False)])
+def test_pauses_between_steps_are_not_what_drafts_cost(pauses, told):
+    """Prompts between steps, and nothing to do at all, are told of; a host that was busy for a while is forgotten."""
+    world = World([written([(GOOD, 6000)], 3)], names=["suffix"])
+    steps, measured = [0], world.speculator.measured
+
+    def paused(rows, seconds):
+        measured(rows, seconds)
+        steps[0] += 1
+        if steps[0] in pauses:
+            world.clock.now += 1.0
+            if told:
+                world.speculator.paused()
+
+    world.speculator.measured = paused
+    world.run()
+    assert world.counts()["suffix"].accepted > 6000 / 3
+
+
 def test_counts_are_of_what_was_drafted():
     world = World([written([(GOOD, 300)], 7)])
     world.run()

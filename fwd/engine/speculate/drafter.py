@@ -70,6 +70,10 @@ class Speculator(Protocol):
         """A decode step of so many rows took so long."""
         ...
 
+    def paused(self) -> None:
+        """What comes next is no decode step, so the one after it does not follow on the last at once."""
+        ...
+
     def end(self, request: Request) -> None:
         """The request has ended."""
         ...
@@ -102,6 +106,9 @@ class Off:
 
     def measured(self, rows: int, seconds: float) -> None:
         """Nothing depends on it."""
+
+    def paused(self) -> None:
+        """Nothing is measured."""
 
     def end(self, request: Request) -> None:
         """Nothing is kept."""

@@ -18,6 +18,7 @@ from fwd.protocol.values import DrafterCounts
 MOST = MAX_ROWS - 1  # drafts of a step
 FREE, COSTLY = 0.5, 0.75  # the first guess at how often drafts hold: what costs must be tried to be known
 SILENT = 64  # ids after which a costly drafter that had nothing to say is asked again
+STALE = 256  # steps that run ahead after which what one waits for the host is less sure
 FAIR = 0.98  # what each further draft of a request is worth where others could have it
 
 
@@ -87,7 +88,8 @@ class JointSpeculator:
         self._case: object = None  # that was decided last
         self._decision = Decision([], 0.0)
         self._rows = 1  # of the last step, without drafts
-        self._read = 0.0  # when it was read
+        self._read = 0.0  # when it was read; 0: it is long ago
+        self._count = 0  # steps that were measured
 
     def drafts(self, request: Request) -> bool:
         """Whether the request may have drafts in its next step, which then must wait for the one before it.
@@ -125,11 +127,18 @@ class JointSpeculator:
         """A decode step of so many rows took so long, from its launch or from when the one before it was read."""
         now, step = self._clock(), self._step
         self._steps.measured(rows, seconds)
+        self._count += 1
         if self._read and (step.drafts or not self._ahead):
-            self._gap.add(now - seconds - self._read - step.seconds)
+            self._gap.add(now - seconds - self._read - step.seconds, self._count)
+        elif self._count % STALE == 0:  # lest nobody drafts for ever because the host was busy once
+            self._gap.forgotten(self._count - STALE)
         if not step.seconds:
             self._trials.save(seconds)
         self._read, self._rows, self._step = now, max(1, rows - step.drafts), _Step()
+
+    def paused(self) -> None:
+        """What comes next is no decode step: what passes until the one after it is not waited for the host."""
+        self._read = 0.0
 
     def end(self, request: Request) -> None:
         """The request has ended."""
