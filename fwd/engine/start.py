@@ -73,7 +73,7 @@ def start(
             progress=progress,
         )
         runner = runner_of(model, planned)
-        neural = neural_of(load, planned, model, runner, space)
+        neural, notes = neural_of(load, planned, model, runner, space)
     for line in _fallbacks(planned.device, planned.spec):
         log.warning("weights_rounded", reason=line)
     speculator = speculator_of(load, model, runner, neural)
@@ -90,7 +90,7 @@ def start(
     return loop, replace(
         info,
         drafters=speculator.names,
-        draft_notes=(*planned.draft_notes, *(neural.notes if neural else ())),
+        draft_notes=(*planned.draft_notes, *notes),
         draft_hash=neural.weights_hash if neural else "",
     )
 

@@ -13,8 +13,10 @@ from fwd.engine import drafting
 from fwd.engine.device import GPUS, cpu
 from fwd.engine.drafting import plan_drafting
 from fwd.engine.plan import plan
+from fwd.engine.speculate import build
 from fwd.errors import ConfigError, ModelError
 from fwd.models.config import read_spec, run_spec
+from fwd.protocol.messages import Load
 
 DEMO = Path(fwd.__file__).parent / "demo"
 ROOMY = cpu(1 << 34)
@@ -67,6 +69,18 @@ def test_a_drafter_that_a_model_came_with_and_is_not_whole_is_left_out(monkeypat
     assert planned(DEMO / "model").draft_notes == ("no drafter: draft_model: its layers are gone",)
     with pytest.raises(ModelError, match="its layers are gone"):
         planned(DEMO / "model", "mtp")
+
+
+def test_one_whose_weights_are_wrong_is_left_out_too_and_users_are_told(monkeypatch):
+    def broken(*_):
+        raise ModelError("model.safetensors: it is not whole")
+
+    monkeypatch.setattr(build, "load_draft", broken)
+    found = planned(DEMO / "model")
+    said = (None, ("no drafter: model.safetensors: it is not whole",))
+    assert build.neural_of(Load(model=str(DEMO)), found, None, None, None) == said
+    with pytest.raises(ModelError, match="it is not whole"):
+        build.neural_of(Load(model=str(DEMO), draft_model="mtp"), found, None, None, None)
 
 
 def test_a_target_without_whole_sequences_has_no_pages_to_share(tmp_path):

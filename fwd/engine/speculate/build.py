@@ -16,13 +16,15 @@ from fwd.protocol.messages import Load
 log = structlog.get_logger("fwd.engine")
 
 
-def neural_of(load: Load, planned: Plan, model: Model, runner: Prefiller, space: Space) -> Neural | None:
-    """Load the drafter of a plan and have it see what the runner launches; None where there is none.
+def neural_of(
+    load: Load, planned: Plan, model: Model, runner: Prefiller, space: Space
+) -> tuple[Neural | None, tuple[str, ...]]:
+    """Load the drafter of a plan, if there is one, and have it see what the runner launches; and notes for users.
 
     Raises `ModelError` for what is wrong with one that was asked for; one that the model came with is left out then.
     """
     if planned.draft is None:
-        return None
+        return None, ()
     context = min(planned.context, planned.draft.context)
     try:
         loaded = load_draft(planned.draft, model, context)
@@ -30,12 +32,11 @@ def neural_of(load: Load, planned: Plan, model: Model, runner: Prefiller, space:
         if load.draft_model:
             raise
         log.warning("drafter_left_out", reason=error.message)
-        return None
+        return None, (f"no drafter: {error.message}",)
     found = notes(model, loaded, context)
     if planned.device.gpu:  # what packing took
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     drafter = Neural(loaded, planned, lambda: runner.copy(space.take_copies()))
-    drafter.notes = found
     runner.follow(drafter)
-    return drafter
+    return drafter, found

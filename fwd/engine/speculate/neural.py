@@ -45,7 +45,6 @@ class Neural:
     """The `Drafter` of a draft model, and the `Follower` of the runner whose cells it shares."""
 
     free = False
-    notes: tuple[str, ...] = ()  # what its trial on the target's own text gave, for users
 
     def __init__(self, model: DraftModel, plan: Plan, ready: Callable[[], None] = lambda: None) -> None:
         """Have `ready` make copies of pages that a launch would, before drafts are written to them."""
