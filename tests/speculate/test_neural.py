@@ -174,6 +174,9 @@ class Checked:
     def measured(self, rows, seconds):
         pass
 
+    def paused(self):
+        pass
+
     def end(self, request):
         self.neural.end(request)
 
