@@ -17,6 +17,7 @@ from fwd.engine.device import cpu, host
 from fwd.engine.device_runner import DeviceRunner
 from fwd.engine.loop import Loop
 from fwd.engine.plan import plan
+from fwd.engine.request import Request
 from fwd.engine.runner import ModelRunner
 from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.space import Space
@@ -309,6 +310,20 @@ def test_beyond_the_context_that_a_drafter_was_made_for_nothing_is_drafted(case)
     assert told == Engine(case, drafting=False).run(requests)
     assert max(asking.ids) < 50 <= max(asking.asked)
     assert sorted(asking.neural._lines) == list(range(engine.plan.max_seqs))
+
+
+@pytest.mark.parametrize("case", [("model", "cpu")], indirect=True)
+def test_who_shares_a_prompt_is_known_though_lines_lack(case):
+    """They have no pages yet when their prompt ends; lines are taken from those who were preempted."""
+    drafter, rng = Engine(case, seqs=3).neural(case), random.Random(7)
+    preempted, *sharing = [Request(wanted(rng, number, [1, 2, 3])) for number in range(1, 5)]
+    drafter._begin(preempted, None)
+    preempted.displace()
+    for each in sharing:
+        drafter._begin(each, None)
+
+    assert sorted(drafter._states) == [2, 3, 4]
+    assert drafter._lines == []
 
 
 def keep_further(passes, line, place, features, keep=Passes.keep):

@@ -27,7 +27,7 @@ from fwd.models.draft.spec import DraftSpec
 
 @dataclass(slots=True)
 class _State:
-    """What is known of a request since it was placed, which is so while it was not `displaced` again."""
+    """What is known of a request, which holds while it was not `displaced` again."""
 
     request: Request
     displaced: int
@@ -38,7 +38,7 @@ class _State:
 
     @property
     def current(self) -> bool:
-        return self.displaced == self.request.displaced and self.request.placed
+        return self.displaced == self.request.displaced
 
 
 class Neural:
