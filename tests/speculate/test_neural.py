@@ -31,7 +31,7 @@ from fwd.models.draft.load import load_draft
 from fwd.models.load import load
 from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import Finished, Submit, Tokens
-from fwd.protocol.values import Limits, Sampling
+from fwd.protocol.values import Draft, Limits, Sampling
 
 CONTEXT = 256
 KINDS = ("model", "windows", "mtp", "eagle", "dflash")
@@ -324,6 +324,16 @@ def test_who_shares_a_prompt_is_known_though_lines_lack(case):
 
     assert sorted(drafter._states) == [2, 3, 4]
     assert drafter._lines == []
+
+
+@pytest.mark.parametrize("case", [("model", "cpu")], indirect=True)
+def test_who_never_asks_costs_nothing(case):
+    drafter, rng = Engine(case).neural(case), random.Random(8)
+    for number, wish in enumerate((Draft(drafter="off"), Draft(drafter="suffix"), Draft(max_draft=0))):
+        drafter._begin(Request(structs.replace(wanted(rng, number, [1, 2, 3]), draft=wish)), None)
+    assert not drafter._states
+    drafter._begin(Request(structs.replace(wanted(rng, 9, [1, 2, 3]), draft=Draft(drafter="model"))), None)
+    assert list(drafter._states) == [9]
 
 
 def keep_further(passes, line, place, features, keep=Passes.keep):

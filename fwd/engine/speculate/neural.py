@@ -117,8 +117,9 @@ class Neural:
             row += span.reach - span.start
 
     def _begin(self, request: Request, feature: Tensor | None) -> None:
-        if request.length == request.limit:  # it ends here
-            return
+        wish = request.submit.draft
+        if request.length == request.limit or wish.drafter not in {"auto", self.name} or not wish.max_draft:
+            return  # it ends here, or never asks
         before = self._states.pop(request.id, None)
         line = before.line if before else self._free_line()
         absorbed = request.prompt - waits(self._spec)
