@@ -148,6 +148,7 @@ class Matcher:
         self.masks: list[Mask] = []
         self.ended = False
         self.error = ""
+        self._alone = False  # drafts have spoiled the state once: from then on there are none
 
     @property
     def ends(self) -> frozenset[int]:
@@ -166,10 +167,10 @@ class Matcher:
     def prepare(self, drafts: Sequence[int] = ()) -> int:
         """Have `masks` for the next row and the rows of drafts: returns how many drafts the grammar lets stand.
 
-        Drafts never decide: where only they are beyond the limits there are none, and a state that they have spoiled is
-        made again as it would be without them.
+        Drafts never decide: where only they are beyond the limits there are none from then on, and a state that they
+        have spoiled is made again as it would be without them.
         """
-        held = self._walk(drafts)
+        held = self._walk(() if self._alone else drafts)
         if self._state.is_error() and not self.error:
             self._state = self._remade()
             held = self._walk(())
@@ -179,7 +180,7 @@ class Matcher:
 
     def forced(self, most: int) -> tuple[int, ...]:
         """Ids of the text that must come next, but the last, which may reach into what comes after it."""
-        if self.ended or self.error:
+        if self.ended or self.error or self._alone:
             return ()
         text = self._state.compute_ff_bytes()
         if self._state.is_error():
@@ -210,7 +211,11 @@ class Matcher:
         return bool(self._state.consume_token(token))
 
     def _remade(self) -> "LLMatcher":
-        """The state as it is without any drafts: what was looked at on the way has used up some of the limits."""
+        """The state as it is without any drafts: what was looked at on the way has used up some of the limits.
+
+        It takes as long as the answer is, so it is done once.
+        """
+        self._alone = True
         state, words = self._start.deep_copy(), self._words[0]
         for token in self._ids:
             state.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)

@@ -92,6 +92,9 @@ def test_a_state_that_drafts_have_spoiled_is_made_again():
     assert found.prepare([1, 2, 3]) == 0
     assert not found.error
     assert [mask.tolist() for mask in found.masks] == [mask.tolist() for mask in other.masks]
+    found._state = Fragile(found._state)
+    assert (found.prepare([1, 2, 3]), found.forced(9)) == (0, ())
+    assert not found._state.is_error(), "it is not tried again: making it anew takes as long as the answer is"
 
 
 def test_what_was_emitted_and_does_not_follow_fails_its_request():
