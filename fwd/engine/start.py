@@ -77,15 +77,8 @@ def start(
     for line in _fallbacks(planned.device, planned.spec):
         log.warning("weights_rounded", reason=line)
     speculator = speculator_of(load, model, runner, neural)
-    loop = Loop(
-        channel,
-        runner,
-        space,
-        max_seqs=planned.max_seqs,
-        chunk=planned.chunk,
-        speculator=speculator,
-        grammars=Grammars(planned.spec.vocab),
-    )
+    sizes, grammars = {"max_seqs": planned.max_seqs, "chunk": planned.chunk}, Grammars(planned.spec.vocab)
+    loop = Loop(channel, runner, space, **sizes, speculator=speculator, grammars=grammars)
     info = _info(planned, model, threads, (time.monotonic() - started) * 1e3)
     return loop, replace(
         info,

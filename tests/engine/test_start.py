@@ -306,7 +306,8 @@ def test_resident_memory_is_what_is_planned(tmp_path, dtype):
     memory = found["memory"]
     assert taken(memory) > 300e6
     assert found["loaded"] == pytest.approx(taken(memory), rel=0.01)
-    assert found["worked"] == pytest.approx(sum(memory.values()), rel=0.01)
+    filled = sum(memory.values()) - memory["corpus"]  # which takes millions of ids to fill
+    assert found["worked"] == pytest.approx(filled, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", DEEP)
