@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.speculate.costs import Costs
 
+SURE = 0.97  # of what drafts promise is counted on: of several estimates the best is the luckiest
 Array = NDArray[np.float64]
 Places = NDArray[np.intp]
 
@@ -76,6 +77,7 @@ def choose(requests: Sequence[Sequence[Choice]], rows: int, prices: Prices) -> V
         counts.append(divided.argmax(axis=2))
         total = divided.max(axis=2)
     rates = (rows + total) / prices.seconds(rows, room, longest)
+    rates[:, 1:] *= SURE
     best = int(rates.argmax())
     limit, drafts = divmod(best, room + 1)
     picks = [NO_PICK] * len(gains)

@@ -24,6 +24,8 @@ from fwd.kernels.rows import Rows
 from fwd.models.draft.model import DraftModel
 from fwd.models.draft.spec import DraftSpec
 
+PATIENCE = 64  # ids of an answer that are read along though nobody asks what comes next: that costs more than it gives
+
 
 @dataclass(slots=True)
 class _State:
@@ -35,6 +37,7 @@ class _State:
     absorbed: int  # rows of the positions before it are in their cells
     kept: int  # features of the positions before it have been there
     guess: Sequence[int] = ()  # drafts whose rows stand at `absorbed` and after it
+    asked: int = 0  # known ids when drafts were wanted last
 
     @property
     def current(self) -> bool:
@@ -62,6 +65,8 @@ class Neural:
         self._ready()
         asked = {wish.request.id: self._most(wish) for wish in wishes}
         states = [self._states[key] for key, most in asked.items() if most > 0]
+        for state in states:
+            state.asked = state.request.length
         states.sort(key=lambda state: -asked[state.request.id])
         draw = self._blocks if self._spec.kind == "dflash" else self._chains
         with device_errors():
@@ -98,11 +103,13 @@ class Neural:
                 self._begin(each, None if features is None else features[last : last + 1])
 
     def launching(self, spans: Sequence[Span]) -> None:
-        """Absorb what fills a pass, before it is too much to be kept."""
+        """Absorb what fills a pass, before it is too much to be kept; not of those who do not ask any more."""
         for span in spans:
             if state := self._state(span.request):
                 end = self._end(state, span.end)
-                if end - state.absorbed >= MAX_ROWS:
+                if span.request.length - max(state.asked, span.request.prompt) > PATIENCE:
+                    self._forget(state)
+                elif end - state.absorbed >= MAX_ROWS:
                     self._passes.absorb(self._rows(state, state.absorbed, end))
                     state.absorbed = end
 

@@ -16,7 +16,7 @@ from fwd.protocol.values import Drafter as DrafterName
 from fwd.protocol.values import DrafterCounts
 
 MOST = MAX_ROWS - 1  # drafts of a step
-FREE, COSTLY = 0.5, 0.75  # the first guess at how often drafts hold: what costs must be tried to be known
+FREE, COSTLY = 0.25, 0.75  # the first guess at how often drafts hold: what costs must be tried to be known
 SILENT = 64  # ids after which a costly drafter that had nothing to say is asked again
 STALE = 256  # steps that run ahead after which what one waits for the host is less sure
 FAIR = 0.98  # what each further draft of a request is worth where others could have it
