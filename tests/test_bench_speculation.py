@@ -31,7 +31,7 @@ def test_the_controller_is_as_good_as_the_best_fixed_choice(name, gpu, drafter):
 
 def test_where_what_is_written_changes_it_is_better_than_any():
     found = [speculation.number("llama-8b", "h200", drafter, "switching") for drafter in speculation.DRAFTERS]
-    assert all(each["against_fixed"] > 1.05 for each in found)
+    assert all(each["against_fixed"] > 1.03 for each in found)
 
 
 def test_steps_take_what_the_plan_reads_and_the_formula_says():
