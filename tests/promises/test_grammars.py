@@ -92,15 +92,13 @@ def test_answers_obey(plain):
         check(number, ids)
 
 
-def test_side_by_side_and_drafted_for(plain):
+def test_side_by_side_whatever_the_controller_drafts(plain):
     async def work():
         async with serving(DEMO) as service:
             service.prompts = PROMPTS
             streams = [service.open(request) for request in requests()]
             await ended(*streams)
             assert list(map(record, streams)) == plain
-            drafted = [stream.finished.timing.drafted.get("grammar", 0) for stream in streams]
-            assert sum(drafted) > 20
 
     run(work())
 
