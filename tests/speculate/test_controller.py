@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fwd.engine.scheduler import BUCKETS, MAX_ROWS
-from fwd.engine.speculate.controller import NO_PICK, Choice, Pick, Prices, choose
+from fwd.engine.speculate.controller import NO_PICK, SURE, Choice, Pick, Prices, choose
 from fwd.engine.speculate.costs import Costs
 
 
@@ -43,7 +43,7 @@ def prices(rng):
 
 
 def rate_of(picks, requests, rows, prices):
-    """Ids a second of an allocation, in plain words."""
+    """Ids a second that are counted on of an allocation, in plain words."""
     gained = longest = 0
     for pick, choices in zip(picks, requests, strict=True):
         if pick.drafts:
@@ -52,7 +52,7 @@ def rate_of(picks, requests, rows, prices):
             longest = max(longest, pick.drafts * choice.costly)
     drafts = sum(pick.drafts for pick in picks)
     seconds = prices.steps.seconds(rows + drafts) + prices.drafting.seconds(longest) + prices.always
-    return (rows + gained) / (seconds + prices.waiting * (drafts > 0))
+    return (rows + gained) * (SURE if drafts else 1) / (seconds + prices.waiting * (drafts > 0))
 
 
 def allocations(requests, room):
