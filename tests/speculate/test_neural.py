@@ -19,7 +19,7 @@ from fwd.engine.loop import Loop
 from fwd.engine.plan import plan
 from fwd.engine.request import Request
 from fwd.engine.runner import ModelRunner
-from fwd.engine.scheduler import MAX_ROWS
+from fwd.engine.scheduler import MAX_ROWS, Span
 from fwd.engine.space import Space
 from fwd.engine.speculate import neural
 from fwd.engine.speculate.drafter import NOTHING, Proposal, Wish
@@ -334,6 +334,24 @@ def test_who_never_asks_costs_nothing(case):
     assert not drafter._states
     drafter._begin(Request(structs.replace(wanted(rng, 9, [1, 2, 3]), draft=Draft(drafter="model"))), None)
     assert list(drafter._states) == [9]
+
+
+@pytest.mark.parametrize("case", [("model", "cpu")], indirect=True)
+def test_who_asks_no_more_is_read_along_no_more(case):
+    """What a resumed answer holds already is nothing that it did not ask about."""
+    drafter, limits = Engine(case).neural(case), Limits(max_tokens=200)
+    resumed = structs.replace(wanted(random.Random(9), 1, [1, 2, 3]), emitted=pack_ids([4] * 100), limits=limits)
+    request = Request(resumed)
+    drafter._begin(request, None)
+    for count in (0, neural.PATIENCE):
+        request.append([5] * count)
+        drafter.launching([Span(request, 3, 4)])
+        assert list(drafter._states) == [1]
+    request.append([5])
+    drafter.launching([Span(request, 3, 4)])
+
+    assert not drafter._states
+    assert drafter.propose([Wish(request, 1)]) == [NOTHING]
 
 
 def keep_further(passes, line, place, features, keep=Passes.keep):

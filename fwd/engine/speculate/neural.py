@@ -36,8 +36,8 @@ class _State:
     line: int
     absorbed: int  # rows of the positions before it are in their cells
     kept: int  # features of the positions before it have been there
+    asked: int  # known ids when it began, or drafts were wanted last
     guess: Sequence[int] = ()  # drafts whose rows stand at `absorbed` and after it
-    asked: int = 0  # known ids when drafts were wanted last
 
     @property
     def current(self) -> bool:
@@ -107,7 +107,7 @@ class Neural:
         for span in spans:
             if state := self._state(span.request):
                 end = self._end(state, span.end)
-                if span.request.length - max(state.asked, span.request.prompt) > PATIENCE:
+                if span.request.length - state.asked > PATIENCE:
                     self._forget(state)
                 elif end - state.absorbed >= MAX_ROWS:
                     self._passes.absorb(self._rows(state, state.absorbed, end))
@@ -130,7 +130,7 @@ class Neural:
         before = self._states.pop(request.id, None)
         line = before.line if before else self._free_line()
         absorbed = request.prompt - waits(self._spec)
-        self._states[request.id] = _State(request, request.displaced, line, absorbed, request.prompt)
+        self._states[request.id] = _State(request, request.displaced, line, absorbed, request.prompt, request.length)
         if feature is not None:
             self._passes.keep(line, request.prompt - 1, feature)
 
