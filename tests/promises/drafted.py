@@ -167,19 +167,20 @@ def lives(loaded, asked, rng, count, looks=1.0, drafters=DRAFTERS):
     """Lives with up to 1 … 15 drafts a step by these drafters: their rounds, cells looked at, and deaths."""
     answers = {request.id: alone(loaded, request) for request in asked}
     rounds, looked, died = Counter(), Counter(), 0
-    most = rng.sample(range(1, 16), 15)
-    for number in range(count):
+    most, seeds = rng.sample(range(1, 16), 15), [rng.random() for _ in range(count)]
+    for number, seed in enumerate(seeds):
+        own = random.Random(seed)  # what serves takes as many steps as it finds to pay: no other life depends on it
         life = Life(
             loaded,
             asked,
             answers,
-            rng,
+            own,
             drafters[number % len(drafters)],
             most=most[number % 15],
-            seqs=rng.choice([1, 2, 5, 16]),
-            pages=rng.choice([0, 17, 24]),
-            deaths=rng.choice([0, 1, 3]),
-            cancels=rng.choice([0, 0, 1]),
+            seqs=own.choice([1, 2, 5, 16]),
+            pages=own.choice([0, 17, 24]),
+            deaths=own.choice([0, 1, 3]),
+            cancels=own.choice([0, 0, 1]),
             looks=looks,
         ).live()
         rounds += life.rounds
