@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fwd.engine.request import Request
-from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.speculate.drafter import NOTHING, Proposal, Speculator, Wish
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import Submit
 from fwd.protocol.values import Draft, Limits

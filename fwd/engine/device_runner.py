@@ -12,12 +12,13 @@ from fwd.engine.plan import Plan
 from fwd.engine.request import Prefilled
 from fwd.engine.ring import Slot
 from fwd.engine.runner import Committed, Follower, Prefiller, features_of, new_taps
-from fwd.engine.scheduler import BUCKETS, MAX_ROWS, Chunk, Span
+from fwd.engine.scheduler import BUCKETS, Chunk, Span
 from fwd.engine.step import CPU, new_tables
 from fwd.engine.workspaces import RING
 from fwd.errors import EngineError
 from fwd.kernels.device import DeviceOps
 from fwd.kernels.ops import Draw
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.models.model import Model
 
 

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fwd.engine.scheduler import MAX_ROWS
 from fwd.errors import BadFrameError, GrammarError
-from fwd.kernels.sizes import mask_words
+from fwd.kernels.sizes import MAX_ROWS, mask_words
 from fwd.protocol.ids import unpack_ids
 from fwd.protocol.messages import Vocabulary
 

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from fwd.engine.request import Request
 from fwd.engine.sampler import draw, mask_of
-from fwd.engine.scheduler import MAX_ROWS, Span
+from fwd.engine.scheduler import Span
 from fwd.engine.step import CPU, Step, staging
 from fwd.kernels.drawing import BIASED, FIELDS, PENALTIES, Drawing, fill_row, kinds_of, line_bias, line_counts
 from fwd.kernels.ops import Draw, Mask
-from fwd.kernels.sizes import mask_words
+from fwd.kernels.sizes import MAX_ROWS, mask_words
 
 
 @dataclass(slots=True)

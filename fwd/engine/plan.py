@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from fwd.engine.device import Device
 from fwd.engine.prefix import NODE_BYTES
-from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.speculate.items import corpus_bytes, drafter_items, drafter_workspace, sizes_of
 from fwd.engine.workspaces import RING, kernel_items, workspace
 from fwd.errors import ConfigError
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.models.draft.spec import DraftSpec
 from fwd.models.layout import CacheLayout, Group, KVFormat, Latent, Paged, State, groups
 from fwd.models.spec import HEAD, ITEMSIZE, ModelSpec

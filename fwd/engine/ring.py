@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 
@@ -9,11 +10,12 @@ from fwd.engine.lines import Lines
 from fwd.engine.plan import Plan
 from fwd.engine.request import Drawn, Request
 from fwd.engine.sampler import NO_TOP, mask_of
-from fwd.engine.scheduler import BUCKETS, MAX_ROWS, Span
+from fwd.engine.scheduler import BUCKETS, Span
 from fwd.engine.speculate.verify import verified
 from fwd.engine.step import CPU, Step, Table
 from fwd.errors import EngineError
 from fwd.kernels.drawing import FIELDS, new_outcome
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.protocol.values import TopLogprobs
 
 SPINS = 20_000  # looks at the stamp before the host waits between them: some milliseconds
@@ -52,7 +54,7 @@ class Slot:
         rows = iter(drawing)
         for line, span in zip(lines, spans, strict=True):
             if span.draws:
-                self._want(line, span, [next(rows) for _ in range(len(span.drafts) + 1)])
+                self._want(line, span, list(islice(rows, len(span.drafts) + 1)))
         step.block.upload()
         self._lines.upload()
         return size
@@ -90,19 +92,11 @@ class Slot:
         found = self.outcome
         ids, logprobs, finite = found.ids.tolist(), found.logprobs.tolist(), found.finite.tolist()
 
-        def drawn(row: int, tops: int) -> Drawn:
-            return Drawn(ids[row], logprobs[row], self._top(row, tops), finite[row] != 0)
+        def drawn(span: Span, first: int) -> list[Drawn]:
+            tops, rows = span.request.submit.sampling.logprobs, range(first, first + len(span.drafts) + 1)
+            return [Drawn(ids[row], logprobs[row], self._top(row, tops), finite[row] != 0) for row in rows]
 
-        return [
-            verified(
-                span.drafts,
-                [
-                    drawn(row, span.request.submit.sampling.logprobs)
-                    for row in range(first, first + span.reach - span.end + 1)
-                ],
-            )
-            for span, first in self._wanted
-        ]
+        return [verified(span.drafts, drawn(span, first)) for span, first in self._wanted]
 
     def _wait(self, number: int) -> None:
         for _ in range(SPINS):

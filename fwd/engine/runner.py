@@ -11,11 +11,12 @@ from fwd.engine.pages import Copy
 from fwd.engine.plan import Plan
 from fwd.engine.request import Drawn, Prefilled
 from fwd.engine.sampler import draw, drawn, mask_of
-from fwd.engine.scheduler import MAX_ROWS, Chunk, Span
+from fwd.engine.scheduler import Chunk, Span
 from fwd.engine.speculate.verify import verified
 from fwd.engine.step import Step, new_tables
 from fwd.kernels.ops import Draw
 from fwd.kernels.rows import Rows
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.models.model import Model
 from fwd.models.taps import Taps
 

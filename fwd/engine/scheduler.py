@@ -9,10 +9,10 @@ from msgspec.structs import replace
 from fwd.engine.request import Request
 from fwd.engine.space import Space
 from fwd.engine.speculate.drafter import NOTHING, Off, Proposal, Speculator, Wish
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.protocol.values import EMPTY, Limits
 
-BUCKETS = (1, 2, 4, 8, 16)  # rows that a step is run with: it is padded to the next
-MAX_ROWS = BUCKETS[-1]
+BUCKETS = (1, 2, 4, 8, MAX_ROWS)  # rows that a step is run with: it is padded to the next
 REFILL_TOKENS = 1 << 20  # of ended answers that wait to be prefilled once more
 
 

@@ -5,8 +5,8 @@ import pytest
 from apiserver import ids, script, serving
 from test_openai_client import NAME, SAY, call  # noqa: F401  # a fixture
 
-from fwd.engine.scheduler import MAX_ROWS
 from fwd.front.bounds import MAX_DRAFT
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.protocol.ids import unpack_ids
 from fwd.protocol.values import Timing
 

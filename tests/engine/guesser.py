@@ -2,8 +2,8 @@
 
 from mock_runner import VOCAB, next_token
 
-from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.speculate.drafter import NOTHING, Proposal
+from fwd.kernels.sizes import MAX_ROWS
 
 NATURES = ("oracle", "liar", "fool", "edges")
 

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from fwd.engine.request import Drawn, Prefilled
-from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.speculate.verify import verified
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.models.layout import Group
 from fwd.protocol.values import TopLogprobs
 

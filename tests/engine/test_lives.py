@@ -9,7 +9,7 @@ from mock_engine import CHUNK, PAGE, Engine
 from mock_runner import FULL, STATE, VOCAB, oracle, sliding
 from msgspec.structs import replace
 
-from fwd.engine.scheduler import MAX_ROWS
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import Cancel, Failed, Finished, Ping, PromptLogprobs, Submit, Tokens
 from fwd.protocol.values import Limits

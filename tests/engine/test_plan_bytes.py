@@ -12,9 +12,9 @@ from fwd.engine import plan as planning
 from fwd.engine.ceilings import ceilings
 from fwd.engine.device import GPUS, cpu, host
 from fwd.engine.plan import kv_format, plan
-from fwd.engine.scheduler import MAX_ROWS
 from fwd.errors import ConfigError
 from fwd.kernels import drawing, sizes
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.models.config import parse_spec
 from fwd.models.layout import Latent
 

@@ -12,9 +12,9 @@ from mock_runner import VOCAB, next_token
 from msgspec.structs import replace
 from test_lives import LAYOUTS, World, units_of
 
-from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.speculate.drafter import NOTHING, Proposal
 from fwd.engine.speculate.speculator import MOST, JointSpeculator
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.protocol.messages import Ping, Pong, Submit
 from fwd.protocol.values import Draft
 

@@ -18,9 +18,9 @@ from fwd.engine.device import cpu
 from fwd.engine.loop import Loop
 from fwd.engine.plan import plan
 from fwd.engine.request import Drawn, Prefilled
-from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.space import Space
 from fwd.engine.step import CPU, Step, new_tables
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.models import cache
 from fwd.models.config import read_spec, run_spec
 from fwd.protocol.frames import close_all, pack

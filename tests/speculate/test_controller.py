@@ -6,9 +6,10 @@ import random
 import numpy as np
 import pytest
 
-from fwd.engine.scheduler import BUCKETS, MAX_ROWS
+from fwd.engine.scheduler import BUCKETS
 from fwd.engine.speculate.controller import NO_PICK, SURE, Choice, Pick, Prices, choose
 from fwd.engine.speculate.costs import Costs
+from fwd.kernels.sizes import MAX_ROWS
 
 
 def costs(seconds):

@@ -19,13 +19,14 @@ from fwd.engine.loop import Loop
 from fwd.engine.plan import plan
 from fwd.engine.request import Request
 from fwd.engine.runner import ModelRunner
-from fwd.engine.scheduler import MAX_ROWS, Span
+from fwd.engine.scheduler import Span
 from fwd.engine.space import Space
 from fwd.engine.speculate import neural
 from fwd.engine.speculate.drafter import NOTHING, Proposal, Wish
 from fwd.engine.speculate.neural import Neural
 from fwd.engine.speculate.passes import Passes
 from fwd.kernels.reference import Reference
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.models.draft.config import read_draft
 from fwd.models.draft.load import load_draft
 from fwd.models.load import load

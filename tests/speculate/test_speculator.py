@@ -6,9 +6,9 @@ import pytest
 from traces import Clock, Guesses, Kind, Machine, fixed, request_of, run, written
 
 from fwd.engine.request import Request
-from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.speculate.drafter import NOTHING, Proposal, Wish
 from fwd.engine.speculate.speculator import MOST, SILENT, JointSpeculator
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import Submit
 from fwd.protocol.values import Draft, Limits

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.speculate.costs import ENOUGH, FORGET, WINDOW, Costs
+from fwd.kernels.sizes import MAX_ROWS
 
 
 def learnt(times, count=WINDOW, costs=None):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.speculate.costs import Costs
+from fwd.kernels.sizes import MAX_ROWS
 
 SURE = 0.97  # of what drafts promise is counted on: of several estimates the best is the luckiest
 Array = NDArray[np.float64]

@@ -4,7 +4,7 @@ from collections import deque
 
 import numpy as np
 
-from fwd.engine.scheduler import MAX_ROWS
+from fwd.kernels.sizes import MAX_ROWS
 
 WINDOW = 9  # measurements of a size that its median is of
 ENOUGH = 3  # of them to believe: the first is of a warm-up

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 from fwd.engine.request import Request
-from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.speculate.drafter import Proposal
+from fwd.kernels.sizes import MAX_ROWS
 
 MEMORY = 128  # observations of a place that count, of all requests together
 OWN_MEMORY = 32  # and of one request

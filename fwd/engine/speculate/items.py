@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal
 
+from fwd.engine.scheduler import BUCKETS
 from fwd.engine.workspaces import RING
 from fwd.kernels import sizes
 from fwd.kernels.sizes import MAX_ROWS
@@ -18,7 +19,6 @@ INPUTS = ("ids", "positions", "sequences", "parents", "slots", "ends", "sources"
 MINUS = {"sequences", "parents", "slots"}  # those that are −1 in a padding row, others are 0
 KEPT = 32  # positions of a sequence whose features wait to be absorbed: less than a pass, a step, one row run ahead
 GRAPH_BYTES = 20_000_000  # assumed, as those of the target's steps
-BUCKETS = 5
 CORPUS = 16 << 20  # bytes of ids of earlier answers that are kept, if nothing else is said
 ID, HELD = 4, 28  # bytes of such an id, in the log and in memory
 
@@ -56,7 +56,7 @@ def drafter_items(plan: "Plan", drawing: int) -> dict[str, int]:
         "drafter_features": _features(plan, draft),
         "drafter_passes": _passes(plan, draft, drawing),
         "drafter_kernels": own.spaces,
-        "drafter_graphs": len(passes_of(draft)) * BUCKETS * GRAPH_BYTES if plan.device.gpu else 0,
+        "drafter_graphs": len(passes_of(draft)) * len(BUCKETS) * GRAPH_BYTES if plan.device.gpu else 0,
     }
 
 

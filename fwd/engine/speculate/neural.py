@@ -16,11 +16,12 @@ from fwd.engine.pages import Copy
 from fwd.engine.plan import Plan
 from fwd.engine.request import Request
 from fwd.engine.runner import Committed
-from fwd.engine.scheduler import MAX_ROWS, Chunk, Span
+from fwd.engine.scheduler import Chunk, Span
 from fwd.engine.speculate.drafter import NOTHING, Proposal, Wish
 from fwd.engine.speculate.items import KEPT
 from fwd.engine.speculate.passes import Passes, Row
 from fwd.kernels.rows import Rows
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.models.draft.model import DraftModel
 from fwd.models.draft.spec import DraftSpec
 

@@ -16,13 +16,14 @@ from fwd.engine.pages import Copy
 from fwd.engine.plan import Plan
 from fwd.engine.request import Request
 from fwd.engine.sampler import draw, penalized
-from fwd.engine.scheduler import BUCKETS, MAX_ROWS
+from fwd.engine.scheduler import BUCKETS
 from fwd.engine.speculate.items import INPUTS, KEPT, KINDS, MINUS, Kind, passes_of
 from fwd.engine.step import CPU, Block, Table, bucket
 from fwd.kernels.device import DeviceOps
 from fwd.kernels.drawing import DRAWN, FIELDS, fill_row, kinds_of, new_drawing, new_outcome
 from fwd.kernels.ops import Draw
 from fwd.kernels.rows import Cells, Rows
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.models.draft.model import DraftModel
 from fwd.models.layout import groups
 

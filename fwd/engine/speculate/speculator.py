@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, get_args
 
 from fwd.engine.request import Request
-from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.speculate.controller import NO_PICK, Choice, Pick, Prices, choose
 from fwd.engine.speculate.costs import Costs, Window
 from fwd.engine.speculate.drafter import NOTHING, Drafter, Proposal, Wish
 from fwd.engine.speculate.estimates import Estimates
 from fwd.engine.speculate.tally import Tally
 from fwd.engine.speculate.trials import Trial, Trials
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.protocol.values import Drafter as DrafterName
 from fwd.protocol.values import DrafterCounts
 

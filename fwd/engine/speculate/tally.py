@@ -1,6 +1,6 @@
 """What a drafter has done since the engine's start."""
 
-from fwd.engine.scheduler import MAX_ROWS
+from fwd.kernels.sizes import MAX_ROWS
 from fwd.protocol.values import DrafterCounts
 
 

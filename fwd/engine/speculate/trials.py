@@ -5,8 +5,8 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from fwd.engine.request import Request
-from fwd.engine.scheduler import MAX_ROWS
 from fwd.engine.speculate.controller import Choice, Pick, Prices
+from fwd.kernels.sizes import MAX_ROWS
 
 STAKE = 0.01  # of the time of steps without it goes into trials
 PURSE = 4  # steps that may be put by
