@@ -1,6 +1,5 @@
 """`fwd plan`: what a model takes of a device, by kind, and how fast its memory lets it go. No weight is read."""
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
@@ -49,13 +48,13 @@ def plan(gpu: str | None, measure: bool, as_json: bool, **flags: Any) -> None:
 def _planned(config: Config, gpu: str | None) -> tuple["Plan", str]:
     """The plan, and why the kernels of this build do not take the model on a GPU that is not here."""
     from fwd.engine.drafting import plan_drafting  # noqa: PLC0415  # the engine half, only where it is needed
-    from fwd.engine.plan import plan as make  # noqa: PLC0415
     from fwd.models.config import read_spec, run_spec  # noqa: PLC0415
 
     spec = run_spec(read_spec(config.folder), config.dtype, config.requant)
     device, refused = _absent(gpu, spec) if gpu else (_device(config, spec), "")
-    sizes = partial(
-        make,
+    planned = plan_drafting(
+        config.drafter,
+        config.folder,
         spec,
         device,
         context=config.context,
@@ -64,7 +63,7 @@ def _planned(config: Config, gpu: str | None) -> tuple["Plan", str]:
         kv_bytes=config.kv_bytes,
         corpus=config.draft_log_bytes,
     )
-    return plan_drafting(config.drafter, config.folder, spec, lambda draft: sizes(draft=draft)), refused
+    return planned, refused
 
 
 def _absent(gpu: str, spec: "ModelSpec") -> tuple["engine.Device", str]:

@@ -4,7 +4,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import structlog
@@ -19,7 +18,7 @@ from fwd.engine.grammar import Grammars
 from fwd.engine.keyfile import prefix_key
 from fwd.engine.loop import Loop
 from fwd.engine.memory import available, blocks_apart
-from fwd.engine.plan import Plan, plan
+from fwd.engine.plan import Plan
 from fwd.engine.runner import ModelRunner
 from fwd.engine.space import Space
 from fwd.engine.speculate.build import neural_of
@@ -121,18 +120,18 @@ def plan_load(load: Load, facts: Facts) -> Plan:
     device = device_of(load.device, spec, facts)
     if load.strict and (found := _fallbacks(device, spec)):
         raise ModelError(f"--strict: {'; '.join(found)}: leave it out, or use --device cpu")
-    make = partial(
-        plan,
-        spec,
-        device,
-        context=load.context,
-        max_seqs=load.max_seqs,
-        kv_dtype=load.kv_dtype,
-        kv_bytes=load.kv_bytes,
-        corpus=load.corpus_bytes,
-    )
     try:
-        return plan_drafting(load.draft_model, Path(load.model), spec, lambda draft: make(draft=draft))
+        return plan_drafting(
+            load.draft_model,
+            Path(load.model),
+            spec,
+            device,
+            context=load.context,
+            max_seqs=load.max_seqs,
+            kv_dtype=load.kv_dtype,
+            kv_bytes=load.kv_bytes,
+            corpus=load.corpus_bytes,
+        )
     except ConfigError as error:
         if device.gpu and (others := held(facts)):  # perhaps it would fit without them
             raise KernelError(f"{error.message}; {others}") from None

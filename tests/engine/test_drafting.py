@@ -24,7 +24,7 @@ ROOMY = cpu(1 << 34)
 
 def planned(folder, wanted="", device=ROOMY, **sizes):
     spec = run_spec(read_spec(folder), "auto")
-    return plan_drafting(str(wanted), folder, spec, lambda draft: plan(spec, device, draft=draft, **sizes))
+    return plan_drafting(str(wanted), folder, spec, device, **sizes)
 
 
 def parts(found):
