@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import click
 
@@ -10,7 +9,7 @@ from fwd.cli.admin import drafted
 from fwd.cli.common import client, emit, require_ready
 from fwd.cli.options import json_option, uds_option
 from fwd.config import load
-from fwd.errors import ConfigError, NotRunningError
+from fwd.errors import NotRunningError
 from fwd.protocol.messages import Status
 
 
@@ -67,16 +66,7 @@ def _drop(uds: str | None) -> int:
             folder = load({}).state_path
             if folder is None:
                 raise
-            return _erase(folder)
+            from fwd.engine.speculate.draft_log import erase  # noqa: PLC0415  # the engine half, only where it is needed
+
+            return erase(folder)
         return daemon.drop_drafts()
-
-
-def _erase(folder: Path) -> int:
-    from fwd.engine.speculate.draft_log import erase  # noqa: PLC0415  # the engine half, only where it is needed
-
-    try:
-        return erase(folder)
-    except FileNotFoundError:
-        return 0
-    except OSError as error:
-        raise ConfigError(f"{folder}: the log of drafts cannot be erased: {error.strerror}") from error

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from fwd.engine.grammar import Grammars
-from fwd.engine.reports import failed, pong, scored, timing, tokens
+from fwd.engine.reports import dropped, failed, pong, scored, timing, tokens
 from fwd.engine.request import Drawn, Request
 from fwd.engine.scheduler import Chunk, Scheduler, Span
 from fwd.engine.space import Space
@@ -19,7 +19,6 @@ from fwd.protocol.frames import Channel
 from fwd.protocol.messages import (
     Cancel,
     DropDrafts,
-    Dropped,
     Finished,
     Hello,
     Load,
@@ -99,7 +98,7 @@ class Loop:
             case Vocabulary():
                 self._grammars.learn(message)
             case DropDrafts():
-                self._out.append(Dropped(tokens=self._speculator.drop()))
+                self._out.append(dropped(self._speculator))
             case Hello() | Load():
                 raise BadFrameError(f"{type(message).__name__} came after the model was loaded")
 

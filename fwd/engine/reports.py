@@ -8,7 +8,7 @@ from fwd.engine.scheduler import Scheduler
 from fwd.engine.space import Space
 from fwd.engine.speculate.drafter import Speculator
 from fwd.errors import FwdError
-from fwd.protocol.messages import Failed, Pong, PromptLogprobs, Tokens
+from fwd.protocol.messages import Dropped, Failed, Pong, PromptLogprobs, Tokens
 from fwd.protocol.values import Prefilling, Timing
 
 
@@ -29,6 +29,14 @@ def pong(scheduler: Scheduler, space: Space, speculator: Speculator) -> Pong:
         drafters=speculator.counts(),
         corpus_tokens=speculator.corpus_tokens,
     )
+
+
+def dropped(speculator: Speculator) -> Dropped:
+    """Earlier answers are forgotten, or why those on disk are not."""
+    try:
+        return Dropped(tokens=speculator.drop())
+    except FwdError as error:
+        return Dropped(error=error.message)
 
 
 def tokens(request: Request, drawn: Sequence[Drawn]) -> Tokens:

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
-from fwd.errors import NotReadyError
+from fwd.errors import ConfigError, FwdError, NotReadyError
 from fwd.protocol.messages import DropDrafts, Message
 from fwd.protocol.values import DrafterCounts
 
@@ -46,13 +46,13 @@ class Drafts:
         send(DropDrafts())
         return future
 
-    def dropped(self, tokens: int) -> None:
-        """The engine has done what it was asked first."""
+    def dropped(self, tokens: int, error: str) -> None:
+        """The engine has done what it was asked first, or could not for an `error`."""
         if self._waiting:
-            _settle(self._waiting.popleft(), tokens)
+            _settle(self._waiting.popleft(), ConfigError(error) if error else tokens)
 
 
-def _settle(future: asyncio.Future[int], result: int | NotReadyError) -> None:
+def _settle(future: asyncio.Future[int], result: int | FwdError) -> None:
     if future.done():
         return  # whoever asked is gone
     if isinstance(result, int):

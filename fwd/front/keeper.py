@@ -117,7 +117,10 @@ class Keeper:
         self._roster.close(stream, result)
 
     async def drop_drafts(self) -> int:
-        """Have the engine forget the answers that drafts come from; how many ids they were. Raises `NotReadyError`."""
+        """Have the engine forget the answers that drafts come from; how many ids they were.
+
+        Raises `NotReadyError`, and `ConfigError` if those on disk cannot be erased.
+        """
         if not (self.process and self._accepting):
             raise NotReadyError(f"not ready: {self.reason}", retry_after=1)
         return await self.drafts.ask(self.process.send)
@@ -213,7 +216,7 @@ class Keeper:
                 self.progress = message
             case Dropped():
                 self.pong = msgspec.structs.replace(self.pong, corpus_tokens=0)
-                self.drafts.dropped(message.tokens)
+                self.drafts.dropped(message.tokens, message.error)
             case Ready():
                 self._on_ready(message.info)
             case Hello(version=version):

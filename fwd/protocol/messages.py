@@ -210,9 +210,10 @@ class Pong(Message, tag=22, frozen=True):
 
 
 class Dropped(Message, tag=23, frozen=True):
-    """The corpus of drafts is forgotten: it held so many tokens."""
+    """The corpus of drafts is forgotten: it held so many tokens. `error`: what is on disk is not, and why."""
 
     tokens: Count = 0
+    error: str = ""
 
 
 class Prompt(Bulk, tag=32, frozen=True):

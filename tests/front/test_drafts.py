@@ -7,7 +7,7 @@ from fakes import Script, command
 from rig import LETTERS, keeping, serving
 from test_local import dial, submit, until
 
-from fwd.errors import BadRequestError, NotReadyError
+from fwd.errors import BadRequestError, ConfigError, NotReadyError
 from fwd.front.drafts import Drafts
 from fwd.front.keeper import Keeper
 from fwd.protocol.client import AsyncClient, Client
@@ -44,6 +44,18 @@ def test_dropping(uds):
         assert client.status().corpus_tokens == 0
         assert client.drop_drafts() == 0
         assert daemon.call(daemon.service.status).state == "ready"
+
+
+def test_what_is_not_erased_is_not_said_to_be():
+    async def scenario():
+        drafts, sent = Drafts(), []
+        asked = drafts.ask(sent.append)
+        drafts.dropped(0, "/state: the log of drafts cannot be erased: Read-only file system")
+        assert sent == [DropDrafts()]
+        return await asked
+
+    with pytest.raises(ConfigError, match=r"^/state: the log of drafts cannot be erased: Read-only file system$"):
+        asyncio.run(scenario())
 
 
 def test_dropping_beside_other_asks(uds):

@@ -5,13 +5,17 @@ import os
 import random
 import stat
 from array import array
+from pathlib import Path
 
 import pytest
 import structlog
 
+from fwd.engine.reports import dropped
 from fwd.engine.speculate import corpus as module
 from fwd.engine.speculate.corpus import Corpus, corpus_of
 from fwd.engine.speculate.draft_log import HEADER, RECORD, DraftLog, erase, packed
+from fwd.engine.speculate.speculator import JointSpeculator
+from fwd.protocol.messages import Dropped
 
 LIMIT = 1 << 20
 OUTPUTS = [array("i", ids) for ids in ([5, 6, 7], [2**31 - 1, 0], range(100, 140))]
@@ -278,6 +282,18 @@ def test_drop_forgets_memory_and_all_logs(tmp_path):
     corpus.record(OUTPUTS[1])  # it begins anew
     corpus._log.close()
     assert opened(tmp_path).read() == [OUTPUTS[1]]
+
+
+def test_a_log_that_cannot_be_erased_is_not_said_to_be(tmp_path, monkeypatch):
+    corpus = corpus_of(str(tmp_path), "weights", "text", LIMIT)
+    corpus.record(OUTPUTS[0])
+    speculator = JointSpeculator([], ahead=False, corpus=corpus)
+    monkeypatch.setattr(Path, "unlink", failing(errno.EROFS))
+    said = dropped(speculator)
+
+    assert said == Dropped(error=f"{tmp_path}: the log of drafts cannot be erased: Read-only file system")
+    assert corpus.tokens == 0
+    assert opened(tmp_path).read() == [OUTPUTS[0]]
 
 
 def test_erase_without_an_engine(tmp_path):

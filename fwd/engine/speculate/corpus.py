@@ -52,7 +52,7 @@ class Corpus:
                 self._log.append(ids)
 
     def drop(self) -> int:
-        """Forget everything, in memory and on disk; return how many ids that were."""
+        """Forget everything, in memory and then on disk, which may raise `ConfigError`; return how many ids."""
         tokens = self.tokens
         self.texts.clear()
         if self._log:

@@ -16,6 +16,8 @@ from zlib import crc32
 
 import structlog
 
+from fwd.errors import ConfigError
+
 MAGIC, VERSION = b"fwddraft", 1
 HEADER = Struct("<8sII32s")
 RECORD = Struct("<III")
@@ -72,12 +74,9 @@ class DraftLog:
             self._leave(error)
 
     def drop(self) -> None:
-        """Erase all logs in the folder, those of other models too."""
+        """Erase all logs in the folder, those of other models too; raises as `erase` does."""
         self.close()
-        try:
-            erase(self.path.parent)
-        except OSError as error:
-            self._leave(error)
+        erase(self.path.parent)
 
     def close(self) -> None:
         """Let others write."""
@@ -187,13 +186,18 @@ def parsed(data: bytes, header: bytes) -> tuple[Outputs, int]:
 
 
 def erase(folder: Path) -> int:
-    """Delete all logs of a state directory; return how many ids they held. Raises `OSError`."""
+    """Delete all logs of a state directory, if it is there; return how many ids they held. Raises `ConfigError`."""
     ids = 0
-    for path in sorted(folder.glob(NAMES)):
-        if path.is_file() and not path.is_symlink():
-            ids += _held(path.read_bytes())
-        path.unlink()
-    _sync(folder)
+    try:
+        for path in sorted(folder.glob(NAMES)):
+            if path.is_file() and not path.is_symlink():
+                ids += _held(path.read_bytes())
+            path.unlink()
+        _sync(folder)
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise ConfigError(f"{folder}: the log of drafts cannot be erased: {error.strerror}") from error
     return ids
 
 
