@@ -95,7 +95,7 @@ def controlled(trace: Trace, at: Machine, drafter: str, streams: int = 1) -> flo
     """Tokens a second that the controller gives."""
     clock, traces = Clock(), dict.fromkeys(range(1, streams + 1), trace)
     drafters = [Guesses(name, traces, free=name == "suffix", clock=clock, machine=at) for name in ("suffix", drafter)]
-    speculator = JointSpeculator(drafters, ahead=True, clock=clock)
+    speculator = JointSpeculator(drafters[:1], drafters[1], ahead=True, clock=clock)
     return run(speculator, [request_of(number, trace) for number in traces], at, clock)
 
 

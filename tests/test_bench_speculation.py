@@ -53,7 +53,7 @@ def test_a_fixed_choice_is_what_the_speculator_does_when_it_is_told_so():
             traces.Guesses(each, {1: trace}, free=each == "suffix", clock=clock, machine=at)
             for each in ("suffix", "eagle")
         ]
-        speculator = speculation.JointSpeculator(drafters, ahead=True, clock=clock)
+        speculator = speculation.JointSpeculator(drafters[:1], drafters[1], ahead=True, clock=clock)
         request = traces.request_of(1, trace, traces.Draft(drafter=name, max_draft=count))
         rate = traces.run(speculator, [request], at, clock)
         assert rate == pytest.approx(traces.fixed(trace, at, free=name == "suffix", count=count), rel=0.02)

@@ -38,7 +38,7 @@ NO_TORCH = {
 }
 NO_TORCH |= {f"engine/speculate/{name}" for name in ("drafter", "items", "verify")}
 NO_TORCH |= {
-    f"engine/speculate/{name}" for name in ("costs", "estimates", "controller", "trials", "tally", "speculator")
+    f"engine/speculate/{name}" for name in ("costs", "estimates", "controller", "purse", "accounts", "tally", "speculator")
 }
 NO_TORCH |= {"engine/reports", "engine/grammar", "engine/speculate/forced"}
 NO_TORCH |= {f"engine/speculate/{name}" for name in ("grams", "suffix", "corpus", "draft_log")}

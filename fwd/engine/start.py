@@ -23,7 +23,6 @@ from fwd.engine.runner import ModelRunner
 from fwd.engine.space import Space
 from fwd.engine.speculate.build import neural_of
 from fwd.engine.speculate.corpus import corpus_of
-from fwd.engine.speculate.drafter import Drafter
 from fwd.engine.speculate.forced import Forced
 from fwd.engine.speculate.neural import Neural
 from fwd.engine.speculate.speculator import JointSpeculator
@@ -110,8 +109,7 @@ def runner_of(model: Model, planned: Plan) -> DeviceRunner | ModelRunner:
 def speculator_of(load: Load, model: Model, runner: Runner, neural: Neural | None) -> JointSpeculator:
     """Who drafts: the texts of requests and of earlier answers, grammars, and a model if there is one."""
     corpus = corpus_of(load.state_dir, model.weights_hash, load.text_hash, load.corpus_bytes)
-    drafters: list[Drafter] = [Suffix(corpus), Forced(), *([neural] if neural else [])]
-    return JointSpeculator(drafters, ahead=runner.ahead, corpus=corpus)
+    return JointSpeculator([Suffix(corpus), Forced()], neural, ahead=runner.ahead, corpus=corpus)
 
 
 def plan_load(load: Load, facts: Facts) -> Plan:

@@ -25,7 +25,7 @@ class Mock:
     """A drafter of some nature, which now and then has nothing to say; the costly one is asked when it is wanted."""
 
     def __init__(self, rng, name, nature):
-        self.rng, self.name, self.nature, self.free = rng, name, nature, name != "mtp"
+        self.rng, self.name, self.nature = rng, name, nature
         self.ended = set()
 
     def propose(self, wishes):
@@ -49,13 +49,18 @@ class Mock:
     def end(self, request):
         self.ended.add(request.id)
 
+    def read(self):
+        return ()
+
 
 class Checked(JointSpeculator):
     """Every proposal is one that the scheduler may be given; times are drawn, so that a seed says everything."""
 
     def __init__(self, rng, drafters, *, ahead):
-        ticks = itertools.count()
-        super().__init__(drafters, ahead=ahead, clock=lambda: next(ticks) * 1e-3)
+        ticks, tick = itertools.count(), rng.choice([1e-6, 1e-6, 1e-3])  # of the clock: looking is cheap, or dear
+        costly = next((each for each in drafters if each.name == "mtp"), None)
+        free = [each for each in drafters if each is not costly]
+        super().__init__(free, costly, ahead=ahead, clock=lambda: next(ticks) * tick)
         self.rng, self.cost = rng, rng.choice([0.0, 0.02, 1.0])
 
     def propose(self, wishes, rows):
@@ -120,7 +125,8 @@ class Drafted(World):
     def finish(self):
         super().finish()
         speculator = self.engine.loop._speculator
-        kept = (speculator._looks, speculator._silent, speculator._estimates._own, speculator._estimates._watched)
+        accounts, estimates = speculator._accounts, speculator._estimates
+        kept = (accounts.streams, *(purse._spent for purse in accounts._purses), estimates._own, estimates._watched)
         assert not any(kept)
 
 

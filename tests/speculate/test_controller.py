@@ -15,7 +15,7 @@ from fwd.kernels.sizes import MAX_ROWS
 def costs(seconds):
     """`seconds` of each size from 1 on."""
     made = Costs()
-    made.curve = np.array([0.0, *seconds])
+    made._curve = [0.0, *seconds]
     return made
 
 

@@ -338,20 +338,21 @@ def test_who_never_asks_costs_nothing(case):
 
 
 @pytest.mark.parametrize("case", [("model", "cpu")], indirect=True)
-def test_who_asks_no_more_is_read_along_no_more(case):
-    """What a resumed answer holds already is nothing that it did not ask about."""
+def test_who_is_left_is_read_along_no_more_and_each_pass_for_that_is_told(case):
     drafter, limits = Engine(case).neural(case), Limits(max_tokens=200)
-    resumed = structs.replace(wanted(random.Random(9), 1, [1, 2, 3]), emitted=pack_ids([4] * 100), limits=limits)
-    request = Request(resumed)
+    passes, absorbed = drafter._passes, []
+    passes.absorb = absorbed.append
+    request = Request(structs.replace(wanted(random.Random(9), 1, [1, 2, 3]), limits=limits))
     drafter._begin(request, None)
-    for count in (0, neural.PATIENCE):
-        request.append([5] * count)
-        drafter.launching([Span(request, 3, 4)])
-        assert list(drafter._states) == [1]
-    request.append([5])
-    drafter.launching([Span(request, 3, 4)])
+    request.append([5] * (3 * MAX_ROWS))
+    for reach in range(4, 3 + 2 * MAX_ROWS):
+        drafter.launching([Span(request, reach - 1, reach)])
+    assert drafter.read() == [1] == [1] * len(absorbed)
+    assert drafter.read() == []
+    drafter.end(request)
+    drafter.launching([Span(request, 3 + 2 * MAX_ROWS, 4 + 2 * MAX_ROWS)])
 
-    assert not drafter._states
+    assert drafter.read() == []
     assert drafter.propose([Wish(request, 1)]) == [NOTHING]
 
 

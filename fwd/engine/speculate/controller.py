@@ -1,6 +1,6 @@
 """Who drafts for whom and how much: what gives most tokens a second, of all that a step has room for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -50,16 +50,30 @@ class Prices(NamedTuple):
 
     def seconds(self, rows: int, room: int, longest: int) -> Array:
         """Of steps of `rows` rows: float64 [longest + 1, room + 1] by the longest costly drafts, and by all drafts."""
-        seconds = self.drafting.curve[: longest + 1, None] + self.steps.curve[rows : rows + room + 1] + self.always
+        steps, drafting = np.array(self.steps.curve), np.array(self.drafting.curve)
+        seconds: Array = drafting[: longest + 1, None] + steps[rows : rows + room + 1] + self.always
         seconds[:, 1:] += self.waiting
         return seconds
 
+    def rates(self, choice: Choice, rows: int) -> Iterator[tuple[float, float]]:
+        """With 1, 2, … of the drafts beside `rows` rows: ids a second, and the seconds of the step."""
+        steps, drafting, ids = self.steps.curve, self.drafting.curve, float(rows)
+        more = self.always + self.waiting
+        for count, chance in enumerate(choice.survival[: MAX_ROWS - rows], 1):
+            ids += chance
+            seconds = steps[rows + count] + more + (drafting[count] if choice.costly else 0.0)
+            yield ids / seconds, seconds
+
 
 class Verdict(NamedTuple):
-    """What each request gets, and the tokens a second that are expected of it."""
+    """What each request gets, and the tokens a second that are expected of the best there is.
+
+    With `trial` that is not what they get: the request at that place has a trial in its place.
+    """
 
     picks: list[Pick]
     rate: float
+    trial: int = -1
 
 
 def choose(requests: Sequence[Sequence[Choice]], rows: int, prices: Prices) -> Verdict:
@@ -68,6 +82,8 @@ def choose(requests: Sequence[Sequence[Choice]], rows: int, prices: Prices) -> V
     All numbers of drafts are compared, not only the next one, since a step may take as long for some more; each with
     the best division among the requests, and for each length that the costly drafter may be asked for.
     """
+    if len(requests) == 1:
+        return _alone(requests[0], rows, prices)
     room = MAX_ROWS - rows
     gains = [_Gains(choices, room) for choices in requests]
     longest = max(each.longest for each in gains)
@@ -86,6 +102,29 @@ def choose(requests: Sequence[Sequence[Choice]], rows: int, prices: Prices) -> V
         picks[place] = gains[place].pick(limit, count)
         drafts -= count
     return Verdict(picks, float(rates.flat[best]))
+
+
+def trial(choices: Sequence[Choice], rows: int, prices: Prices, rate: float, stake: float) -> Pick:
+    """The most promising drafts of a costly drafter with which a step takes at most `stake` seconds too long.
+
+    That is so much longer than `rows` ids take at `rate`, the ids a second that seem best.
+    """
+    most, best, pick = rows / rate + stake, 0.0, NO_PICK
+    for choice in choices:
+        for count, (each, seconds) in enumerate(prices.rates(choice, rows) if choice.costly else (), 1):
+            if each > best and seconds <= most:
+                best, pick = each, Pick(choice.drafter, count)
+    return pick
+
+
+def _alone(choices: Sequence[Choice], rows: int, prices: Prices) -> Verdict:
+    """The best for one request."""
+    best, pick = rows / (prices.steps.curve[rows] + prices.always), NO_PICK
+    for choice in choices:
+        for count, (rate, _) in enumerate(prices.rates(choice, rows), 1):
+            if rate * SURE > best:
+                best, pick = rate * SURE, Pick(choice.drafter, count)
+    return Verdict([pick], best)
 
 
 def _divided(total: Array, table: Array) -> Array:

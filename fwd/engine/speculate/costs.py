@@ -1,8 +1,7 @@
 """What steps take by their rows and drafting by its length, learnt from what is run anyway; nothing is run for it."""
 
 from collections import deque
-
-import numpy as np
+from itertools import accumulate
 
 from fwd.kernels.sizes import MAX_ROWS
 
@@ -29,11 +28,22 @@ class Costs:
         self._known = [0.0] * MAX_ROWS  # the median of each
         self._pace = 1.0  # by which all of them are slower than what is in the windows
         self._count = 0
-        self._fit()
+        self._curve: list[float] | None = None  # through what is known, drawn when it is asked for
+
+    @property
+    def curve(self) -> list[float]:
+        """Seconds by size, 0 … `MAX_ROWS`; none take nothing."""
+        if self._curve is None:
+            self._curve = self._fitted()
+        return self._curve
 
     def seconds(self, size: int) -> float:
-        """What `size` rows, or drafts, take; none take nothing."""
-        return float(self.curve[size])
+        """What `size` rows, or drafts, take."""
+        return self.curve[size]
+
+    def knows(self, size: int) -> bool:
+        """It was measured as often as counts."""
+        return self._windows[size - 1].full
 
     def measured(self, size: int, seconds: float) -> None:
         """Learn from one."""
@@ -42,11 +52,13 @@ class Costs:
         window, before = self._windows[place], self._known[place]
         steady = window.full and window.oldest > self._count - FRESH
         self._known[place] = window.add(max(seconds, 1e-9) / self._pace, self._count) * self._pace
-        if steady and self._known[place] != before:
-            self._take_along(place, self._known[place] / before)
+        if self._known[place] != before:
+            self._curve = None
+            if steady:
+                self._take_along(place, self._known[place] / before)
         if self._count % FORGET == 0:
             self._known = [each.forgotten(self._count - FORGET) * self._pace for each in self._windows]
-        self._fit()
+            self._curve = None
 
     def _take_along(self, place: int, change: float) -> None:
         """All others change as that one did."""
@@ -56,8 +68,7 @@ class Costs:
         self._known = [seconds * change for seconds in self._known]
         self._known[place] = own
 
-    def _fit(self) -> None:
-        """Draw `curve`, float64 [`MAX_ROWS` + 1], through what is known."""
+    def _fitted(self) -> list[float]:
         curve, last, at = [0.0], 0.0, 0
         for size, seconds in enumerate(self._known, 1):
             if seconds:
@@ -65,7 +76,7 @@ class Costs:
                 last, at = seconds, size
         last, at = (last, at) if at else (self._unknown, 0)
         curve += [last * (1 + SLOPE * more) for more in range(1, MAX_ROWS - at + 1)]
-        self.curve = np.minimum.accumulate(curve[::-1])[::-1]
+        return list(accumulate(reversed(curve), min))[::-1]
 
 
 def _between(low: float, high: float, steps: int) -> list[float]:
@@ -85,6 +96,7 @@ class Window:
     def __init__(self) -> None:
         self._seconds: deque[float] = deque(maxlen=WINDOW)
         self._when: deque[int] = deque(maxlen=WINDOW)
+        self.median = 0.0  # of those that there are; 0 where they are too few
 
     @property
     def full(self) -> bool:
@@ -96,25 +108,25 @@ class Window:
         """When the oldest was made."""
         return self._when[0]
 
-    @property
-    def median(self) -> float:
-        """Of those that there are; 0 where they are too few."""
-        count = len(self._seconds)
-        return sorted(self._seconds)[count // 2] if count >= ENOUGH else 0.0
-
     def add(self, seconds: float, when: int = 0) -> float:
         """Take in one; return the median."""
         self._seconds.append(seconds)
         self._when.append(when)
-        return self.median
+        return self._found()
 
     def scale(self, change: float) -> None:
         """All of them would take so much longer now."""
         self._seconds = deque((seconds * change for seconds in self._seconds), maxlen=WINDOW)
+        self.median *= change
 
     def forgotten(self, before: int) -> float:
         """Lose the oldest if none is newer than `before`; return the median."""
         if self._when and self._when[-1] <= before:
             self._when.popleft()
             self._seconds.popleft()
+        return self._found()
+
+    def _found(self) -> float:
+        count = len(self._seconds)
+        self.median = sorted(self._seconds)[count // 2] if count >= ENOUGH else 0.0
         return self.median

@@ -37,14 +37,21 @@ class Drafter(Protocol):
     """One way of guessing. What it keeps of a request it reads from its ids, which only grow, until `end`."""
 
     name: str
-    free: bool  # costs next to nothing: it is asked at each step, and scored on what others have drafted too
 
     def propose(self, wishes: Sequence[Wish]) -> list[Proposal]:
         """Return what may follow the known ids of each request, an empty proposal where there is nothing to go by."""
         ...
 
     def end(self, request: Request) -> None:
-        """Forget a request that has ended."""
+        """Forget a request that has ended, or that is not to be drafted for any more."""
+        ...
+
+
+class Costly(Drafter, Protocol):
+    """A drafter that takes time, for drafts and for reading along so that it can draft."""
+
+    def read(self) -> Sequence[int]:
+        """Take the ids of the requests that it has read along since it was asked last: one for each pass."""
         ...
 
 

@@ -1,6 +1,6 @@
 """How often drafts hold, learnt from what was committed, whoever had drafted it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 
 from fwd.engine.request import Request
 from fwd.engine.speculate.drafter import Proposal
@@ -30,31 +30,34 @@ class Estimates:
 
     def watch(self, request: Request, proposal: Proposal) -> None:
         """What a drafter says comes after the ids that are known."""
-        self._watched.setdefault(request.id, []).append(_Watched(request.length, proposal))
+        if proposal.ids:
+            self._watched.setdefault(request.id, []).append(_Watched(request.length, proposal))
 
     def learn(self, request: Request) -> None:
         """Ids were committed."""
         if not (watched := self._watched.get(request.id)):
             return
-        own = self._own.setdefault(request.id, _Table(OWN_MEMORY))
+        if (own := self._own.get(request.id)) is None:
+            own = self._own[request.id] = _Table(OWN_MEMORY)
         for each in watched:
-            for place, held in each.resolved(request):
-                self._common.observe(each.key, place, held)
-                own.observe(each.key, place, held)
+            if held := each.resolved(request):
+                self._common.observe(each.key, held)
+                own.observe(each.key, held)
         self._watched[request.id] = [each for each in watched if not each.done]
 
     def survival(self, request: Request, key: Key, most: int) -> list[float]:
         """The chances that the first 1, 2, … `most` drafts all hold."""
         common, own = self._common.of(key), self._own.get(request.id, EMPTY).of(key)
         chances, chance, rate = [], 1.0, self._first.get(key[0], self._otherwise)
-        for seen, held, own_seen, own_held in zip(common.seen[:most], common.held, own.seen, own.held, strict=False):
+        for (seen, held), (own_seen, own_held) in zip(common[:most], own, strict=False):
             rate = (held + PRIOR_WEIGHT * rate) / (seen + PRIOR_WEIGHT)
             chance *= (own_held + COMMON_WEIGHT * rate) / (own_seen + COMMON_WEIGHT)
             chances.append(chance)
         return chances
 
     def end(self, request: Request) -> None:
-        """Forget what was the request's alone."""
+        """Learn what is left to learn, and forget what was the request's alone."""
+        self.learn(request)
         self._own.pop(request.id, None)
         self._watched.pop(request.id, None)
 
@@ -65,26 +68,23 @@ class _Watched:
     def __init__(self, start: int, proposal: Proposal) -> None:
         self._start, self._ids, self._place = start, proposal.ids, 0
         self.key = proposal.key
-        self.done = not proposal.ids
+        self.done = False
 
-    def resolved(self, request: Request) -> Iterator[tuple[int, bool]]:
+    def resolved(self, request: Request) -> Sequence[tuple[int, bool]]:
         """The places that the known ids decide and that were not yet: none after the first that did not hold."""
-        while not self.done and self._start + self._place < request.length:
-            held = request.ids[self._start + self._place] == self._ids[self._place]
-            yield self._place, held
-            self._place += 1
-            self.done = not held or self._place == len(self._ids)
+        known = request.ids[self._start + self._place : self._start + len(self._ids)]
+        found = []
+        for place, (token, draft) in enumerate(zip(known, self._ids[self._place :], strict=False), self._place):
+            found.append((place, token == draft))
+            if token != draft:
+                break
+        self._place += len(found)
+        self.done = self._place == len(self._ids) or (bool(found) and not found[-1][1])
+        return found
 
 
-class _Counts:
-    """Observations of each place, faded, and how many of them held."""
-
-    def __init__(self) -> None:
-        self.seen = [0.0] * (MAX_ROWS - 1)
-        self.held = [0.0] * (MAX_ROWS - 1)
-
-
-NONE = _Counts()
+Counts = list[tuple[float, float]]  # by place: observations, faded, and how many of them held
+NONE: Counts = [(0.0, 0.0)] * (MAX_ROWS - 1)
 
 
 class _Table:
@@ -92,17 +92,17 @@ class _Table:
 
     def __init__(self, memory: int) -> None:
         self._kept = 1 - 1 / memory
-        self._counts: dict[Key, _Counts] = {}
+        self._counts: dict[Key, Counts] = {}
 
-    def of(self, key: Key) -> _Counts:
+    def of(self, key: Key) -> Counts:
         return self._counts.get(key, NONE)
 
-    def observe(self, key: Key, place: int, held: bool) -> None:
-        counts = self._counts.get(key)
-        if counts is None:
-            counts = self._counts[key] = _Counts()
-        counts.seen[place] = counts.seen[place] * self._kept + 1
-        counts.held[place] = counts.held[place] * self._kept + held
+    def observe(self, key: Key, places: Sequence[tuple[int, bool]]) -> None:
+        if (counts := self._counts.get(key)) is None:
+            counts = self._counts[key] = NONE.copy()
+        for place, held in places:
+            seen, before = counts[place]
+            counts[place] = (seen * self._kept + 1, before * self._kept + held)
 
 
 EMPTY = _Table(1)

@@ -10,7 +10,6 @@ class Forced:
     """Drafts what must come next as its tokens most likely are, up to the last one, which may reach further."""
 
     name = "grammar"
-    free = True
 
     def propose(self, wishes: Sequence[Wish]) -> list[Proposal]:
         """Return the forced tokens of each request; nothing where there is a choice, or no grammar."""

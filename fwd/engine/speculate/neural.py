@@ -25,8 +25,6 @@ from fwd.kernels.sizes import MAX_ROWS
 from fwd.models.draft.model import DraftModel
 from fwd.models.draft.spec import DraftSpec
 
-PATIENCE = 64  # ids of an answer that are read along though nobody asks what comes next: that costs more than it gives
-
 
 @dataclass(slots=True)
 class _State:
@@ -37,7 +35,6 @@ class _State:
     line: int
     absorbed: int  # rows of the positions before it are in their cells
     kept: int  # features of the positions before it have been there
-    asked: int  # known ids when it began, or drafts were wanted last
     guess: Sequence[int] = ()  # drafts whose rows stand at `absorbed` and after it
 
     @property
@@ -46,9 +43,7 @@ class _State:
 
 
 class Neural:
-    """The `Drafter` of a draft model, and the `Follower` of the runner whose cells it shares."""
-
-    free = False
+    """The `Costly` drafter of a draft model, and the `Follower` of the runner whose cells it shares."""
 
     def __init__(self, model: DraftModel, plan: Plan, ready: Callable[[], None] = lambda: None) -> None:
         """Have `ready` make copies of pages that a launch would, before drafts are written to them."""
@@ -60,14 +55,13 @@ class Neural:
         self._chunk, self._context = plan.chunk, min(plan.context, spec.context)
         self._states: dict[int, _State] = {}
         self._lines = list(range(plan.max_seqs))
+        self._read: list[int] = []
 
     def propose(self, wishes: Sequence[Wish]) -> list[Proposal]:
         """Return what the model foresees for each request; nothing where it does not know all of what was committed."""
         self._ready()
         asked = {wish.request.id: self._most(wish) for wish in wishes}
         states = [self._states[key] for key, most in asked.items() if most > 0]
-        for state in states:
-            state.asked = state.request.length
         states.sort(key=lambda state: -asked[state.request.id])
         draw = self._blocks if self._spec.kind == "dflash" else self._chains
         with device_errors():
@@ -76,10 +70,15 @@ class Neural:
         return [found.get(wish.request.id, NOTHING) for wish in wishes]
 
     def end(self, request: Request) -> None:
-        """Forget a request that has ended."""
+        """Forget a request that has ended, or is not to be read along any more."""
         state = self._states.get(request.id)
         if state and state.request is request:
             self._forget(state)
+
+    def read(self) -> list[int]:
+        """Take the ids of requests that have had a pass to read along, once for each."""
+        read, self._read = self._read, []
+        return read
 
     def rehearse(self, rows: Rows, features: Tensor | None) -> None:
         """Run a chunk before any request comes."""
@@ -104,23 +103,24 @@ class Neural:
                 self._begin(each, None if features is None else features[last : last + 1])
 
     def launching(self, spans: Sequence[Span]) -> None:
-        """Absorb what fills a pass, before it is too much to be kept; not of those who do not ask any more."""
-        for span in spans:
-            if state := self._state(span.request):
-                end = self._end(state, span.end)
-                if span.request.length - state.asked > PATIENCE:
-                    self._forget(state)
-                elif end - state.absorbed >= MAX_ROWS:
-                    self._passes.absorb(self._rows(state, state.absorbed, end))
-                    state.absorbed = end
+        """Absorb what fills a pass, before it is too much to be kept."""
+        for span in spans if self._states else ():
+            if (state := self._state(span.request)) and (
+                end := self._end(state, span.end)
+            ) - state.absorbed >= MAX_ROWS:
+                self._passes.absorb(self._rows(state, state.absorbed, end))
+                state.absorbed = end
+                self._read.append(span.request.id)
 
     def collected(self, spans: Sequence[Span], committed: Committed, features: Tensor | None) -> None:
         """Keep the features of the rows that stay."""
+        if features is None or not self._states:
+            return
         drawn, row = iter(committed), 0
         for span in spans:
             tokens = next(drawn) if span.draws else ()
             count = span.end - span.start + max(0, sum(token.finite for token in tokens) - 1)
-            if (state := self._state(span.request)) and features is not None:
+            if state := self._state(span.request):
                 self._keep(state, span.start, features[row : row + count])
             row += span.reach - span.start
 
@@ -131,7 +131,7 @@ class Neural:
         before = self._states.pop(request.id, None)
         line = before.line if before else self._free_line()
         absorbed = request.prompt - waits(self._spec)
-        self._states[request.id] = _State(request, request.displaced, line, absorbed, request.prompt, request.length)
+        self._states[request.id] = _State(request, request.displaced, line, absorbed, request.prompt)
         if feature is not None:
             self._passes.keep(line, request.prompt - 1, feature)
 

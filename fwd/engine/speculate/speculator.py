@@ -2,22 +2,21 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, get_args
+from typing import Protocol, get_args
 
 from fwd.engine.request import Request
-from fwd.engine.speculate.controller import NO_PICK, Choice, Pick, Prices, choose
+from fwd.engine.speculate.accounts import MOST, Accounts, Look, Stream
+from fwd.engine.speculate.controller import NO_PICK, Choice, Pick, Prices, Verdict, choose, trial
 from fwd.engine.speculate.costs import Costs, Window
-from fwd.engine.speculate.drafter import NOTHING, Drafter, Proposal, Wish
+from fwd.engine.speculate.drafter import NOTHING, Costly, Drafter, Proposal, Wish
 from fwd.engine.speculate.estimates import Estimates
 from fwd.engine.speculate.tally import Tally
-from fwd.engine.speculate.trials import Trial, Trials
 from fwd.kernels.sizes import MAX_ROWS
 from fwd.protocol.values import Drafter as DrafterName
 from fwd.protocol.values import DrafterCounts
 
-MOST = MAX_ROWS - 1  # drafts of a step
 FREE, COSTLY = 0.25, 0.75  # the first guess at how often drafts hold: what costs must be tried to be known
-SILENT = 64  # ids after which a costly drafter that had nothing to say is asked again
+PLAIN = 4  # of so many steps without drafts one is measured
 STALE = 256  # steps that run ahead after which what one waits for the host is less sure
 FAIR = 0.98  # what each further draft of a request is worth where others could have it
 
@@ -35,58 +34,36 @@ class Kept(Protocol):
         ...
 
 
-class Look(NamedTuple):
-    """What may be drafted after `length` known ids of a request."""
-
-    length: int
-    proposals: Sequence[Proposal]  # of the free drafters
-    choices: Sequence[Choice]  # of all
-
-    @property
-    def most(self) -> int:
-        """The most that any of them has."""
-        return max((len(choice.survival) for choice in self.choices), default=0)
-
-
-class Decision(NamedTuple):
-    """What gives most ids a second, and how many; `trial` is for the request at `place`, in place of all that."""
-
-    picks: list[Pick]
-    rate: float
-    trial: Trial | None = None
-    place: int = 0
-
-
 class JointSpeculator:
-    """Lets the controller choose among drafters, of which one may be costly; the free ones are asked at each step.
+    """Lets the controller choose among drafters, of which one may be costly.
 
-    A request that names a drafter is drafted for by that one alone; if it says how much as well, by so much wherever
-    there is as much. `ahead`: the runner need not wait for a step to be read unless there are drafts. `clock` gives
-    seconds. `names` are those that a request may name.
+    What drafting takes and does not bring is a small share of the time of steps (`Accounts`): a request that cannot pay
+    sleeps, so it runs ahead. The free drafters are scored on what others have drafted too.
+
+    A request that names a drafter is drafted for by that one alone, whatever it costs; if it says how much as well, by
+    so much wherever there is as much. `ahead`: the runner need not wait for a step to be read unless there are drafts.
+    `clock` gives seconds. `names` are those that a request may name.
     """
 
     def __init__(
         self,
-        drafters: Sequence[Drafter],
+        free: Sequence[Drafter],
+        costly: Costly | None = None,
         *,
         ahead: bool,
         corpus: Kept | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._drafters, self._ahead, self._corpus, self._clock = drafters, ahead, corpus, clock
-        self.names = tuple(drafter.name for drafter in drafters if drafter.name in get_args(DrafterName))
-        self._free = [drafter for drafter in drafters if drafter.free]
-        self._costly = next((drafter for drafter in drafters if not drafter.free), None)
-        assert len(drafters) - len(self._free) <= 1
-        self._estimates = Estimates({self._costly.name: COSTLY} if self._costly else {}, FREE)
+        self._free, self._costly, self._ahead, self._corpus, self._clock = free, costly, ahead, corpus, clock
+        self._drafters = [*free, *([costly] if costly else [])]
+        self.names = tuple(drafter.name for drafter in self._drafters if drafter.name in get_args(DrafterName))
+        self._estimates = Estimates({costly.name: COSTLY} if costly else {}, FREE)
         self._steps, self._drafting, self._gap = Costs(), Costs(unknown=0.0), Window()
-        self._looks: dict[int, Look] = {}
-        self._silent: dict[int, int] = {}  # where the costly drafter is asked again that had nothing to say
-        self._tallies = {drafter.name: Tally() for drafter in drafters}
-        self._trials = Trials()
+        self._accounts = Accounts(costly, self._steps, self._drafting, self.names)
+        self._tallies = {drafter.name: Tally() for drafter in self._drafters}
         self._step = _Step()
         self._case: object = None  # that was decided last
-        self._decision = Decision([], 0.0)
+        self._decision = Verdict([], 0.0)
         self._rows = 1  # of the last step, without drafts
         self._read = 0.0  # when it was read; 0: it is long ago
         self._count = 0  # steps that were measured
@@ -96,44 +73,49 @@ class JointSpeculator:
 
         While a step is in flight its last id is not among those that are known: then what may follow them decides.
         """
-        look = self._look(request)
-        if not look.choices:
-            return self._exact(request) > 0
-        if self._exact(request) or not self._ahead:
-            return True
-        decision = self._decide([Wish(request, MOST)], self._rows)
-        return decision.trial is not None or decision.picks[0].drafts > 0
+        stream = self._accounts.stream(request)
+        if stream.exact or not stream.bound:
+            return stream.exact > 0
+        if self._rows >= MAX_ROWS or not self._accounts.awake(stream):
+            return False
+        begun = self._clock()
+        promising = self._promises(stream)
+        self._accounts.looked([stream], self._clock() - begun)
+        return promising
 
     def propose(self, wishes: Sequence[Wish], rows: int) -> list[Proposal]:
         """Return drafts for requests all of whose ids but one are computed, for a step that has `rows` rows already."""
-        picks = self._picks(wishes, rows)
-        proposals = [self._cut(wish, pick) for wish, pick in zip(wishes, picks, strict=True)]
+        begun = self._clock()
+        streams = [self._accounts.stream(wish.request) for wish in wishes]
+        picks = self._picks(wishes, streams, rows)
+        proposals = [self._cut(stream, pick) for stream, pick in zip(streams, picks, strict=True)]
         costly = [place for place, pick in enumerate(picks) if self._costly and pick.drafter == self._costly.name]
         if costly:
             asked = [Wish(wishes[place].request, picks[place].drafts) for place in costly]
             for place, proposal in zip(costly, self._made(asked), strict=True):
                 proposals[place] = proposal
         self._step.drafts = sum(len(proposal.ids) for proposal in proposals)
+        self._accounts.looked(streams, self._clock() - begun - self._step.seconds)
         return proposals
 
     def settle(self, request: Request, proposal: Proposal, count: int) -> None:
         """The last `count` ids of a request were committed in a step with a proposal, of which `count` − 1 held."""
         if proposal.ids:
             self._tallies.setdefault(proposal.drafter, Tally()).add(len(proposal.ids), count - 1)
-        self._trials.settle(request, count - 1)
-        self._estimates.learn(request)
+            self._accounts.settle(request, proposal, count - 1)
 
     def measured(self, rows: int, seconds: float) -> None:
         """A decode step of so many rows took so long, from its launch or from when the one before it was read."""
         now, step = self._clock(), self._step
-        self._steps.measured(rows, seconds)
+        begun, seconds = now - seconds, max(0.0, seconds - self._accounts.read_along())
+        self._accounts.step(rows, step.drafts, seconds, max(0.0, self._gap.median) if self._ahead else 0.0)
         self._count += 1
-        if self._read and (step.drafts or not self._ahead):
-            self._gap.add(now - seconds - self._read - step.seconds, self._count)
+        if step.drafts or self._count % PLAIN == 0 or not self._steps.knows(rows):
+            self._steps.measured(rows, seconds)
+        if self._read and (step.drafts or not (self._ahead or self._count % PLAIN)):
+            self._gap.add(begun - self._read - step.seconds, self._count)
         elif self._count % STALE == 0:  # lest nobody drafts for ever because the host was busy once
             self._gap.forgotten(self._count - STALE)
-        if not step.seconds:
-            self._trials.save(seconds)
         self._read, self._rows, self._step = now, max(1, rows - step.drafts), _Step()
 
     def paused(self) -> None:
@@ -142,9 +124,7 @@ class JointSpeculator:
 
     def end(self, request: Request) -> None:
         """The request has ended."""
-        self._looks.pop(request.id, None)
-        self._silent.pop(request.id, None)
-        self._trials.settle(request, 0)
+        self._accounts.end(request)
         self._estimates.end(request)
         for drafter in self._drafters:
             drafter.end(request)
@@ -162,112 +142,103 @@ class JointSpeculator:
         """Forget them: how many there were."""
         return self._corpus.drop() if self._corpus else 0
 
-    def _asked(self, request: Request, drafter: Drafter) -> bool:
-        return request.submit.draft.drafter in {"auto", drafter.name}
+    def _promises(self, stream: Stream) -> bool:
+        look = self._look(stream)
+        if not self._ahead or not look.choices:
+            return bool(look.choices)
+        return self._decide([Wish(stream.request, MOST)], [stream], self._rows).picks[0].drafts > 0
 
-    def _exact(self, request: Request) -> int:
-        """How many drafts the request wants in each step, 0 where that is for the controller to say."""
-        draft = request.submit.draft
-        return min(max(0, draft.max_draft), MOST) if draft.drafter in self.names else 0
+    def _look(self, stream: Stream) -> Look:
+        if stream.look.length != stream.request.length:
+            stream.look = self._looked(stream)
+        return stream.look
 
-    def _look(self, request: Request) -> Look:
-        look = self._looks.get(request.id)
-        if look is None or look.length != request.length:
-            look = self._looks[request.id] = self._looked(request)
-        return look
-
-    def _looked(self, request: Request) -> Look:
+    def _looked(self, stream: Stream) -> Look:
         """Ask the free drafters, and see what theirs and others' drafts may be worth."""
-        wanted = request.submit.draft.max_draft
-        most = min(MOST, request.room, MOST if wanted < 0 else wanted)
+        request, most = stream.request, min(stream.bound, stream.request.room)
+        self._estimates.learn(request)
         if most <= 0:
             return Look(request.length, (), ())
-        asked = [drafter for drafter in self._free if self._asked(request, drafter)]
-        proposals = [self._timed(drafter, [Wish(request, most)])[0] for drafter in asked]
-        found = [made for made in proposals if made.ids]
+        asked = [drafter for drafter in self._free if stream.free and stream.asks(drafter)]
+        found = [made for drafter in asked if (made := self._timed(drafter, [Wish(request, most)])[0]).ids]
         for made in found:
             self._estimates.watch(request, made)
         choices = [Choice(made.drafter, self._estimates.survival(request, made.key, len(made.ids))) for made in found]
-        silent = self._silent.get(request.id, 0) > request.length
-        if self._costly and self._asked(request, self._costly) and not silent:
+        if self._costly and stream.costly and not stream.left and stream.asks(self._costly):
             name = self._costly.name
             choices.append(Choice(name, self._estimates.survival(request, (name, 0), most), costly=True))
         return Look(request.length, found, choices)
 
-    def _picks(self, wishes: Sequence[Wish], rows: int) -> list[Pick]:
+    def _picks(self, wishes: Sequence[Wish], streams: Sequence[Stream], rows: int) -> list[Pick]:
         """Who drafts how much: those who say so first, then whom it pays for, else perhaps a trial."""
-        picks = self._exact_picks(wishes, MAX_ROWS - rows)
+        picks = self._exact_picks(wishes, streams, MAX_ROWS - rows)
         rows += sum(pick.drafts for pick in picks.values())
-        rest = [place for place in range(len(wishes)) if place not in picks]
-        if rest:
-            picks |= zip(rest, self._best([wishes[place] for place in rest], rows), strict=True)
+        if rest := [place for place in range(len(wishes)) if place not in picks]:
+            found = self._decide([wishes[place] for place in rest], [streams[place] for place in rest], rows)
+            if found.trial >= 0:
+                self._accounts.tries(streams[rest[found.trial]], found.rate)
+            picks |= zip(rest, found.picks, strict=True)
         return [picks[place] for place in range(len(wishes))]
 
-    def _exact_picks(self, wishes: Sequence[Wish], spare: int) -> dict[int, Pick]:
+    def _exact_picks(self, wishes: Sequence[Wish], streams: Sequence[Stream], spare: int) -> dict[int, Pick]:
         """Drafts for those who say how many they want, by their places; where rows lack all have the same share."""
-        wanted = {place: self._exact(wish.request) for place, wish in enumerate(wishes)}
-        exact = [place for place, count in wanted.items() if count]
+        exact = [place for place, stream in enumerate(streams) if stream.exact]
         picks: dict[int, Pick] = {}
         for left, place in zip(range(len(exact), 0, -1), exact, strict=True):
-            choices = self._look(wishes[place].request).choices
-            most = min(spare // left, wishes[place].most, wanted[place])
+            choices = self._look(streams[place]).choices
+            most = min(spare // left, wishes[place].most, streams[place].exact)
             pick = Pick(choices[0].drafter, min(most, len(choices[0].survival))) if choices else NO_PICK
             spare -= pick.drafts
             picks[place] = pick
         return picks
 
-    def _best(self, wishes: Sequence[Wish], rows: int) -> list[Pick]:
-        decision = self._decide(wishes, rows)
-        if decision.trial is None:
-            return decision.picks
-        self._trials.stake(wishes[decision.place].request, decision.trial, decision.rate)
-        return [decision.trial.pick if place == decision.place else NO_PICK for place in range(len(wishes))]
-
-    def _decide(self, wishes: Sequence[Wish], rows: int) -> Decision:
-        """What is best, and the trial that may be made instead: once for what is asked twice."""
-        looks = [self._look(wish.request) for wish in wishes]
+    def _decide(self, wishes: Sequence[Wish], streams: Sequence[Stream], rows: int) -> Verdict:
+        """What is best, or a trial that may be made instead: once for what is asked twice."""
+        looks = [self._look(stream) for stream in streams]
         mosts = [min(wish.most, look.most) for wish, look in zip(wishes, looks, strict=True)]
         case = (rows, [(wish.request.id, wish.request.length) for wish in wishes], mosts)
         if self._case != case:
             worth = FAIR if len(wishes) > 1 else 1.0
             choices = [_up_to(most, look.choices, worth) for most, look in zip(mosts, looks, strict=True)]
-            self._case, self._decision = case, self._decision_on(choices, [wish.request for wish in wishes], rows)
+            self._case, self._decision = case, self._decided(choices, streams, rows)
         return self._decision
 
-    def _decision_on(self, choices: Sequence[Sequence[Choice]], requests: Sequence[Request], rows: int) -> Decision:
-        prices = self._prices(requests)
+    def _decided(self, choices: Sequence[Sequence[Choice]], streams: Sequence[Stream], rows: int) -> Verdict:
+        prices = self._prices(streams)
         verdict = choose(choices, rows, prices)
         if self._costly and all(pick.drafter != self._costly.name for pick in verdict.picks):
             for place, each in enumerate(choices):
-                if trial := self._trials.affords(each, rows, prices, verdict.rate):
-                    return Decision(verdict.picks, verdict.rate, trial, place)
-        return Decision(verdict.picks, verdict.rate)
+                tried = trial(each, rows, prices, verdict.rate, self._accounts.stake(streams[place]))
+                if tried.drafts:
+                    return Verdict(
+                        [tried if at == place else NO_PICK for at in range(len(choices))], verdict.rate, place
+                    )
+        return verdict
 
-    def _prices(self, requests: Sequence[Request]) -> Prices:
+    def _prices(self, streams: Sequence[Stream]) -> Prices:
         gap = max(0.0, self._gap.median)
-        waits = not self._ahead or any(map(locked, requests))
+        waits = not self._ahead or any(locked(stream.request) for stream in streams)
         return Prices(self._steps, self._drafting, *((gap, 0.0) if waits else (0.0, gap)))
 
-    def _cut(self, wish: Wish, pick: Pick) -> Proposal:
+    def _cut(self, stream: Stream, pick: Pick) -> Proposal:
         """So much of what a free drafter has said."""
-        for proposal in self._look(wish.request).proposals:
+        for proposal in self._look(stream).proposals:
             if proposal.drafter == pick.drafter:
                 return proposal._replace(ids=proposal.ids[: pick.drafts]) if pick.drafts else NOTHING
         return NOTHING
 
     def _made(self, wishes: Sequence[Wish]) -> list[Proposal]:
-        """What the costly drafter makes."""
+        """What the costly drafter makes; a request for which it has nothing is left."""
         assert self._costly
-        begun = self._clock()
+        begun, longest = self._clock(), max(wish.most for wish in wishes)
         proposals = self._timed(self._costly, wishes)
         self._step.seconds = self._clock() - begun
         if any(proposal.ids for proposal in proposals):
-            self._drafting.measured(max(wish.most for wish in wishes), self._step.seconds)
-        for (request, _), proposal in zip(wishes, proposals, strict=True):
-            if proposal.ids:
-                self._estimates.watch(request, proposal._replace(level=0))
-            else:
-                self._silent[request.id] = request.length + SILENT
+            self._drafting.measured(longest, self._step.seconds)
+        made = [(wish.request, proposal) for wish, proposal in zip(wishes, proposals, strict=True)]
+        for request, proposal in made:
+            self._estimates.watch(request, proposal._replace(level=0))
+        self._accounts.made(made, longest)
         return proposals
 
     def _timed(self, drafter: Drafter, wishes: Sequence[Wish]) -> list[Proposal]:
@@ -284,6 +255,8 @@ def locked(request: Request) -> bool:
 
 def _up_to(most: int, choices: Sequence[Choice], worth: float) -> list[Choice]:
     """The choices for at most so many drafts, each of them being `worth` so much of the one before it."""
+    if worth == 1.0:
+        return [choice._replace(survival=choice.survival[:most]) for choice in choices]
     return [
         choice._replace(survival=[chance * worth**place for place, chance in enumerate(choice.survival[:most])])
         for choice in choices

@@ -28,7 +28,6 @@ class Suffix:
     """
 
     name = OWN
-    free = True
 
     def __init__(self, corpus: Corpus | None = None) -> None:
         self.corpus = corpus or Corpus()
