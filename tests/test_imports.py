@@ -37,9 +37,8 @@ NO_TORCH = {
     for name in ("request", "scheduler", "pages", "prefix", "plan", "ceilings", "drafting", "workspaces")
 }
 NO_TORCH |= {f"engine/speculate/{name}" for name in ("drafter", "items", "verify")}
-NO_TORCH |= {
-    f"engine/speculate/{name}" for name in ("costs", "estimates", "controller", "purse", "accounts", "tally", "speculator")
-}
+NO_TORCH |= {f"engine/speculate/{name}" for name in ("costs", "estimates", "controller", "purse", "accounts")}
+NO_TORCH |= {f"engine/speculate/{name}" for name in ("tally", "speculator")}
 NO_TORCH |= {"engine/reports", "engine/grammar", "engine/speculate/forced"}
 NO_TORCH |= {f"engine/speculate/{name}" for name in ("grams", "suffix", "corpus", "draft_log")}
 NO_TORCH |= {"models/config", "models/architectures", "models/positions", "models/fields"}

@@ -31,6 +31,8 @@ from fwd.protocol.messages import (
 )
 from fwd.protocol.values import Reason
 
+LOOK = 0.005  # seconds from look to look for messages while there is nothing but a grammar to wait for
+
 
 class Loop:
     """Serves one front over `channel` until it closes. `chunk` is the prefill chunk in tokens.
@@ -77,7 +79,7 @@ class Loop:
     @property
     def busy(self) -> bool:
         """There is something to do."""
-        return bool(self._scheduler or self._flight)
+        return bool(self._scheduler or self._flight or self._grammars.busy)
 
     def _receive(self) -> None:
         """Handle what has arrived; wait for it only when there is nothing to do."""
@@ -106,14 +108,20 @@ class Loop:
         request = Request(submit)
         request.clock.arrived = time.monotonic()
         self._requests[request.id] = request
-        if submit.grammar:
-            try:
-                request.grammar = self._grammars.matcher(submit.grammar, request.ids[request.prompt :])
-            except GrammarError as error:
+        if not submit.grammar:
+            self._scheduler.add(request)
+            return
+        self._grammars.enter(request)
+        self._admit()
+
+    def _admit(self, seconds: float = 0.0) -> None:
+        """Queue those whose grammar is compiled, after so many seconds at most if there is none."""
+        for request, error in self._grammars.leave(seconds):
+            if error:
                 del self._requests[request.id]
                 self._out.append(failed(request, error))
-                return
-        self._scheduler.add(request)
+            else:
+                self._scheduler.add(request)
 
     def _pong(self, seq: int) -> Pong:
         found = pong(self._scheduler, self._space, self._speculator)
@@ -126,6 +134,8 @@ class Loop:
         So a request that is cancelled has one more step at most launched for it.
         """
         begins = not self._flight
+        if self._grammars.busy:
+            self._admit(LOOK if begins and not self._scheduler else 0.0)
         if begins:
             self._begin()
         elif spans := self._scheduler.follow(self._flight[-1]):
@@ -285,7 +295,8 @@ class Loop:
         self._scheduler.retain(request)
 
     def _drop(self, request: Request) -> None:
-        self._scheduler.remove(request)
+        if not self._grammars.forget(request):
+            self._scheduler.remove(request)
         self._speculator.end(request)
         del self._requests[request.id]
 

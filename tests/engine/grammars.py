@@ -12,7 +12,8 @@ from llguidance import LLMatcher
 from mock_engine import Engine
 from mock_runner import VOCAB, next_token
 
-from fwd.engine.grammar import Grammars, Tokens, serialised
+from fwd.engine.grammar import Grammars
+from fwd.grammar.compiled import Tokens, serialised
 from fwd.engine.speculate.drafter import Wish
 from fwd.engine.speculate.forced import Forced
 from fwd.protocol.ids import pack_ids

@@ -143,6 +143,7 @@ def test_the_end_of_a_grammar_within_a_run_of_drafts_that_hold(name):
 
 def test_a_step_with_a_grammar_is_not_run_ahead():
     made = engine(ahead=True, seqs=2)
+    made.ask(3, [3], tokens=1, grammar=DIGITS)  # now it is compiled
     made.handle(submit(1, [1], tokens=40, grammar=DIGITS), submit(2, [2], tokens=40))
     made.until(1)
     assert made.runner.most == 1
@@ -162,13 +163,13 @@ def test_preempted_in_mid_answer():
 
 
 def without_rollback(self, drafts=()):
-    held = self._walk(drafts)
+    held = self._walked(drafts)
     self._state.try_consume_tokens(list(drafts[:held]))
     return held
 
 
 def in_the_mask_of_the_first(self, drafts=()):
-    held = self._walk(drafts)
+    held = self._walked(drafts)
     self.masks = [self.masks[0]] * (held + 1)
     return held
 

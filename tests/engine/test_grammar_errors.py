@@ -10,8 +10,8 @@ from mock_engine import Engine, submit
 from mock_runner import VOCAB
 from msgspec.structs import replace
 
-from fwd.engine import grammar as module
 from fwd.errors import BadFrameError, GrammarError
+from fwd.grammar import compiled as module
 from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import Failed, Finished
 from fwd.protocol.values import Limits
@@ -52,7 +52,7 @@ def test_a_grammar_that_does_not_compile_fails_its_request_alone(text):
 
 @pytest.mark.parametrize("nature", ["", "oracle", "liar", "grammar"])
 def test_a_grammar_beyond_its_limits_fails_its_request_alone_at_the_same_token(nature, monkeypatch):
-    monkeypatch.setattr(module, "LIMITS", {**module.LIMITS, "max_items_in_row": 12})
+    monkeypatch.setitem(module.NARROW, "lark", {"max_items_in_row": 12})
     text = "lark:start: " + " | ".join(f"a{n}" for n in range(30)) + "\n"
     text += "\n".join(f'a{n}: "[" "{"abcdefghij"[n % 10]}" /[a-z]+/' for n in range(30))
     rng, healthy = random.Random(1), answer(DIGITS, [7], 1, 20)[0]
@@ -101,6 +101,7 @@ def test_what_was_emitted_and_does_not_follow_fails_its_request():
     ids, _ = answer(DIGITS, [1], 0, 20)
     made = engine()
     made.handle(replace(submit(1, [1], tokens=20, grammar=DIGITS), emitted=pack_ids([*ids[:2], 4, 4])))
+    made.until(1)
     assert made.results[1].code == GrammarError.code
     assert not made.loop.busy
 

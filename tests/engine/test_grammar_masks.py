@@ -26,10 +26,11 @@ from grammars import (
 from mock_runner import VOCAB
 
 from fwd.engine import grammar as module
-from fwd.engine.grammar import Grammars, Tokens
+from fwd.engine.grammar import Grammars
 from fwd.engine.speculate.drafter import Wish
 from fwd.engine.speculate.forced import Forced
 from fwd.errors import GrammarError
+from fwd.grammar.compiled import Tokens
 
 DIGITS = GRAMMARS["digits"][0]
 
@@ -158,7 +159,9 @@ def test_where_there_is_a_choice_or_no_grammar_nothing_is_drafted():
 def test_choices_of_one_request_share_what_is_compiled(monkeypatch):
     made, compiled = Grammars(VOCAB), []
     made.learn(vocabulary())
-    monkeypatch.setattr(module, "serialised", lambda text: compiled.append(text) or grammars.serialised(text))
+    monkeypatch.setattr(
+        "fwd.grammar.compiled.serialised", lambda text: compiled.append(text) or grammars.serialised(text)
+    )
     for _ in range(3):
         made.matcher(DIGITS, [])
     assert compiled == [DIGITS]

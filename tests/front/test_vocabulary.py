@@ -9,12 +9,12 @@ from rig import Letters, Transcript, assert_answered, keeping, stream
 
 import fwd.demo
 from fwd.config import Config
-from fwd.engine.grammar import texts_of
 from fwd.errors import NotReadyError
 from fwd.front.keeper import Keeper
 from fwd.front.prompts import Prompts
 from fwd.front.service import Service
 from fwd.front.supervisor import Supervisor
+from fwd.grammar.compiled import texts_of
 from fwd.protocol.frames import pack
 from fwd.protocol.ids import pack_ids, unpack_ids
 from fwd.protocol.messages import Load, Submit

@@ -1,0 +1,161 @@
+"""No grammar holds up who has none: compiling is done beside the steps, and a step that is too slow is given up."""
+
+import threading
+
+import pytest
+from grammars import GRAMMARS, TEXTS, answer, engine, known
+from mock_engine import submit
+from mock_runner import next_token, oracle
+
+from fwd.engine import grammar as module
+from fwd.engine.watch import Watch
+from fwd.errors import GrammarError
+from fwd.grammar.compiled import LIMITS, NARROW, Tokens
+from fwd.protocol.messages import Cancel, Failed
+
+DIGITS = GRAMMARS["digits"][0]
+AMBIGUOUS = {
+    "pairs": 'lark:start: e\ne: e e | "a" | ""',
+    "triples": 'lark:start: e\ne: e e e | e e | /[a-z]/ | ""',
+    "both sides": 'lark:start: e\ne: e "a" | "a" e | e e | "a"',
+}
+LONG = "aaaaaaaaaaaaaaaa" * 64
+A = TEXTS.index(b"a")
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_ambiguity_ends_by_the_items_of_a_row_and_not_by_time(name, monkeypatch):
+    """A row's work grows with the square of its items: those are bounded, whoever is slow."""
+    monkeypatch.setattr(module, "STEP_SECONDS", 1e9)
+    patient = known()
+    monkeypatch.setattr(patient, "_watch", Watch(1e9))
+    matcher, taken = patient.matcher(AMBIGUOUS[name], []), 0
+    while taken < len(LONG) and not matcher.error and matcher.take(A):
+        taken += 1
+        matcher.prepare()
+    assert taken < NARROW["lark"]["max_items_in_row"]
+    assert "row has" in matcher.error or "Too many items" in matcher.error
+    assert "\n" not in matcher.error
+
+
+def test_the_limits_of_a_step_are_those_that_were_found():
+    """At 2,000 items a row and 50,000 a step ambiguous rules took seconds; at these, tens of milliseconds."""
+    assert NARROW["lark"]["max_items_in_row"] <= 500
+    assert LIMITS["step_max_items"] <= 10_000
+    assert LIMITS["step_lexer_fuel"] <= 50_000
+
+
+class Stuck:
+    """A state whose masks take for ever, by the clock of a CPU that its watch reads."""
+
+    def __init__(self, state, free):
+        self._state, self._free = state, free
+
+    def __getattr__(self, name):
+        return getattr(self._state, name)
+
+    def deep_copy(self):
+        return Stuck(self._state.deep_copy(), self._free)
+
+    def unsafe_compute_mask_ptr(self, *where):
+        self._free.wait()
+        self._state.unsafe_compute_mask_ptr(*where)
+
+
+@pytest.fixture
+def free():
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_a_step_that_takes_too_long_fails_its_request_alone(free, monkeypatch):
+    made = engine(seqs=2)
+    monkeypatch.setattr("fwd.engine.watch._Worker.spent", lambda _, clock=iter(range(10**9)): next(clock))
+    whole = Tokens.compiled
+    monkeypatch.setattr(
+        Tokens, "compiled", lambda self, text: Stuck(whole(self, text), free) if "stuck" in text else whole(self, text)
+    )
+    made.handle(submit(1, [1], tokens=12), submit(2, [2], tokens=20, grammar="regex:(stuck)*"))
+    made.handle(submit(3, [7], tokens=20, grammar=DIGITS, seed=1))
+    made.idle()
+    assert isinstance(made.results[2], Failed)
+    assert made.results[2].code == GrammarError.code
+    assert made.results[2].message == "a step of the grammar takes more than 50 ms: simplify it"
+    assert made.output[1] == oracle([1], 0, 12)
+    assert made.output[3] == answer(DIGITS, [7], 1, 20)[0]
+    assert 2 not in made.output
+    made.space.check()
+
+
+def test_drafts_that_take_too_long_are_done_without(free):
+    found, other = (known().matcher(DIGITS, []) for _ in range(2))
+    other.prepare()
+
+    class Slow(Stuck):
+        def try_consume_tokens(self, ids):
+            free.wait()
+            return 0
+
+        def unsafe_compute_mask_ptr(self, *where):
+            self._state.unsafe_compute_mask_ptr(*where)
+
+    found._state = Slow(found._state, free)
+    found._watch = _Once(found._watch)
+    assert found.prepare([A, A]) == 0
+    assert not found.error
+    assert [mask.tolist() for mask in found.masks] == [mask.tolist() for mask in other.masks]
+    assert found.forced(5) == ()
+
+
+class _Once:
+    """A watch that gives up its first call before it has begun."""
+
+    def __init__(self, watch):
+        self._calls = iter([lambda _: None])
+        self._watch = watch
+
+    def __call__(self, work):
+        return next(self._calls, self._watch)(work)
+
+
+def test_others_go_on_while_a_grammar_is_compiled(free, monkeypatch):
+    made, whole = engine(seqs=2), Tokens.compiled
+
+    def slow(self, text):
+        free.wait()
+        return whole(self, text)
+
+    monkeypatch.setattr(Tokens, "compiled", slow)
+    made.handle(submit(2, [7], tokens=20, grammar=DIGITS, seed=1), submit(1, [1], tokens=12))
+    made.until(1)
+    assert made.output[1] == oracle([1], 0, 12)
+    assert 2 not in made.output
+    free.set()
+    made.until(2)
+    assert made.output[2] == answer(DIGITS, [7], 1, 20)[0]
+
+
+def test_a_request_is_cancelled_while_its_grammar_is_compiled(free, monkeypatch):
+    made, whole = engine(), Tokens.compiled
+    monkeypatch.setattr(Tokens, "compiled", lambda self, text: (free.wait(), whole(self, text))[1])
+    made.handle(submit(1, [7], grammar=DIGITS), Cancel(id=1))
+    assert made.results[1].reason == "cancelled"
+    free.set()
+    made.idle()
+    assert made.output == {}
+    assert made.ask(2, [1], tokens=3)[0] == [next_token([1], 0), *oracle([1], 0, 3)[1:]]
+
+
+def test_a_watch_tells_what_its_call_gives_or_raises():
+    watch = Watch(10.0)
+    assert [watch(lambda each=each: each) for each in (1, 0, "x")] == [1, 0, "x"]
+    with pytest.raises(ZeroDivisionError):
+        watch(lambda: 1 // 0)
+    assert watch(lambda: 5) == 5
+
+
+def test_who_waits_for_a_cpu_is_not_given_up():
+    """Only what a call has spent counts, and it sleeps."""
+    watch, sleep = Watch(0.001), threading.Event()
+    assert watch(lambda: sleep.wait(0.05)) is False
