@@ -15,11 +15,12 @@ BASE = {"fwd", "errors", "config", "log"}
 ROOMS = {
     "cli": {"daemon", "api", "front", "text", "protocol"},
     "daemon": {"api", "front", "text", "protocol"},
+    "grammar": {"protocol"},
     "api": {"front", "text", "protocol"},
-    "front": {"text", "protocol"},
+    "front": {"text", "grammar", "protocol"},
     "text": set(),
     "protocol": set(),
-    "engine": {"models", "kernels", "protocol"},
+    "engine": {"models", "kernels", "grammar", "protocol"},
     "models": {"kernels"},
     "kernels": set(),
     "demo": {"engine", "models", "kernels", "text"},
@@ -30,7 +31,7 @@ ROOMS = {
     "__main__": {"cli"},
 }
 LAZY = {"cli": {"engine", "models", "kernels", "demo"}}
-FRONT = {"cli", "daemon", "api", "front", "text", "protocol", "config", "errors", "log", "fwd"}
+FRONT = {"cli", "daemon", "api", "front", "text", "grammar", "protocol", "config", "errors", "log", "fwd"}
 DEVICE = {"torch", "cupy", "triton", "cuda"}
 NO_TORCH = {
     f"engine/{name}"
@@ -39,7 +40,7 @@ NO_TORCH = {
 NO_TORCH |= {f"engine/speculate/{name}" for name in ("drafter", "items", "verify")}
 NO_TORCH |= {f"engine/speculate/{name}" for name in ("costs", "estimates", "controller", "purse", "accounts")}
 NO_TORCH |= {f"engine/speculate/{name}" for name in ("tally", "speculator")}
-NO_TORCH |= {"engine/reports", "engine/grammar", "engine/speculate/forced"}
+NO_TORCH |= {"engine/reports", "engine/grammar", "engine/watch", "engine/speculate/forced"}
 NO_TORCH |= {f"engine/speculate/{name}" for name in ("grams", "suffix", "corpus", "draft_log")}
 NO_TORCH |= {"models/config", "models/architectures", "models/positions", "models/fields"}
 NO_TORCH |= {"models/safetensors", "models/spec", "models/quantization", "models/layout"}
