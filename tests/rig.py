@@ -143,6 +143,7 @@ class Daemon:
                 self.service.cancel(one)
             local.close()
             await self.service.supervisor.stop()
+            self.service.close()
 
     def call(self, work: Callable[[], T]) -> T:
         """The result of `work`, called on the daemon's thread."""

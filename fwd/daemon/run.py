@@ -120,6 +120,7 @@ class Daemon:
             service.supervisor.cancel(stream, NotReadyError("the daemon was stopped before the answer was finished"))
         await runner.cleanup()
         await service.supervisor.stop()
+        service.close()
         local.close()
 
     async def _finish(self, service: Service, runner: web.AppRunner, local: LocalServer) -> None:

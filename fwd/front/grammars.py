@@ -52,7 +52,7 @@ class GrammarTrials:
         key = blake2b(grammar.encode(errors="surrogatepass"), digest_size=16).digest()
         if key not in self._verdicts:
             self._verdicts[key] = asyncio.get_running_loop().create_task(self._try(grammar))
-            if len(self._verdicts) > KEPT:
+            while len(self._verdicts) > KEPT:
                 self._verdicts.popitem(last=False)
         self._verdicts.move_to_end(key)
         task = self._verdicts[key]
@@ -70,10 +70,9 @@ class GrammarTrials:
             return f"the grammar is no text: {error}"
         async with self._room:
             self.tried += 1
+            vocabulary = await asyncio.to_thread(self._vocabulary)
             for _ in range(2):  # a process that was killed is started once more
-                if self._process is None:
-                    self._process = TrialProcess(await asyncio.to_thread(self._vocabulary))
-                process = self._process
+                process = self._process = self._process or TrialProcess(vocabulary)
                 said = await process.ask(text)
                 if said.startswith(BEGUN):
                     return _read(said.removeprefix(BEGUN))

@@ -231,6 +231,9 @@ class Session:
             self._service.cancel(stream)
 
     async def _relay(self, submit: Submit) -> None:
+        if submit.grammar:
+            self._service.check_queue()
+            await self._service.check_grammar(submit.grammar)
         with self._opened(submit) as stream:
             await self._send_ids(stream)
             self._end(stream)

@@ -23,6 +23,7 @@ from fwd.errors import (
     OverloadedError,
 )
 from fwd.front.bounds import bounded, notes
+from fwd.front.grammars import GrammarTrials
 from fwd.front.prompts import Prompts
 from fwd.front.queue import MAX_OPEN, queue_tokens, retry_after
 from fwd.front.streams import Stream
@@ -52,6 +53,7 @@ class Service:
         self.shed = Counter({OverloadedError.code: 0, NotReadyError.code: 0})
         self._ids = count(1)
         self._streams: dict[int, Stream] = {}
+        self._trials: GrammarTrials | None = None
         self._started = time.monotonic()
 
     @property
@@ -64,6 +66,17 @@ class Service:
     @prompts.setter
     def prompts(self, prompts: Prompts) -> None:
         self._prompts = prompts
+
+    async def check_grammar(self, grammar: str, param: str = "grammar") -> None:
+        """Raise `GrammarError` that names `param` unless engines can follow a grammar in bounded time and memory."""
+        if self._trials is None:
+            self._trials = GrammarTrials(lambda: self.prompts.vocabulary)
+        await self._trials.check(grammar, param)
+
+    def close(self) -> None:
+        """End what runs beside the engine."""
+        if self._trials:
+            self._trials.close()
 
     @property
     def streams(self) -> Iterable[Stream]:

@@ -1,8 +1,8 @@
 """What a grammar is and how it is compiled (llguidance: an Earley parser over regular expressions).
 
-A grammar is `json_schema:{…}`, `regex:…` (the whole answer matches it) or `lark:…` (llguidance's dialect of Lark). It
-says which text may come, never how that is cut into tokens: every token whose bytes fit may be drawn. Ids that end an
-answer may be where the text is whole, and where nothing else may come the answer ends by itself.
+A grammar is `json_schema:{…}`, `regex:…` (the whole answer matches it) or `lark:…` (llguidance's dialect of Lark, or
+llama.cpp's GBNF). It says which text may come, never how that is cut into tokens: every token whose bytes fit may be
+drawn. Ids that end an answer may be where the text is whole, and where nothing else may come the answer ends by itself.
 """
 
 import json
@@ -100,7 +100,7 @@ def serialised(grammar: str) -> str:
 
 def _named(kind: str, body: str) -> dict[str, Any]:
     if kind == "lark":
-        return {"lark_grammar": body}
+        return {"lark_grammar": _lark(body)}
     if kind == "regex":
         from llguidance import LLMatcher  # noqa: PLC0415
 
@@ -110,6 +110,17 @@ def _named(kind: str, body: str) -> dict[str, Any]:
         return {"json_schema": json.loads(body)}
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"the JSON schema cannot be read: {error}") from None
+
+
+def _lark(body: str) -> str:
+    if "::=" not in body:
+        return body
+    from llguidance.gbnf_to_lark import gbnf_to_lark  # noqa: PLC0415
+
+    try:
+        return gbnf_to_lark(body)
+    except Exception as error:  # noqa: BLE001  # the library does not say which
+        raise GrammarError(f"the GBNF grammar cannot be read: {' '.join(str(error).split())[:300]}") from None
 
 
 def texts_of(vocabulary: Vocabulary) -> list[bytes]:

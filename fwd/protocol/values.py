@@ -16,6 +16,7 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Milliseconds = Annotated[float, Meta(ge=0, le=2**53)]
+MaxDraft = Annotated[int, Meta(ge=-1, le=2**31)]  # what is more than a step has room for is taken as less
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 Priority = Literal["interactive", "background"]
 Drafter = Literal["auto", "off", "suffix", "model", "mtp", "eagle", "dflash"]
@@ -73,7 +74,7 @@ class Draft(Part, frozen=True):
     """Speculation wishes: they change the speed and never the tokens. `max_draft` −1 leaves the length to fwd."""
 
     drafter: Drafter = "auto"
-    max_draft: Annotated[int, Meta(ge=-1, le=64)] = -1
+    max_draft: MaxDraft = -1
 
 
 class EngineInfo(Part, frozen=True):

@@ -185,3 +185,4 @@ async def serving(
     finally:
         await runner.cleanup()
         await service.supervisor.stop()
+        service.close()

@@ -118,9 +118,10 @@ def test_a_drafter_that_is_not_there_is_refused(folder, run):
 def test_max_draft_is_no_more_than_a_step_holds(folder, run):
     async def scenario():
         async with serving(folder, script()) as server:
-            for most, taken in ((-1, -1), (0, 0), (15, 15), (16, 15), (64, 15)):
+            for most, taken in ((-1, -1), (0, 0), (15, 15), (16, 15), (64, 15), (2**31, 15)):
                 _, body, _ = await server.post(CHAT, asked(CHAT, fwd={"max_draft": most}))
                 assert server.seen[-1].submit.draft.max_draft == taken
+                assert body["fwd"]["max_draft"] == (None if taken < 0 else taken)
                 said = [f"max_draft: {most} is taken as 15, the most that a step has room for"]
                 assert body["fwd"]["notes"] == said * (most > taken)
 

@@ -110,8 +110,8 @@ def test_an_engine_that_dies_has_forgotten_nothing(run):
 
 def test_a_prediction_from_a_local_client(uds):
     with serving(uds) as daemon, Client(uds) as client:
-        accepted, *_ = client.events("hi", prediction="likely", max_tokens=3, max_draft=40)
-        assert accepted.notes == ("max_draft: 40 is taken as 15, the most that a step has room for",)
+        accepted, *_ = client.events("hi", prediction="likely", max_tokens=3, max_draft=2**31)
+        assert accepted.notes == ("max_draft: 2147483648 is taken as 15, the most that a step has room for",)
         with pytest.raises(BadRequestError, match="outside the vocabulary") as refused:
             list(client.submit([40], prediction=[500]))
         assert refused.value.param == "prediction"

@@ -89,7 +89,7 @@ WRONG = {
     "deadline is NaN": {"limits": Limits(deadline_ms=math.nan)},
     "deadline is infinite": {"limits": Limits(deadline_ms=math.inf)},
     "drafter": {"draft": ["oracle"]},
-    "max_draft": {"draft": ["auto", 65]},
+    "max_draft": {"draft": ["auto", 2**31 + 1]},
     "prompt is text": {"prompt": "abc"},
     "boolean id": {"id": True},
 }

@@ -27,7 +27,7 @@ class Wanted(NamedTuple):
     """What to open: `n` choices of each prompt, in packed ids. Log-probabilities −1 are off.
 
     `max_tokens` None is all the context; `continues` says that the answer goes on in the prompt's own text; `deadline`
-    is a time of the event loop; `prediction` holds ids that are likely in each choice.
+    is a time of the event loop; `prediction` holds ids that are likely in each choice; `grammar` is what each must be.
     """
 
     parameters: Parameters
@@ -38,6 +38,7 @@ class Wanted(NamedTuple):
     continues: bool = False
     deadline: float | None = None
     prediction: memoryview = EMPTY
+    grammar: str = ""
 
 
 class Answer:
@@ -76,6 +77,7 @@ class Answer:
             draft=parameters.draft,
             cache=parameters.cache_prompt is not False,
             prediction=self.wanted.prediction,
+            grammar=self.wanted.grammar,
         )
         choices = [(ids, choice) for ids in self.wanted.prompts for choice in range(self.n)]
         submits = [replace(submit, prompt=ids, choice=choice) for ids, choice in choices]

@@ -12,6 +12,7 @@ from fwd.api.openai.answer import Answer, Wanted, answering, read_prediction
 from fwd.api.openai.logprobs import chat_items, output_scores
 from fwd.api.openai.parameters import REFUSED, Parameters, Top, deadline, refuse
 from fwd.api.openai.respond import respond
+from fwd.api.openai.structured import read_grammar
 from fwd.errors import BadRequestError
 from fwd.front.generation import Piece
 from fwd.front.prompts import Chat
@@ -88,8 +89,11 @@ async def post(request: web.Request) -> web.StreamResponse:
         service = serving(request, body.model)
         prompt = await service.prompts.chat(body.chat)
         likely = await read_prediction(service, body)
+        grammar = await read_grammar(service, body)
     most = body.max_completion_tokens or body.max_tokens
-    wanted = Wanted(body, [prompt], max_tokens=most, logprobs=body.scored, deadline=ends, prediction=likely)
+    wanted = Wanted(
+        body, [prompt], max_tokens=most, logprobs=body.scored, deadline=ends, prediction=likely, grammar=grammar
+    )
     with answering(request, wanted, "chatcmpl") as answer:
         return await respond(request, answer, ChatDialect(answer))
 

@@ -14,6 +14,7 @@ from fwd.api.openai.logprobs import Columns, output_scores, prompt_scores
 from fwd.api.openai.parameters import REFUSED, Parameters, Top, deadline, refuse
 from fwd.api.openai.prompts import check_count, read_prompts
 from fwd.api.openai.respond import respond
+from fwd.api.openai.structured import read_grammar
 from fwd.errors import BadRequestError
 from fwd.front.bounds import over_context
 from fwd.front.generation import Piece
@@ -60,6 +61,7 @@ async def _read(request: web.Request) -> tuple[CompletionBody, Wanted]:
         service = serving(request, body.model)
         prompts = await _prompts(service, body)
         likely = await read_prediction(service, body)
+        grammar = await read_grammar(service, body)
     body.prompt = msgspec.Raw()  # it has been read, and may be large
     scored = -1 if body.logprobs is None else body.logprobs
     return body, Wanted(
@@ -71,6 +73,7 @@ async def _read(request: web.Request) -> tuple[CompletionBody, Wanted]:
         continues=True,
         deadline=ends,
         prediction=likely,
+        grammar=grammar,
     )
 
 

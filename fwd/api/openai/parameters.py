@@ -17,6 +17,7 @@ from fwd.protocol.values import (
     Draft,
     Drafter,
     Limits,
+    MaxDraft,
     Priority,
     Sampling,
     Seed,
@@ -36,7 +37,7 @@ class Extension(Struct, forbid_unknown_fields=True):
     """The request extension `fwd`."""
 
     drafter: Drafter = "auto"
-    max_draft: Annotated[int, Meta(ge=-1, le=64)] = -1
+    max_draft: MaxDraft = -1
     priority: Priority = "interactive"
 
 
@@ -145,21 +146,13 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
         (
             "allowed_token_ids",
             "bad_words",
-            "grammar",
-            "guided_choice",
-            "guided_grammar",
-            "guided_json",
-            "guided_regex",
-            "json_schema",
             "prompt_logprobs",
-            "structured_outputs",
             "thinking_token_budget",
             "truncate_prompt_tokens",
             "use_beam_search",
         ),
         (),
     ),
-    "response_format": ({"type": "text"},),
     "typical_p": (1,),
 }
 

@@ -56,6 +56,7 @@ def report(answer: Answer) -> dict[str, Any]:
         "tokens_per_second": _rate(answer),
         "drafted": dict(sum((Counter(timing.drafted) for timing in spent), Counter())),
         "accepted": dict(sum((Counter(timing.accepted) for timing in spent), Counter())),
+        "max_draft": _max_draft(answer),
         "accept_length": _accept_length(spent),
         "speculative_decoding": _speculative(spent[0]) if len(spent) == 1 else None,
         "cached_tokens": cached_tokens(answer),
@@ -119,6 +120,12 @@ def _accept_length(spent: list[Timing]) -> float | None:
     """Tokens that a decode step brought: 1, and the drafts that held."""
     steps = sum(timing.steps for timing in spent)
     return round(1 + sum(sum(timing.accepted.values()) for timing in spent) / steps, 3) if steps else None
+
+
+def _max_draft(answer: Answer) -> int | None:
+    """The most drafts that a step had, as it was asked for and taken."""
+    taken = max(stream.submit.draft.max_draft for stream in answer.streams)
+    return taken if taken >= 0 else None
 
 
 def _speculative(timing: Timing) -> dict[str, Any] | None:
