@@ -15,7 +15,6 @@ def drafting(keeper: Keeper) -> Iterator[Metric]:
     yield _each("tokens", "Ids drafted.", [each.drafted for each in counts], counts)
     yield _each("accepted_tokens", "Drafted ids that held.", [each.accepted for each in counts], counts)
     yield _each("seconds", "Time that drafting took.", [each.ms / 1e3 for each in counts], counts)
-    yield _each("saved_steps", "Steps that need not be made.", [each.saved for each in counts], counts)
     by_place = [sample for each in counts for sample in _by_place(each)]
     name, text = "fwd_draft_accepted_tokens_per_position_total", "Drafted ids that held, by place in the draft."
     yield Metric(name, "counter", text, by_place)

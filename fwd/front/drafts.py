@@ -69,5 +69,4 @@ def _sum(first: DrafterCounts, second: DrafterCounts) -> DrafterCounts:
         accepted=first.accepted + second.accepted,
         places=[one + other for one, other in zip_longest(first.places, second.places, fillvalue=0)],
         ms=first.ms + second.ms,
-        saved=first.saved + second.saved,
     )

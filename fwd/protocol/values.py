@@ -146,7 +146,7 @@ class DrafterCounts(Part, frozen=True):
     """What one drafter has done since the engine's start.
 
     `drafts` counts proposals, `drafted` the ids in them, `accepted` those that held, `places` these by their place in
-    the proposal. `ms` is the time that drafting took, `saved` the steps that its ids have saved.
+    the proposal: each has saved its request a step. `ms` is the time that drafting took.
     """
 
     name: str
@@ -155,7 +155,6 @@ class DrafterCounts(Part, frozen=True):
     accepted: Count = 0
     places: list[Count] = []
     ms: Milliseconds = 0.0
-    saved: Count = 0
 
 
 class Prefilling(Part, frozen=True):

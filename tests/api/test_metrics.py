@@ -134,8 +134,8 @@ def test_deaths_and_errors_are_counted(folder, run, tmp_path):
 
 
 def test_what_drafters_did_is_counted_through_the_death_of_an_engine(folder, run, tmp_path):
-    suffix = DrafterCounts("suffix", drafts=10, drafted=40, accepted=12, places=[9, 3], ms=250.0, saved=12)
-    model = DrafterCounts("model", drafts=2, drafted=6, accepted=5, places=[2, 2, 1], ms=1000.0, saved=5)
+    suffix = DrafterCounts("suffix", drafts=10, drafted=40, accepted=12, places=[9, 3], ms=250.0)
+    model = DrafterCounts("model", drafts=2, drafted=6, accepted=5, places=[2, 2, 1], ms=1000.0)
     fault = fakes.Fault("kill", after=400)
 
     async def scenario():

@@ -20,14 +20,12 @@ class Tally:
             self._places[place] += 1
 
     def told(self, name: str) -> DrafterCounts:
-        """As it travels; each draft that held has saved its request a step."""
-        accepted = sum(self._places)
+        """As it travels."""
         return DrafterCounts(
             name=name,
             drafts=self._drafts,
             drafted=self._drafted,
-            accepted=accepted,
+            accepted=sum(self._places),
             places=list(self._places),
             ms=self.seconds * 1e3,
-            saved=accepted,
         )
