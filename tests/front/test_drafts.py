@@ -21,7 +21,7 @@ def uds(tmp_path):
 
 
 def counts(name, drafts, *places):
-    return DrafterCounts(name, drafts, drafts * 4, sum(places), list(places), drafts / 10, sum(places))
+    return DrafterCounts(name, drafts, drafts * 4, sum(places), list(places), drafts / 10)
 
 
 def test_counters_never_fall():

@@ -22,7 +22,7 @@ from structlog.testing import capture_logs
 from fwd.demo import MODEL
 from fwd.models.draft import smoke
 from fwd.models.draft.load import load_draft
-from fwd.models.draft.smoke import PROMPT, Trial, notes, trial
+from fwd.models.draft.smoke import LEAST, PROMPT, Trial, notes, trial
 from fwd.models.load import load
 from fwd.models.taps import Taps
 
@@ -74,7 +74,7 @@ def test_the_embedded_drafter_is_not():
 def test_a_model_foresees_all_of_itself(target):
     model, draft = loaded(target, target)
     found = trial(model, draft, LENGTH)
-    assert found.places == found.right == 4 * (LENGTH - PROMPT)
+    assert LEAST <= found.places == found.right <= 4 * (LENGTH - PROMPT)
     assert found.vocab == 260
     assert 0 < found.frequent <= found.right
 
@@ -167,3 +167,22 @@ def test_what_is_useless(right, frequent, useless):
 def test_chance_in_a_small_vocabulary():
     assert Trial(48, 3, 1, 16).useless
     assert not Trial(48, 4, 1, 16).useless
+
+
+def test_of_few_places_nothing_is_said():
+    assert not Trial(LEAST - 1, 0, 2, 260).useless
+    assert Trial(LEAST, 0, 2, 260).useless
+
+
+def test_texts_that_go_round_in_circles_count_once(target, monkeypatch):
+    """A drafter that misses the one id that all texts fall into, and foresees the others, is no worse than chance."""
+    model, draft = loaded(target, target)
+    texts = torch.arange(4 * LENGTH).view(4, LENGTH)
+    texts[:, PROMPT + 6 :] = 5
+    monkeypatch.setattr(smoke, "_spoken", lambda *_: (texts, torch.zeros(4, LENGTH, 0)))
+    said = {(text, place): int(texts[text, place]) for text in range(4) for place in range(PROMPT + 6)}
+    said |= {(text, place): 7 for text in range(4) for place in range(PROMPT + 6, LENGTH)}
+    monkeypatch.setattr(smoke, "_ids", lambda *_: said)
+    found = trial(model, draft, LENGTH)
+    assert (found.places, found.right) == (24 + 4 + 1, 24)
+    assert not found.useless

@@ -20,6 +20,7 @@ from fwd.models.model import Model
 from fwd.models.taps import Taps
 
 TEXTS, PROMPT = 4, 8  # texts, and ids that each begins with
+LEAST = 8  # places that a verdict is given on
 STEPS, FEW = 12, 4  # ids that follow; of a model that is slow here
 AT_ONCE = 4  # positions of each text in a pass
 STRIDE = 7919  # from id to id of a prompt
@@ -31,7 +32,10 @@ log = structlog.get_logger("fwd.models")
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """How many ids there were to say, how many were right, and how many the most frequent of them would have been."""
+    """How many ids there were to say, how many were right, and how many the most frequent of them would have been.
+
+    Ids that follow the same one again are not counted.
+    """
 
     places: int
     right: int
@@ -40,7 +44,11 @@ class Trial:
 
     @property
     def useless(self) -> bool:
-        """Chance is as good, or always the same id is better."""
+        """Chance is as good, or always the same id is better; of few ids nothing is said."""
+        return self.places >= LEAST and self._worse
+
+    @property
+    def _worse(self) -> bool:
         return self.right * self.vocab <= self.places or self.right < self.frequent
 
 
@@ -74,10 +82,12 @@ def trial(target: Model, draft: DraftModel, length: int) -> Trial:
     """Let a drafter say each id of texts of `length` ids that follows a prompt; a block drafter, some of them."""
     texts, features = _spoken(target, draft, length)
     said = _blocks(draft, texts, features) if draft.spec.kind == "dflash" else _ids(draft, texts, features)
-    wanted = [(int(texts[text, place]), id_) for (text, place), id_ in said.items() if place >= PROMPT]
-    frequent = Counter(truth for truth, _ in wanted).most_common(1)
-    right = sum(truth == id_ for truth, id_ in wanted)
-    return Trial(len(wanted), right, frequent[0][1] if frequent else 0, target.spec.vocab)
+    pairs = {(text, place): tuple(texts[text, place - 1 : place + 1].tolist()) for text, place in said}
+    # Greedy texts go round in circles, and what comes again tells nothing: a pair of ids counts where it comes first.
+    first = {pair: where for where, pair in sorted(pairs.items(), reverse=True) if where[1] >= PROMPT}
+    frequent = Counter(truth for _, truth in first).most_common(1)
+    right = sum(truth == said[where] for (_, truth), where in first.items())
+    return Trial(len(first), right, frequent[0][1] if frequent else 0, target.spec.vocab)
 
 
 def _steps(target: Model) -> int:
