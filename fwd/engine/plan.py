@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fwd.engine.device import Device
 from fwd.engine.prefix import NODE_BYTES
-from fwd.engine.speculate.items import corpus_bytes, drafter_items, drafter_workspace, sizes_of
+from fwd.engine.speculate.items import drafter_items, drafter_workspace, sizes_of, text_items
 from fwd.engine.workspaces import RING, kernel_items, workspace
 from fwd.errors import ConfigError
 from fwd.kernels.sizes import MAX_ROWS
@@ -84,7 +84,7 @@ class Plan:
             "steps": _steps(self),
             **(kernel_items(self) if self.device.kernels else {}),
             "workspace": max(workspace(self), drafter_workspace(self)),
-            **({} if self.device.gpu else {"prefix_index": self.index_bytes, "corpus": corpus_bytes(self.corpus)}),
+            **({} if self.device.gpu else {"prefix_index": self.index_bytes, **text_items(self)}),
             "graphs": self.device.graphs,
             **drafter_items(self, DRAWING_BYTES),
         }

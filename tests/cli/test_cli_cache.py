@@ -11,7 +11,7 @@ from test_cli_verbs import error_line
 from fwd.engine.speculate.draft_log import DraftLog
 from fwd.protocol.values import DrafterCounts
 
-DRAFTS = (DrafterCounts("suffix", 10, 40, 12, [9, 3], 2.0, 12), DrafterCounts("model"))
+DRAFTS = (DrafterCounts("suffix", 10, 40, 12, [9, 3], 2.0), DrafterCounts("model"))
 
 
 @pytest.fixture

@@ -262,7 +262,7 @@ def test_status_says_what_drafters_do(shared):
         status = client.status()
     assert _draft_rows(status) == [("drafters", "none")]
     engine = EngineInfo(drafters=("suffix", "model"), draft_hash="abc", draft_notes=("one", "two"))
-    drafters = [DrafterCounts("suffix", 10, 40, 10, [10], 1.0, 10), DrafterCounts("model")]
+    drafters = [DrafterCounts("suffix", 10, 40, 10, [10], 1.0), DrafterCounts("model")]
     assert _draft_rows(msgspec.structs.replace(status, engine=engine, drafters=drafters, corpus_tokens=9)) == [
         ("drafters", "suffix, model, weights abc"),
         ("drafted", "suffix: 25% of 40 tokens held, 100 µs a draft"),

@@ -13,9 +13,9 @@ from mock_engine import Engine
 from mock_runner import VOCAB, next_token
 
 from fwd.engine.grammar import Grammars
-from fwd.grammar.compiled import Tokens, serialised
 from fwd.engine.speculate.drafter import Wish
 from fwd.engine.speculate.forced import Forced
+from fwd.grammar.compiled import Tokens, serialised
 from fwd.protocol.ids import pack_ids
 from fwd.protocol.messages import Vocabulary
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from array import array
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from fwd.engine import plan as planning
 from fwd.engine.ceilings import ceilings
 from fwd.engine.device import GPUS, cpu, host
 from fwd.engine.plan import kv_format, plan
+from fwd.engine.speculate.grams import Grams
 from fwd.errors import ConfigError
 from fwd.kernels import drawing, sizes
 from fwd.kernels.sizes import MAX_ROWS
@@ -41,7 +43,7 @@ def test_the_bytes_of_an_8b_model():
     assert found["kv_full"] == 16 * 8192 * 32 * 8 * 2 * (128 + 4)
     assert found["steps"] == 2 * 16 * (8 * 5 + 8 + 2 * 8 + 9 * 4) + 512 * 8 * 5 + 4 * (16 + 1) * 512
     assert found["lines"] == 16 * 128256 * (4 + 4) + 16 * 128256 // 8
-    assert not {"prefix_index", "corpus"} & set(found)
+    assert not {"prefix_index", "corpus", "draft_tables"} & set(found)
 
 
 def test_a_tied_model_in_bfloat16_has_embedding_and_a_head_in_float32_on_a_cpu():
@@ -156,6 +158,15 @@ def test_a_tied_model_has_one_copy_of_its_head_where_there_are_kernels():
     found = plan(tied, GPUS["h100"], context=1024).items
     assert found["head_bfloat16"] == 0
     assert found["weights_bfloat16"] == tied.weight_bytes()
+
+
+@pytest.mark.parametrize("context", [2, 1000, 1024, 1025, 4096])
+def test_the_tables_of_texts_take_what_is_planned_for_them(context):
+    found = plan(SPECS["full"], cpu(8 << 30), context=context, max_seqs=7).items["draft_tables"]
+    ids = array("i", range(context))
+    own, given = Grams(array("i"), context), Grams(ids, context)
+    tables = [table.nbytes for grams in (own, given) for pair in grams._tables for table in pair]
+    assert found == 7 * (sum(tables) + len(ids) * ids.itemsize)
 
 
 def test_the_plan_needs_no_torch():

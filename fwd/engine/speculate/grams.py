@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-ORDERS = (1, 3, 8)
+from fwd.engine.speculate.items import ORDERS, slots_of
+
 REACH = 32  # longer matches count as this
 TRIES = 16  # places that are found at most, and looked at in each text for each order
 BULK = 32  # ids from which on arrays are faster than a loop
-SLOTS = 1 << 24
 FACTOR = 0x9E3779B1  # odd, near 2³² divided by the golden ratio
 _, P1, P2, P3, P4, P5, P6, P7 = POWERS = [pow(FACTOR, power, 1 << 32) for power in range(8)]
 MASK = 0xFFFFFFFF
@@ -32,9 +32,9 @@ class Grams:
 
     def __init__(self, text: "array[int]", room: int) -> None:
         self.text, self.size = text, 0
-        bits = max(1, (min(room, SLOTS) - 1).bit_length())
-        self.shift = 32 - bits
-        self._tables = [(np.zeros(1 << bits, np.int32), np.zeros(room, np.int32)) for _ in ORDERS]
+        slots = slots_of(room)
+        self.shift = 33 - slots.bit_length()
+        self._tables = [(np.zeros(slots, np.int32), np.zeros(room, np.int32)) for _ in ORDERS]
         self.chains = [(newest.data, before.data) for newest, before in self._tables]
 
     def take(self, most: int) -> int:

@@ -20,6 +20,8 @@ MINUS = {"sequences", "parents", "slots"}  # those that are −1 in a padding ro
 KEPT = 32  # positions of a sequence whose features wait to be absorbed: less than a pass, a step, one row run ahead
 GRAPH_BYTES = 20_000_000  # assumed, as those of the target's steps
 CORPUS = 16 << 20  # bytes of ids of earlier answers that are kept, if nothing else is said
+SLOTS = 1 << 24  # of a table of the grams of a text, at most
+ORDERS = (1, 3, 8)  # ids of a gram: a table for each
 ID, HELD = 4, 28  # bytes of such an id, in the log and in memory
 
 
@@ -31,6 +33,24 @@ def passes_of(spec: DraftSpec) -> tuple[Kind, ...]:
 def corpus_bytes(limit: int) -> int:
     """Bytes of host memory that a full corpus takes; `limit` 0: `CORPUS`."""
     return (limit or CORPUS) // ID * HELD
+
+
+def text_items(plan: "Plan") -> dict[str, int]:
+    """Bytes of host memory of the texts that drafts come from, once they have grown."""
+    return {"corpus": corpus_bytes(plan.corpus), "draft_tables": tables_bytes(plan.context, plan.max_seqs)}
+
+
+def slots_of(room: int) -> int:
+    """Slots of each table of a text of up to `room` ids."""
+    return 1 << max(1, (min(room, SLOTS) - 1).bit_length())
+
+
+def tables_bytes(context: int, max_seqs: int) -> int:
+    """Bytes of host memory by which texts of requests are searched, when all are as long as the context.
+
+    A request has two: its own text, and its `prediction`, whose ids count as well.
+    """
+    return max_seqs * (2 * len(ORDERS) * ID * (context + slots_of(context)) + ID * context)
 
 
 def sizes_of(plan: "Plan") -> DraftSizes:
