@@ -28,7 +28,7 @@ from fwd.cli.bench.http import free_port
 from fwd.cli.common import wait_ready
 from fwd.errors import NotRunningError
 from fwd.protocol.client import Client
-from fwd.protocol.messages import Text
+from fwd.protocol.local import Text
 
 TARGET_US = 25.0
 PROMPT = "def "

@@ -7,7 +7,7 @@ from msgspec.structs import asdict
 
 from fwd.api.context import SERVICE
 from fwd.api.replies import reply
-from fwd.protocol.messages import Status
+from fwd.protocol.local import Status
 
 RETRY_SECONDS = 1
 

@@ -5,7 +5,7 @@ import click
 from fwd.cli.common import client, emit, progress
 from fwd.cli.options import json_option, uds_option
 from fwd.errors import EngineError, NotFoundError, NotReadyError
-from fwd.protocol.messages import Status
+from fwd.protocol.local import Status
 from fwd.protocol.values import DrafterCounts, EngineInfo, RequestInfo
 
 CODES = {"ready": 0, "failed": EngineError.exit_code}

@@ -10,7 +10,7 @@ from fwd.cli.common import client, emit, require_ready
 from fwd.cli.options import json_option, uds_option
 from fwd.config import load
 from fwd.errors import NotRunningError
-from fwd.protocol.messages import Status
+from fwd.protocol.local import Status
 
 
 @click.group()

@@ -10,7 +10,7 @@ import msgspec
 from fwd.config import load
 from fwd.errors import EngineError, NotReadyError
 from fwd.protocol.client import Client
-from fwd.protocol.messages import Status
+from fwd.protocol.local import Status
 
 POLL = 0.05
 

@@ -8,7 +8,7 @@ from fwd.cli.common import emit
 from fwd.cli.options import json_option, uds_option
 from fwd.cli.private import Private, private_daemon
 from fwd.cli.request import Answer, given, sampling_options
-from fwd.protocol.messages import Status
+from fwd.protocol.local import Status
 from fwd.protocol.values import Timing
 
 PROMPT = '''def read_config(path, encoding="utf-8"):

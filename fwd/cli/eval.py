@@ -15,7 +15,7 @@ from fwd.cli.common import Line, plain
 from fwd.cli.options import json_option, requant_option, uds_option
 from fwd.cli.private import Private, private_daemon
 from fwd.config import Config, Device, DType, KVDType
-from fwd.protocol.messages import Status
+from fwd.protocol.local import Status
 from fwd.protocol.values import MAX_CONTEXT
 from fwd.text.tokenizer import Tokenizer
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from fwd.cli.common import POLL, wait_ready
 from fwd.errors import ConfigError, EngineError, NotRunningError
 from fwd.protocol.client import Client
-from fwd.protocol.messages import Status
+from fwd.protocol.local import Status
 
 # prctl(PR_SET_PDEATHSIG, SIGTERM): it stops in order when the one who started it is killed
 START = "import ctypes; ctypes.CDLL(None).prctl(1, 15); from fwd.cli import main; main()"

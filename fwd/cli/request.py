@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import click
 
 from fwd.protocol.client import Event
-from fwd.protocol.messages import Accepted, Finished, Text
+from fwd.protocol.local import Accepted, Text
+from fwd.protocol.messages import Finished
 from fwd.protocol.values import MAX_CONTEXT
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -7,7 +7,7 @@ from fwd.cli.common import client, wait_ready
 from fwd.cli.private import private_daemon
 from fwd.errors import NotRunningError
 from fwd.protocol.client import Client
-from fwd.protocol.messages import Status
+from fwd.protocol.local import Status
 
 
 @contextlib.contextmanager

@@ -19,24 +19,8 @@ from fwd.front.generation import Generation
 from fwd.front.service import Service
 from fwd.front.streams import Stream
 from fwd.protocol.connection import Connection
-from fwd.protocol.messages import (
-    VERSION,
-    Cancel,
-    Done,
-    DropDrafts,
-    Dropped,
-    Failed,
-    Finished,
-    Hello,
-    Prompt,
-    RequestsQuery,
-    StatusQuery,
-    Stop,
-    Submit,
-    Text,
-    ToDaemon,
-    to_daemon,
-)
+from fwd.protocol.local import Done, Prompt, RequestsQuery, StatusQuery, Stop, Text, ToDaemon, to_daemon
+from fwd.protocol.messages import VERSION, Cancel, DropDrafts, Dropped, Failed, Finished, Hello, Submit
 from fwd.protocol.values import Reason
 
 log = structlog.get_logger("fwd.local")

@@ -3,7 +3,8 @@
 from msgspec.structs import replace
 
 from fwd.front.streams import Stream
-from fwd.protocol.messages import Accepted, Prompt, PromptLogprobs, Submit, Tokens
+from fwd.protocol.local import Accepted, Prompt
+from fwd.protocol.messages import PromptLogprobs, Submit, Tokens
 
 BATCH = 512
 

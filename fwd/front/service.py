@@ -28,7 +28,8 @@ from fwd.front.prompts import Prompts
 from fwd.front.queue import MAX_OPEN, queue_tokens, retry_after
 from fwd.front.streams import Stream
 from fwd.front.supervisor import Supervisor
-from fwd.protocol.messages import Finished, Requests, Status, Submit
+from fwd.protocol.local import Requests, Status
+from fwd.protocol.messages import Finished, Submit
 from fwd.protocol.values import EngineInfo, RequestInfo
 
 log = structlog.get_logger("fwd.request")

@@ -18,27 +18,19 @@ from fwd.errors import BadFrameError, EngineError, NotRunningError, from_wire
 from fwd.protocol.connection import Connection
 from fwd.protocol.frames import Channel
 from fwd.protocol.inboxes import Inboxes
-from fwd.protocol.messages import (
+from fwd.protocol.local import (
     Accepted,
-    Cancel,
     Done,
-    DropDrafts,
-    Dropped,
-    Failed,
-    Finished,
     FromDaemon,
-    Hello,
-    Message,
-    PromptLogprobs,
     Requests,
     RequestsQuery,
     Status,
     StatusQuery,
     Stop,
     Text,
-    Tokens,
     from_daemon,
 )
+from fwd.protocol.messages import Cancel, DropDrafts, Dropped, Failed, Finished, Hello, Message, PromptLogprobs, Tokens
 from fwd.protocol.requests import prompt_message, submit_message
 from fwd.protocol.values import RequestInfo
 

@@ -3,7 +3,8 @@
 from collections import deque
 from itertools import count
 
-from fwd.protocol.messages import Accepted, Failed, Finished, FromDaemon, PromptLogprobs, Text, Tokens
+from fwd.protocol.local import Accepted, FromDaemon, Text
+from fwd.protocol.messages import Failed, Finished, PromptLogprobs, Tokens
 
 NOBODY = 0
 

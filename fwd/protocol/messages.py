@@ -1,11 +1,12 @@
-"""Every message of the fwd protocol: tagged, positional, append-only, each number bounded.
+"""The messages of the fwd protocol: tagged, positional, append-only, each number bounded.
 
-Two links speak it: front ↔ engine over a socketpair, and local client ↔ front over `fwd.sock`.
+Two links speak it: front ↔ engine over a socketpair, and local client ↔ front over `fwd.sock`, whose own messages are
+in `fwd.protocol.local`.
 Token ids travel as little-endian int32 in `memoryview` fields; the fields of a `Bulk` message that are longer than
 `SPILL` bytes travel as sealed memfds beside the frame, named in order by `attached`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
@@ -23,10 +24,8 @@ from fwd.protocol.values import (
     Prefilling,
     Priority,
     Reason,
-    RequestInfo,
     Sampling,
     Seed,
-    StopString,
     Timing,
     TokenId,
     TopLogprobs,
@@ -216,107 +215,8 @@ class Dropped(Message, tag=23, frozen=True):
     error: str = ""
 
 
-class Prompt(Bulk, tag=32, frozen=True):
-    """A request in text from a local client: `body` is UTF-8 text, or for `chat` JSON `{"messages": […], …}`.
-
-    Answered by `Accepted`, `Text`… and `Finished` or `Failed`; `id` is the client's own tag. `stops` end the text;
-    `prediction` is UTF-8 text that the answer will likely hold.
-    """
-
-    id: Id = 0
-    kind: Literal["text", "chat"] = "text"
-    body: memoryview = EMPTY
-    sampling: Sampling = Sampling()
-    limits: Limits = Limits()
-    seed: Seed | None = None
-    stops: Annotated[tuple[StopString, ...], Meta(max_length=16)] = ()
-    ignore_eos: bool = False
-    priority: Priority = "interactive"
-    draft: Draft = Draft()
-    cache_key: Annotated[str, Meta(max_length=256)] = ""
-    cache: bool = True
-    prediction: memoryview = EMPTY
-
-
-class StatusQuery(Message, tag=33, frozen=True):
-    """Asks for `Status`."""
-
-
-class RequestsQuery(Message, tag=34, frozen=True):
-    """Asks for `Requests`."""
-
-
-class Stop(Message, tag=35, frozen=True):
-    """Asks the daemon to stop; answered by `Done` before it does."""
-
-
-class Accepted(Message, tag=48, frozen=True):
-    """The request with the client's `tag` runs under `id`; `seed` is the one in use.
-
-    `notes` say what was taken as less than was asked, where that changes no token.
-    """
-
-    tag: Id
-    id: Id
-    seed: Seed
-    prompt_tokens: Count
-    notes: tuple[str, ...] = ()
-
-
-class Text(Message, tag=49, frozen=True):
-    """The next piece of an answer in text; `tokens` counts the new tokens it accounts for."""
-
-    id: Id
-    text: str
-    tokens: Count = 0
-
-
-class Status(Message, tag=50, frozen=True):
-    """The daemon in one look. `state` is one of starting, loading, ready, restarting, failed, stopping."""
-
-    state: str
-    reason: str
-    name: str
-    version: str
-    pid: Count
-    uptime_s: float
-    listening: tuple[str, ...]
-    model: str
-    engine: EngineInfo | None
-    load_done: Count
-    load_total: Count
-    running: Count
-    waiting: Count
-    pages_free: Count
-    pages_total: Count
-    restarts: Count
-    requests: Count
-    tokens_out: Count
-    pages_cached: Count = 0
-    queue_tokens: Count = 0
-    queue_limit: Count = 0
-    host_us: Annotated[float, Meta(ge=0)] = 0.0
-    load_rate: Annotated[float, Meta(ge=0)] = 0.0  # bytes a second
-    drafters: list[DrafterCounts] = []
-    corpus_tokens: Count = 0
-
-
-class Requests(Message, tag=51, frozen=True):
-    """The open requests, oldest first."""
-
-    requests: list[RequestInfo]
-
-
-class Done(Message, tag=52, frozen=True):
-    """The admin request was carried out."""
-
-
 ToEngine = Hello | Load | Submit | Cancel | Ping | Vocabulary | DropDrafts
 FromEngine = Hello | Loading | Ready | Tokens | PromptLogprobs | Finished | Failed | Pong | Dropped
-ToDaemon = Hello | Submit | Prompt | Cancel | StatusQuery | RequestsQuery | Stop | DropDrafts
-FromDaemon = Hello | Accepted | Tokens | PromptLogprobs | Text | Finished | Failed | Status | Requests | Done | Dropped
 encoder = msgspec.msgpack.Encoder()
 to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
-to_daemon: msgspec.msgpack.Decoder[ToDaemon] = msgspec.msgpack.Decoder(ToDaemon)
-from_daemon: msgspec.msgpack.Decoder[FromDaemon] = msgspec.msgpack.Decoder(FromDaemon)

@@ -8,7 +8,8 @@ import msgspec
 
 from fwd.errors import BadRequestError
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Prompt, Submit
+from fwd.protocol.local import Prompt
+from fwd.protocol.messages import Submit
 from fwd.protocol.values import Draft, Limits, Sampling
 
 K = TypeVar("K", bound=msgspec.Struct)

@@ -19,7 +19,8 @@ from launch import daemon, launch
 from fwd.cli.bench.http import free_port
 from fwd.cli.common import wait_ready
 from fwd.protocol.client import Client
-from fwd.protocol.messages import Finished, Text
+from fwd.protocol.local import Text
+from fwd.protocol.messages import Finished
 from fwd.protocol.requests import prompt_message
 
 SHARD = "model-00001-of-00001.safetensors"

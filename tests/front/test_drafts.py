@@ -11,7 +11,8 @@ from fwd.errors import BadRequestError, ConfigError, NotReadyError
 from fwd.front.drafts import Drafts
 from fwd.front.keeper import Keeper
 from fwd.protocol.client import AsyncClient, Client
-from fwd.protocol.messages import DropDrafts, Dropped, Finished, Load, Prompt, RequestsQuery, Status, StatusQuery
+from fwd.protocol.local import Prompt, RequestsQuery, Status, StatusQuery
+from fwd.protocol.messages import DropDrafts, Dropped, Finished, Load
 from fwd.protocol.values import DrafterCounts, EngineInfo, Limits, RequestInfo
 
 

@@ -15,7 +15,8 @@ from fwd.front import grammars
 from fwd.front.grammars import AT_ONCE, TOO_MUCH, GrammarTrials
 from fwd.front.prompts import Prompts
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Accepted, Failed, Finished, Submit, Tokens
+from fwd.protocol.local import Accepted
+from fwd.protocol.messages import Failed, Finished, Submit, Tokens
 from fwd.protocol.values import SPILL, Limits
 
 DEMO = Path(fwd.demo.__file__).parent / "model"

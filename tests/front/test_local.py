@@ -15,26 +15,19 @@ from fwd.config import Config
 from fwd.front import local
 from fwd.protocol.frames import Channel
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import (
+from fwd.protocol.local import (
     Accepted,
-    Cancel,
     Done,
-    Failed,
-    Finished,
-    Hello,
-    Ping,
     Prompt,
-    PromptLogprobs,
     Requests,
     RequestsQuery,
     Status,
     StatusQuery,
     Stop,
-    Submit,
     Text,
-    Tokens,
     from_daemon,
 )
+from fwd.protocol.messages import Cancel, Failed, Finished, Hello, Ping, PromptLogprobs, Submit, Tokens
 from fwd.protocol.values import Limits, Sampling, Timing
 
 PACED = Script(vocab=127, low=32, pace="ping")

@@ -20,7 +20,8 @@ from fwd.errors import (
 from fwd.front import local
 from fwd.protocol.client import AsyncClient, Client
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Accepted, PromptLogprobs, Submit, Tokens
+from fwd.protocol.local import Accepted
+from fwd.protocol.messages import PromptLogprobs, Submit, Tokens
 from fwd.protocol.requests import prompt_message, submit_message
 from fwd.protocol.values import Draft, Limits, Sampling
 

@@ -18,20 +18,8 @@ from fwd.protocol import connection, frames
 from fwd.protocol.connection import Connection
 from fwd.protocol.frames import Assembler, Channel, pack
 from fwd.protocol.ids import pack_ids, unpack_ids
-from fwd.protocol.messages import (
-    Cancel,
-    Failed,
-    Finished,
-    Hello,
-    Ping,
-    Submit,
-    ToDaemon,
-    Tokens,
-    from_daemon,
-    from_engine,
-    to_daemon,
-    to_engine,
-)
+from fwd.protocol.local import ToDaemon, from_daemon, to_daemon
+from fwd.protocol.messages import Cancel, Failed, Finished, Hello, Ping, Submit, Tokens, from_engine, to_engine
 from fwd.protocol.values import MAX_FRAME, SPILL
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=40)

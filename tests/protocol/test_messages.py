@@ -9,20 +9,8 @@ import pytest
 from fwd.errors import BadFrameError
 from fwd.protocol import messages
 from fwd.protocol.ids import pack_ids, unpack_ids
-from fwd.protocol.messages import (
-    FromDaemon,
-    FromEngine,
-    Hello,
-    Prompt,
-    Submit,
-    ToDaemon,
-    ToEngine,
-    Tokens,
-    encoder,
-    from_engine,
-    to_daemon,
-    to_engine,
-)
+from fwd.protocol.local import FromDaemon, Prompt, ToDaemon, to_daemon
+from fwd.protocol.messages import FromEngine, Hello, Submit, ToEngine, Tokens, encoder, from_engine, to_engine
 from fwd.protocol.values import Limits, Sampling
 
 ALL = {kind for union in (ToEngine, FromEngine, ToDaemon, FromDaemon) for kind in get_args(union)}

@@ -17,7 +17,8 @@ from fwd.cli.request import Finite
 from fwd.cli.target import target
 from fwd.errors import EngineError
 from fwd.protocol.client import Client
-from fwd.protocol.messages import Finished, Status, Tokens
+from fwd.protocol.local import Status
+from fwd.protocol.messages import Finished, Tokens
 from fwd.protocol.values import MAX_CONTEXT, Timing
 
 OFF = "off"

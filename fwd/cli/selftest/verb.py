@@ -13,7 +13,7 @@ from fwd.cli.selftest import law, same
 from fwd.cli.target import target
 from fwd.errors import EngineError
 from fwd.protocol.client import Client
-from fwd.protocol.messages import Status
+from fwd.protocol.local import Status
 from fwd.protocol.values import EngineInfo
 from fwd.text.tokenizer import Tokenizer
 
