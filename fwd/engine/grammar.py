@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Mask = NDArray[np.uint32]
 KEPT = 8  # compiled grammars
 FORCED_BYTES = 64  # of forced text that are cut into drafts
+REMAKE_SECONDS = 10 * STEP_SECONDS  # of a CPU, once in an answer
+TOO_SLOW = f"a step of the grammar takes more than {STEP_SECONDS * 1e3:.0f} ms: simplify it"
 
 
 class Grammars:
@@ -33,7 +35,7 @@ class Grammars:
     def __init__(self, vocab: int) -> None:
         self._vocab = vocab
         self._thread = ThreadPoolExecutor(1, "grammars")
-        self._watch = Watch[int](STEP_SECONDS)
+        self._watch = Watch(STEP_SECONDS)
         self._tokens: Future[Tokens] | None = None
         self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
         self._entered: dict[int, Request] = {}
@@ -103,7 +105,7 @@ class Matcher:
     until the next `prepare`. `ended`: nothing may follow. `error`: it cannot go on, and why.
     """
 
-    def __init__(self, tokens: Tokens, start: "LLMatcher", watch: Watch[int]) -> None:
+    def __init__(self, tokens: Tokens, start: "LLMatcher", watch: Watch) -> None:
         self._tokens = tokens
         self._watch = watch
         self._start = start
@@ -113,7 +115,8 @@ class Matcher:
         self.masks: list[Mask] = []
         self.ended = False
         self.error = ""
-        self._alone = False  # drafts have spoiled the state once: from then on there are none
+        self._looked = False  # at what may come: it uses up some of the limits
+        self._alone = False  # that has spoiled the state once: from then on there are no drafts
 
     @property
     def ends(self) -> frozenset[int]:
@@ -135,12 +138,12 @@ class Matcher:
         Drafts never decide: where only they are beyond the limits there are none from then on, and a state that they
         have spoiled is made again as it would be without them.
         """
-        held = self._walked(() if self._alone else drafts)
-        if (held is None or self._state.is_error()) and drafts and not self._alone:
-            self._state = self._remade()
-            held = self._walked(())
+        drafts = () if self._alone else drafts
+        held = self._walked(drafts)
+        if self._looked and (drafts if held is None else self._state.is_error()):
+            held = self._walked(()) if self._remake() else None
         if held is None:
-            self.error = self.error or f"a step of the grammar takes more than {STEP_SECONDS * 1e3:.0f} ms: simplify it"
+            self.error = self.error or TOO_SLOW
         elif self._state.is_error():
             self.error = self.error or f"the grammar cannot go on: {reason(self._state)}"
         return held or 0
@@ -149,14 +152,16 @@ class Matcher:
         """Ids of the text that must come next, but the last, which may reach into what comes after it."""
         if self.ended or self.error or self._alone:
             return ()
+        self._looked = True
         text = self._state.compute_ff_bytes()
-        if self._state.is_error():
-            self._state = self._remade()
+        if self._state.is_error() and not self._remake():
+            self.error = TOO_SLOW
         return self._tokens(text[:FORCED_BYTES])[:-1][:most]
 
     def _walked(self, drafts: Sequence[int]) -> int | None:
         """Fill in the masks along the drafts and come back; None: it took too long, and the state is of no use."""
         state, words = self._state, self._words
+        self._looked = self._looked or bool(drafts)
         held = self._watch(lambda: _walk(state, words, drafts))
         if held is None:
             self._words = self._room()  # the thread that was given up still writes into the other
@@ -169,22 +174,32 @@ class Matcher:
         return np.zeros((MAX_ROWS, mask_words(self._tokens.table.vocab_size)), np.uint32)
 
     def _advance(self, token: int) -> bool:
+        """Go on; it takes less than the mask did, which has gone this way."""
         if self._state.consume_token(token):
             return True
-        self._state = self._remade()
-        return bool(self._state.consume_token(token))
+        return self._looked and self._remake() and bool(self._state.consume_token(token))
 
-    def _remade(self) -> "LLMatcher":
-        """The state as it is without any drafts: what was looked at on the way has used up some of the limits.
+    def _remake(self) -> bool:
+        """Make the state as it is if nothing was looked at; False if that takes too long.
 
-        It takes as long as the answer is, so it is done once.
+        It takes as long as all steps of the answer, so it is done once.
         """
-        self._alone = True
-        state, words = self._start.deep_copy(), self._words[0]
-        for token in self._ids:
-            _fill(state, words)
-            state.consume_token(token)
-        return state
+        self._alone, self._looked = True, False
+        start, ids, words = self._start, tuple(self._ids), self._room()
+        state = self._watch(lambda: _followed(start, ids, words), REMAKE_SECONDS)
+        if state is None:
+            return False
+        self._state = state
+        return True
+
+
+def _followed(start: "LLMatcher", ids: Sequence[int], words: Mask) -> "LLMatcher":
+    """The state after some ids."""
+    state = start.deep_copy()
+    for token in ids:
+        _fill(state, words[0])
+        state.consume_token(token)
+    return state
 
 
 def _walk(state: "LLMatcher", words: Mask, drafts: Sequence[int]) -> int:

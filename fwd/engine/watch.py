@@ -3,12 +3,12 @@
 import threading
 import time
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
 
-class Watch(Generic[T]):
+class Watch:
     """Calls are made one at a time in a thread, which is left to itself where one takes more than `seconds` of a CPU.
 
     What is slow because others have the CPU is waited for. A call takes some 10 µs more.
@@ -16,33 +16,34 @@ class Watch(Generic[T]):
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._worker: _Worker[T] | None = None
+        self._worker: _Worker | None = None
 
-    def __call__(self, work: Callable[[], T]) -> T | None:
-        """What `work` gives; None if it has taken too long. Raises what it raises."""
+    def __call__(self, work: Callable[[], T], seconds: float = 0.0) -> T | None:
+        """What `work` gives; None if it has taken too long, `seconds` if so said. Raises what it raises."""
+        most = seconds or self._seconds
         worker = self._worker = self._worker or _Worker()
-        begun = worker.begin(work)
-        while not worker.done.acquire(timeout=self._seconds):
-            if worker.spent() - begun > self._seconds:
+        found: list[T] = []
+        begun = worker.begin(lambda: found.append(work()))
+        while not worker.done.acquire(timeout=most):
+            if worker.spent() - begun > most:
                 self._worker, worker.left = None, True
                 return None
         if worker.failure:
             raise worker.failure
-        return worker.result
+        return found[0]
 
 
-class _Worker(threading.Thread, Generic[T]):
+class _Worker(threading.Thread):
     """Makes the calls that it is given, the last of them when it is `left`."""
 
     def __init__(self) -> None:
         super().__init__(name="watched", daemon=True)
         self.left = False
-        self.result: T | None = None
         self.failure: Exception | None = None
         self.done, self._given = threading.Lock(), threading.Lock()
         self.done.acquire()
         self._given.acquire()
-        self._work: Callable[[], T] | None = None
+        self._work: Callable[[], None] | None = None
         self.start()
         assert self.ident
         self._clock = time.pthread_getcpuclockid(self.ident)
@@ -51,7 +52,7 @@ class _Worker(threading.Thread, Generic[T]):
         """Seconds of a CPU that it has had."""
         return time.clock_gettime(self._clock)
 
-    def begin(self, work: Callable[[], T]) -> float:
+    def begin(self, work: Callable[[], None]) -> float:
         """Let it work; what it had spent before."""
         spent, self._work = self.spent(), work
         self._given.release()
@@ -62,9 +63,9 @@ class _Worker(threading.Thread, Generic[T]):
         while not self.left:
             self._given.acquire()
             assert self._work
-            self.result = self.failure = None
+            self.failure = None
             try:
-                self.result = self._work()
+                self._work()
             except Exception as error:  # noqa: BLE001  # it is raised where it is waited for
                 self.failure = error
             self.done.release()

@@ -8,6 +8,7 @@ from grammars import GRAMMARS, TEXTS, answer, engine, known
 from mock_engine import submit
 from mock_runner import oracle
 
+from fwd.engine.grammar import TOO_SLOW
 from fwd.engine.watch import Watch
 from fwd.errors import GrammarError
 from fwd.grammar.compiled import LIMITS, NARROW, Tokens
@@ -81,7 +82,7 @@ def test_a_step_that_takes_too_long_fails_its_request_alone(free, monkeypatch):
     made.idle()
     assert isinstance(made.results[2], Failed)
     assert made.results[2].code == GrammarError.code
-    assert made.results[2].message == "a step of the grammar takes more than 50 ms: simplify it"
+    assert made.results[2].message == TOO_SLOW == "a step of the grammar takes more than 50 ms: simplify it"
     assert made.output[1] == oracle([1], 0, 12)
     assert made.output[3] == answer(DIGITS, [7], 1, 20)[0]
     assert 2 not in made.output
@@ -108,15 +109,24 @@ def test_drafts_that_take_too_long_are_done_without(free):
     assert found.forced(5) == ()
 
 
+def test_a_state_that_takes_too_long_to_be_made_again_fails_its_request():
+    found = known().matcher(DIGITS, [])
+    found._watch = lambda *_: None
+    assert found.prepare([A]) == 0
+    assert found.error == TOO_SLOW
+    assert not found.take(A)
+    assert found.forced(5) == ()
+
+
 class _Once:
     """A watch that gives up its first call before it has begun."""
 
     def __init__(self, watch):
-        self._calls = iter([lambda _: None])
+        self._calls = iter([lambda *_: None])
         self._watch = watch
 
-    def __call__(self, work):
-        return next(self._calls, self._watch)(work)
+    def __call__(self, work, *seconds):
+        return next(self._calls, self._watch)(work, *seconds)
 
 
 def test_others_go_on_while_a_grammar_is_compiled(free, monkeypatch):
