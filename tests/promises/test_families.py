@@ -94,7 +94,7 @@ async def check(folder, cell, rounds):
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_same_seed_same_bytes(cell, tmp_path):
     write(cell.kind, tmp_path)
-    run(check(tmp_path, cell, [(5, 0), (16, 1)]))
+    run(check(tmp_path, cell, [(16, 1)]))
 
 
 @pytest.mark.soak

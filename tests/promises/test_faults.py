@@ -33,14 +33,20 @@ def request(number, *more):
     )
 
 
-async def undisturbed(folder, numbers):
-    async with serving(folder) as service:
-        streams = [service.open(request(number)) for number in numbers]
-        await ended(*streams)
-        return [record(stream) for stream in streams]
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    """What seven requests say when nothing goes wrong."""
+
+    async def work():
+        async with serving(folder) as service:
+            streams = [service.open(request(number)) for number in range(7)]
+            await ended(*streams)
+            return [record(stream) for stream in streams]
+
+    return run(work())
 
 
-def test_a_stopped_engine_is_noticed_and_replaced(folder):
+def test_a_stopped_engine_is_noticed_and_replaced(folder, undisturbed):
     async def work():
         async with serving(folder, ping_interval=0.1, hang_timeout=2.0) as service:
             streams = [service.open(request(number)) for number in range(6)]
@@ -52,10 +58,10 @@ def test_a_stopped_engine_is_noticed_and_replaced(folder):
     records, restarts = run(work())
 
     assert restarts["hung"] >= 1
-    assert records == run(undisturbed(folder, range(6)))
+    assert records == undisturbed[:6]
 
 
-def test_a_request_that_kills_the_engine_fails_alone(folder):
+def test_a_request_that_kills_the_engine_fails_alone(folder, undisturbed):
     command = (sys.executable, str(Path(poisoned_engine.__file__)))
 
     async def work():
@@ -69,34 +75,34 @@ def test_a_request_that_kills_the_engine_fails_alone(folder):
     error, records = run(work())
 
     assert error.code == "poisoned"
-    assert records == run(undisturbed(folder, [0, 1, 2, 4, 5, 6]))
+    assert records == [*undisturbed[:3], *undisturbed[4:]]
 
 
-@pytest.mark.parametrize(
-    ("sampling", "limits"),
-    [
-        ({}, {"min_tokens": 2, "stop_ids": (999_999, 2**31 - 1)}),
-        ({"repetition_penalty": 0.01, "top_p": 0.9}, {}),
-        ({"repetition_penalty": 10.0, "min_p": 1.0, "temperature": 1e-5}, {}),
-        ({"logit_bias": dict.fromkeys(range(260), -100.0), "top_k": 1}, {}),
-        ({"temperature": 2.0, "top_p": 1e-9, "top_k": 2**31 - 1}, {"min_tokens": TOKENS}),
-    ],
-)
-def test_values_at_their_bounds_harm_nobody(folder, sampling, limits):
+BOUNDS = [
+    ({}, {"min_tokens": 2, "stop_ids": (999_999, 2**31 - 1)}),
+    ({"repetition_penalty": 0.01, "top_p": 0.9}, {}),
+    ({"repetition_penalty": 10.0, "min_p": 1.0, "temperature": 1e-5}, {}),
+    ({"logit_bias": dict.fromkeys(range(260), -100.0), "top_k": 1}, {}),
+    ({"temperature": 2.0, "top_p": 1e-9, "top_k": 2**31 - 1}, {"min_tokens": TOKENS}),
+]
+
+
+def test_values_at_their_bounds_harm_nobody(folder):
     async def work():
         async with serving(folder) as service:
-            submit = Submit(
-                prompt=pack_ids([1, 2, 2]), sampling=Sampling(**sampling), limits=Limits(max_tokens=TOKENS, **limits)
-            )
-            stream = service.open(submit)
-            await ended(stream)
-            assert service.supervisor.active.restarts == {}
-            return stream
+            for sampling, limits in BOUNDS:
+                submit = Submit(
+                    prompt=pack_ids([1, 2, 2]),
+                    sampling=Sampling(**sampling),
+                    limits=Limits(max_tokens=TOKENS, **limits),
+                )
+                stream = service.open(submit)
+                await ended(stream)
+                assert service.supervisor.active.restarts == {}, (sampling, limits)
+                assert stream.error is None, (sampling, limits)
+                assert len(stream.emitted) == TOKENS, (sampling, limits)
 
-    stream = run(work())
-
-    assert stream.error is None
-    assert len(stream.emitted) == TOKENS
+    run(work())
 
 
 def test_a_request_that_is_not_finite_spoils_no_prefix_of_others(tmp_path):

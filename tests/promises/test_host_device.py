@@ -58,30 +58,31 @@ def requests():
     return submissions(seed=5, count=4, vocab=checkpoints.VOCAB, tokens=16, longest=80)
 
 
-async def one_by_one(folder):
-    async with serving(folder, device="host", dtype="bfloat16") as service:
-        records = []
-        for request in requests():
-            stream = service.open(replace(request, cache=False))
-            await ended(stream)
-            records.append(record(stream))
-        return records
+async def one_by_one(service):
+    records = []
+    for request in requests():
+        stream = service.open(replace(request, cache=False))
+        await ended(stream)
+        records.append(record(stream))
+    return records
 
 
-async def together(folder, kills):
+async def together(service, kills):
     """All at once, the engine killed while they run."""
-    async with serving(folder, device="host", dtype="bfloat16") as service:
-        streams = [service.open(request) for request in requests()]
-        for _ in range(kills):
-            await tokens_more(streams, 10)
-            kill(service)
-        await ended(*streams)
-        assert service.supervisor.active.restarts == ({"signal SIGKILL": kills} if kills else {})
-        return [record(stream) for stream in streams]
+    streams = [service.open(request) for request in requests()]
+    for _ in range(kills):
+        await tokens_more(streams, 10)
+        kill(service)
+    await ended(*streams)
+    return [record(stream) for stream in streams]
 
 
-def test_same_seed_same_bytes_alone_beside_others_and_after_a_kill(folder):
-    alone = run(one_by_one(folder))
+def test_same_seed_same_bytes_alone_beside_others_and_after_kills(folder):
+    async def work():
+        async with serving(folder, device="host", dtype="bfloat16") as service:
+            alone = await one_by_one(service)
+            assert await together(service, kills=0) == alone
+            assert await together(service, kills=2) == alone
+            assert service.supervisor.active.restarts == {"signal SIGKILL": 2}
 
-    assert run(together(folder, kills=0)) == alone
-    assert run(together(folder, kills=2)) == alone
+    run(work())

@@ -109,7 +109,7 @@ async def survive(cell, folders, kills, seed):
         return [[record(stream) for stream in streams] for streams in rounds], restarts, resumes
 
 
-@pytest.mark.parametrize(("cell", "kills"), [(FULL, 12), (SLIDING, 5)], ids=str)
+@pytest.mark.parametrize(("cell", "kills"), [(FULL, 6), (SLIDING, 4)], ids=str)
 def test_kills_lose_double_and_change_nothing(folders, alone, cell, kills):
     rounds, restarts, resumes = run(survive(cell, folders, kills, seed=3))
 
