@@ -1,6 +1,8 @@
 # Each target sets up `.venv` by itself and uses it again while the pins stand.
 PYTHON ?= python3
 BIN := .venv/bin
+# The tests start Python hundreds of times: what is compiled is kept, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test lint
 
