@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fwd.engine.scheduler import BUCKETS
-from fwd.engine.speculate.controller import NO_PICK, SURE, Choice, Pick, Prices, choose
+from fwd.engine.speculate.controller import DEAR, NO_PICK, SURE, Choice, Pick, Prices, choose
 from fwd.engine.speculate.costs import Costs
 from fwd.kernels.sizes import MAX_ROWS
 
@@ -53,7 +53,8 @@ def rate_of(picks, requests, rows, prices):
             longest = max(longest, pick.drafts * choice.costly)
     drafts = sum(pick.drafts for pick in picks)
     seconds = prices.steps.seconds(rows + drafts) + prices.drafting.seconds(longest) + prices.always
-    return (rows + gained) * (SURE if drafts else 1) / (seconds + prices.waiting * (drafts > 0))
+    sure = (SURE if drafts else 1) * (DEAR if longest else 1)
+    return (rows + gained) * sure / (seconds + prices.waiting * (drafts > 0))
 
 
 def allocations(requests, room):

@@ -6,6 +6,7 @@ import pytest
 from traces import Clock, Guesses, Kind, Machine, fixed, request_of, run, written
 
 from fwd.engine.request import Request
+from fwd.engine.speculate.costs import ENOUGH
 from fwd.engine.speculate.drafter import NOTHING, Proposal, Wish
 from fwd.engine.speculate.speculator import MOST, JointSpeculator
 from fwd.kernels.sizes import MAX_ROWS
@@ -91,7 +92,7 @@ def test_the_free_drafter_is_judged_without_being_used():
     counts = world.counts()["suffix"]
     request = Request(Submit(id=9, prompt=pack_ids([0])))
     assert counts.drafts < 60
-    assert world.speculator._estimates.survival(request, ("suffix", 6), 8)[-1] == pytest.approx(0.97**8, abs=0.15)
+    assert world.speculator._estimates.survival(request, ("suffix", 6), 8)[-1] > 0.97**8 - 0.15
     assert world.speculator._estimates.survival(request, ("suffix", 1), 1)[0] < 0.15
 
 
@@ -173,6 +174,9 @@ def test_the_free_drafter_is_asked_once_for_each_length():
     world.speculator._free[0].propose = lambda wishes: (
         calls.append(wishes) or [Proposal("suffix", (7,) * wishes[0].most)]
     )
+    for _ in range(ENOUGH):
+        assert not world.speculator.drafts(request), "what a step takes without drafts is not known yet"
+        world.speculator.measured(1, 1e-3)
     request.append([4])
     for _ in range(3):
         world.speculator.drafts(request)

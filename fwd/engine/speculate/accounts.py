@@ -7,13 +7,13 @@ from fwd.engine.request import Request
 from fwd.engine.speculate.controller import Choice
 from fwd.engine.speculate.costs import Costs
 from fwd.engine.speculate.drafter import Costly, Drafter, Proposal
-from fwd.engine.speculate.purse import Purse
+from fwd.engine.speculate.purse import Past, Purse
 from fwd.kernels.sizes import MAX_ROWS
 
 MOST = MAX_ROWS - 1  # drafts of a step
-LOOKING = (0.01, 0.5, 2.0)  # share, start and most of the purse that asking the free drafters and choosing is paid from
-DRAFTING = (0.005, 0.0, 4.0)  # of the one for the costly drafter, and its reading along
-TRYING = (0.005, 0.0, 4.0)  # of the one for trials of it: it may do for what is written now
+SHARE = 0.0075  # of the time of steps may be spent on asking the free drafters and on choosing,
+COSTLY_SHARE = 0.0025  # on the costly one, and on trials of it
+START, MOST_PUT_BY, DEBT = 0.5, 2.0, 0.16  # steps: a few looks, and with nothing to pay one looks again after 16 ids
 LATE = 4  # times as long as usual is what a look counts for at most: it may have been held up
 WEIGHT = 1 / 16  # of the latest in what a look takes
 
@@ -61,19 +61,21 @@ class Stream:
 class Accounts:
     """Who is looked at, by what drafting takes and brings.
 
-    Whatever it takes is paid from what it saves and a small share of the time of steps, in three purses: asking the free
-    drafters and choosing, the costly one where it should pay, its reading along included, and trials of it where it
-    does not seem to, or owes. A request that cannot pay sleeps; one that cannot pay for being read along is left by the
-    costly drafter.
+    Whatever it takes is paid from what it saves and a small share of the time of steps, in three purses: asking the
+    free drafters and choosing; the costly one where it should pay, its reading along included; and trials of it where
+    it does not seem to, or owes. A request that cannot pay sleeps; one that cannot pay for being read along is left by
+    the costly drafter.
     """
 
     def __init__(self, costly: Costly | None, steps: Costs, drafting: Costs, names: Sequence[str]) -> None:
         self._costly, self._steps, self._drafting, self._names = costly, steps, drafting, names
-        self._looking, self._made, self._trying = Purse(*LOOKING), Purse(*DRAFTING), Purse(*TRYING, full=False)
+        self._past = past = Past()
+        self._looking = Purse(past, SHARE, start=START, most=MOST_PUT_BY, debt=DEBT)
+        self._made, self._trying = Purse(past, COSTLY_SHARE), Purse(past, COSTLY_SHARE, full=False)
         self._purses = (self._looking, self._made, self._trying)
         self._look_seconds = 0.0
         self._price = self._worth = 0.0  # of a draft's row in the last step, and of an id
-        self._rate = 0.0  # ids a second that a trial in the next step is in place of
+        self._rate = 0.0  # ids a second that a trial in the next step with drafts is in place of
         self.streams: dict[int, Stream] = {}
 
     def stream(self, request: Request) -> Stream:
@@ -130,28 +132,29 @@ class Accounts:
             if stream.auto and not proposal.ids:
                 self._leave(stream)
 
-    def read_along(self) -> float:
-        """Have requests pay for being read along; return the seconds that it took in the last step."""
-        read, each = self._costly.read() if self._costly else (), self._drafting.seconds(1)
+    def read_along(self) -> bool:
+        """Have requests pay for being read along since it was asked last; whether any was."""
+        if not self._costly or not (read := self._costly.read()):
+            return False
+        each = self._drafting.seconds(1)
         for stream in filter(None, map(self.streams.get, read)):
             if stream.auto:
                 self._made.spend(stream.request.id, each)
                 if stream.left or self._made.has(stream.request.id) < 0:
                     self._leave(stream)
-        return len(read) * each
+        return True
 
     def step(self, rows: int, drafts: int, seconds: float, gap: float) -> None:
         """A step took so long without what its drafts took to be made, and `gap` was waited for them.
 
         What is paid is what it was thought to take: to find that out is not their fault.
         """
-        streams, curve = max(1, rows - drafts), self._steps.curve if drafts else ()
-        for purse in self._purses:
-            purse.feed(seconds, streams)
+        self._past.add(seconds, max(1, rows - drafts))
         if drafts:
+            streams, curve = max(1, rows - drafts), self._steps.curve
             self._worth = 1 / self._rate if self._rate else curve[streams] / streams
             self._price = (curve[rows] + gap - streams * self._worth) / drafts
-        self._rate = 0.0
+            self._rate = 0.0
 
     def settle(self, request: Request, proposal: Proposal, held: int) -> None:
         """Of the drafts of a request in that step so many held."""

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from fwd.engine.speculate.costs import Costs
 from fwd.kernels.sizes import MAX_ROWS
 
-SURE = 0.97  # of what drafts promise is counted on: of several estimates the best is the luckiest
+SURE = 0.97  # of what drafts promise is counted on: of several estimates the best is the luckiest,
+DEAR = 0.985  # and of that, of costly drafts: what they displace in caches is not measured
 Array = NDArray[np.float64]
 Places = NDArray[np.intp]
 
@@ -94,6 +95,7 @@ def choose(requests: Sequence[Sequence[Choice]], rows: int, prices: Prices) -> V
         total = divided.max(axis=2)
     rates = (rows + total) / prices.seconds(rows, room, longest)
     rates[:, 1:] *= SURE
+    rates[1:] *= DEAR
     best = int(rates.argmax())
     limit, drafts = divmod(best, room + 1)
     picks = [NO_PICK] * len(gains)
@@ -121,9 +123,13 @@ def _alone(choices: Sequence[Choice], rows: int, prices: Prices) -> Verdict:
     """The best for one request."""
     best, pick = rows / (prices.steps.curve[rows] + prices.always), NO_PICK
     for choice in choices:
-        for count, (rate, _) in enumerate(prices.rates(choice, rows), 1):
-            if rate * SURE > best:
-                best, pick = rate * SURE, Pick(choice.drafter, count)
+        sure = SURE * DEAR if choice.costly else SURE
+        most = sure * (rows + sum(choice.survival))
+        for count, (rate, seconds) in enumerate(prices.rates(choice, rows), 1):
+            if rate * sure > best:
+                best, pick = rate * sure, Pick(choice.drafter, count)
+            elif most <= best * seconds:  # as will more drafts be
+                break
     return Verdict([pick], best)
 
 

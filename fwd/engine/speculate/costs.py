@@ -42,8 +42,8 @@ class Costs:
         return self.curve[size]
 
     def knows(self, size: int) -> bool:
-        """It was measured as often as counts."""
-        return self._windows[size - 1].full
+        """It was measured often enough to be believed."""
+        return self._known[size - 1] > 0
 
     def measured(self, size: int, seconds: float) -> None:
         """Learn from one."""

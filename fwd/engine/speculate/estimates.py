@@ -1,6 +1,6 @@
 """How often drafts hold, learnt from what was committed, whoever had drafted it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from fwd.engine.request import Request
 from fwd.engine.speculate.drafter import Proposal
@@ -40,9 +40,9 @@ class Estimates:
         if (own := self._own.get(request.id)) is None:
             own = self._own[request.id] = _Table(OWN_MEMORY)
         for each in watched:
-            if held := each.resolved(request):
-                self._common.observe(each.key, held)
-                own.observe(each.key, held)
+            if places := each.resolved(request):
+                self._common.observe(each.key, places, missed=each.missed)
+                own.observe(each.key, places, missed=each.missed)
         self._watched[request.id] = [each for each in watched if not each.done]
 
     def survival(self, request: Request, key: Key, most: int) -> list[float]:
@@ -68,19 +68,22 @@ class _Watched:
     def __init__(self, start: int, proposal: Proposal) -> None:
         self._start, self._ids, self._place = start, proposal.ids, 0
         self.key = proposal.key
-        self.done = False
+        self.missed = False  # at the last place that was decided
 
-    def resolved(self, request: Request) -> Sequence[tuple[int, bool]]:
+    @property
+    def done(self) -> bool:
+        """There is no more to decide."""
+        return self.missed or self._place == len(self._ids)
+
+    def resolved(self, request: Request) -> range:
         """The places that the known ids decide and that were not yet: none after the first that did not hold."""
-        known = request.ids[self._start + self._place : self._start + len(self._ids)]
-        found = []
-        for place, (token, draft) in enumerate(zip(known, self._ids[self._place :], strict=False), self._place):
-            found.append((place, token == draft))
-            if token != draft:
-                break
-        self._place += len(found)
-        self.done = self._place == len(self._ids) or (bool(found) and not found[-1][1])
-        return found
+        first, end = self._place, min(len(self._ids), request.length - self._start)
+        known, place = request.ids, first
+        while place < end and not self.missed:
+            self.missed = known[self._start + place] != self._ids[place]
+            place += 1
+        self._place = place
+        return range(first, place)
 
 
 Counts = list[tuple[float, float]]  # by place: observations, faded, and how many of them held
@@ -97,12 +100,17 @@ class _Table:
     def of(self, key: Key) -> Counts:
         return self._counts.get(key, NONE)
 
-    def observe(self, key: Key, places: Sequence[tuple[int, bool]]) -> None:
+    def observe(self, key: Key, places: range, missed: bool) -> None:
+        """All of these held; with `missed`, all but the last."""
         if (counts := self._counts.get(key)) is None:
             counts = self._counts[key] = NONE.copy()
-        for place, held in places:
-            seen, before = counts[place]
-            counts[place] = (seen * self._kept + 1, before * self._kept + held)
+        kept = self._kept
+        for place in places:
+            seen, held = counts[place]
+            counts[place] = seen * kept + 1, held * kept + 1
+        if missed:
+            seen, held = counts[places[-1]]
+            counts[places[-1]] = seen, held - 1
 
 
 EMPTY = _Table(1)

@@ -2,7 +2,22 @@
 
 from math import inf
 
+ENDLESS = 1e9  # steps
 WEIGHT = 1 / 8  # of the latest step in what a step takes
+
+
+class Past:
+    """The time of steps so far: of all of them, and the part of it that one stream had; what that is of a step now."""
+
+    def __init__(self) -> None:
+        self.all = self.each = self.worth = 0.0
+
+    def add(self, seconds: float, streams: int) -> None:
+        """A step of so many streams took so long."""
+        each = seconds / streams
+        self.all += seconds
+        self.each += each
+        self.worth += (each - self.worth) * WEIGHT if self.worth else each
 
 
 class Purse:
@@ -10,27 +25,27 @@ class Purse:
 
     Each request has an account, and there is one of all: what a request spends and saves counts for both. A request
     begins with what the common one has, so with nothing where whole answers gained nothing, but with `start` steps at
-    least. More than `most` steps are not put by; with `full` those are there at first. A step counts for each of its streams as
-    its part of it: that is what an id is worth.
+    least. It puts by no more than `most` steps, which with `full` are there at first, and owes no more than `debt`. A
+    step is shared by its streams: each has its part of it, which is what an id is worth.
     """
 
-    def __init__(self, share: float, start: float, most: float, *, full: bool = True) -> None:
-        self._share, self._start, self._most = share, start, most
-        self._fed = 0.0  # to each account so far
+    def __init__(
+        self,
+        past: Past,
+        share: float,
+        *,
+        start: float = 0.0,
+        most: float = 4.0,
+        debt: float = ENDLESS,
+        full: bool = True,
+    ) -> None:
+        self._past, self._share, self._start, self._most, self._debt = past, share, start, most, debt
         self._spent: dict[int, float] = {}
-        self._common = inf if full else 0.0
-        self._worth = 0.0
-
-    def feed(self, seconds: float, streams: int) -> None:
-        """A step of so many streams took so long."""
-        each = seconds / streams
-        self._worth += (each - self._worth) * WEIGHT if self._worth else each
-        self._fed += self._share * each
-        self._common = min(self._common + self._share * seconds, self._most * self._worth)
+        self._common = -inf if full else 0.0  # what all spent
 
     def begin(self, key: int) -> None:
         """A request has come."""
-        self._spent[key] = self._fed - max(self._common, self._start * self._worth)
+        self._spent[key] = self._past.each * self._share - max(self.common, self._start * self._past.worth)
 
     def end(self, key: int) -> None:
         """It has ended."""
@@ -38,14 +53,16 @@ class Purse:
 
     def has(self, key: int) -> float:
         """What is put by for a request: below 0 what it owes."""
-        return min(self._fed - self._spent[key], self._most * self._worth)
+        return min(self._past.each * self._share - self._spent[key], self._most * self._past.worth)
+
+    @property
+    def common(self) -> float:
+        """What is put by for all."""
+        return min(self._past.all * self._share - self._common, self._most * self._past.worth)
 
     def spend(self, key: int, seconds: float) -> None:
         """So much was spent for a request, or saved: less than 0. Of one without an account nothing is kept."""
         if key in self._spent:
-            self._spent[key] = max(self._spent[key], self._fed - self._most * self._worth) + seconds
-            self._common -= seconds
-
-    def lose(self, key: int) -> None:
-        """Take what a request has: it must put by anew."""
-        self._spent[key] = max(self._spent[key], self._fed)
+            owed = -self._debt * self._past.worth
+            self._spent[key] = self._past.each * self._share - max(self.has(key) - seconds, owed)
+            self._common = self._past.all * self._share - max(self.common - seconds, owed)

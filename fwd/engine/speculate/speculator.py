@@ -16,8 +16,10 @@ from fwd.protocol.values import Drafter as DrafterName
 from fwd.protocol.values import DrafterCounts
 
 FREE, COSTLY = 0.25, 0.75  # the first guess at how often drafts hold: what costs must be tried to be known
-PLAIN = 4  # of so many steps without drafts one is measured
+PLAIN = 4  # of so many steps one without drafts is measured: where neither the last one had any, nor was read along
 STALE = 256  # steps that run ahead after which what one waits for the host is less sure
+REST = 64  # steps after which what one without drafts takes is looked at again, by two such steps,
+DOUBT = 1.1  # where drafts are not thought to give so many times more
 FAIR = 0.98  # what each further draft of a request is worth where others could have it
 
 
@@ -58,15 +60,18 @@ class JointSpeculator:
         self._drafters = [*free, *([costly] if costly else [])]
         self.names = tuple(drafter.name for drafter in self._drafters if drafter.name in get_args(DrafterName))
         self._estimates = Estimates({costly.name: COSTLY} if costly else {}, FREE)
-        self._steps, self._drafting, self._gap = Costs(), Costs(unknown=0.0), Window()
+        self._steps, self._drafting = Costs(), Costs(unknown=0.0)
+        self._gap, self._draft_gap = Window(), Window()  # what steps without drafts and with such wait for the host
         self._accounts = Accounts(costly, self._steps, self._drafting, self.names)
         self._tallies = {drafter.name: Tally() for drafter in self._drafters}
-        self._step = _Step()
+        self._drafts, self._making = 0, 0.0  # of the next step, and the seconds that the costly drafter took for them
         self._case: object = None  # that was decided last
         self._decision = Verdict([], 0.0)
         self._rows = 1  # of the last step, without drafts
         self._read = 0.0  # when it was read; 0: it is long ago
         self._count = 0  # steps that were measured
+        self._drafted = False  # the last step had drafts
+        self._plain = 0  # the last one that was learnt from and had none
 
     def drafts(self, request: Request) -> bool:
         """Whether the request may have drafts in its next step, which then must wait for the one before it.
@@ -76,7 +81,8 @@ class JointSpeculator:
         stream = self._accounts.stream(request)
         if stream.exact or not stream.bound:
             return stream.exact > 0
-        if self._rows >= MAX_ROWS or not self._accounts.awake(stream):
+        unknown = not self._drafted and not self._steps.knows(self._rows)  # what drafts are compared with comes first
+        if unknown or self._rows >= MAX_ROWS or not self._accounts.awake(stream):
             return False
         begun = self._clock()
         promising = self._promises(stream)
@@ -94,8 +100,8 @@ class JointSpeculator:
             asked = [Wish(wishes[place].request, picks[place].drafts) for place in costly]
             for place, proposal in zip(costly, self._made(asked), strict=True):
                 proposals[place] = proposal
-        self._step.drafts = sum(len(proposal.ids) for proposal in proposals)
-        self._accounts.looked(streams, self._clock() - begun - self._step.seconds)
+        self._drafts = sum(len(proposal.ids) for proposal in proposals)
+        self._accounts.looked(streams, self._clock() - begun - self._making)
         return proposals
 
     def settle(self, request: Request, proposal: Proposal, count: int) -> None:
@@ -106,17 +112,20 @@ class JointSpeculator:
 
     def measured(self, rows: int, seconds: float) -> None:
         """A decode step of so many rows took so long, from its launch or from when the one before it was read."""
-        now, step = self._clock(), self._step
-        begun, seconds = now - seconds, max(0.0, seconds - self._accounts.read_along())
-        self._accounts.step(rows, step.drafts, seconds, max(0.0, self._gap.median) if self._ahead else 0.0)
+        now, drafts = self._clock(), self._drafts
+        self._accounts.step(rows, drafts, seconds, self._waiting if drafts else 0.0)
         self._count += 1
-        if step.drafts or self._count % PLAIN == 0 or not self._steps.knows(rows):
-            self._steps.measured(rows, seconds)
-        if self._read and (step.drafts or not (self._ahead or self._count % PLAIN)):
-            self._gap.add(begun - self._read - step.seconds, self._count)
-        elif self._count % STALE == 0:  # lest nobody drafts for ever because the host was busy once
-            self._gap.forgotten(self._count - STALE)
-        self._read, self._rows, self._step = now, max(1, rows - step.drafts), _Step()
+        regular = self._count % PLAIN == 0
+        read = regular and self._accounts.read_along()
+        if drafts:
+            self._learn(rows, seconds, self._draft_gap, now - seconds - self._read - self._making)
+        elif not self._steps.knows(rows) or ((regular or self._rests) and not read and not self._drafted):
+            self._learn(rows, seconds, self._gap, now - seconds - self._read)
+            self._plain = self._count
+        if self._count % STALE == 0:  # lest nobody drafts for ever because the host was busy once
+            self._draft_gap.forgotten(self._count - STALE)
+        self._read, self._rows, self._drafted = now, max(1, rows - drafts), drafts > 0
+        self._drafts, self._making = 0, 0.0
 
     def paused(self) -> None:
         """What comes next is no decode step: what passes until the one after it is not waited for the host."""
@@ -206,6 +215,8 @@ class JointSpeculator:
     def _decided(self, choices: Sequence[Sequence[Choice]], streams: Sequence[Stream], rows: int) -> Verdict:
         prices = self._prices(streams)
         verdict = choose(choices, rows, prices)
+        if self._rests and verdict.rate < DOUBT * rows / (prices.steps.seconds(rows) + prices.always):
+            return Verdict([NO_PICK] * len(choices), verdict.rate)
         if self._costly and all(pick.drafter != self._costly.name for pick in verdict.picks):
             for place, each in enumerate(choices):
                 tried = trial(each, rows, prices, verdict.rate, self._accounts.stake(streams[place]))
@@ -216,9 +227,25 @@ class JointSpeculator:
         return verdict
 
     def _prices(self, streams: Sequence[Stream]) -> Prices:
-        gap = max(0.0, self._gap.median)
-        waits = not self._ahead or any(locked(stream.request) for stream in streams)
-        return Prices(self._steps, self._drafting, *((gap, 0.0) if waits else (0.0, gap)))
+        locks = any(locked(stream.request) for stream in streams)
+        waits = (self._draft_gap.median, 0.0) if locks else (self._gap.median, self._waiting)
+        return Prices(self._steps, self._drafting, *waits)
+
+    @property
+    def _rests(self) -> bool:
+        """It is long ago that a step without drafts came after another one."""
+        return self._count - self._plain > REST
+
+    @property
+    def _waiting(self) -> float:
+        """How much longer a step waits for the host if it has drafts."""
+        return max(0.0, self._draft_gap.median - self._gap.median)
+
+    def _learn(self, rows: int, seconds: float, gaps: Window, gap: float) -> None:
+        """What a step took and, unless it was the first for long, waited for the host."""
+        self._steps.measured(rows, seconds)
+        if self._read:
+            gaps.add(max(0.0, gap), self._count)
 
     def _cut(self, stream: Stream, pick: Pick) -> Proposal:
         """So much of what a free drafter has said."""
@@ -232,9 +259,9 @@ class JointSpeculator:
         assert self._costly
         begun, longest = self._clock(), max(wish.most for wish in wishes)
         proposals = self._timed(self._costly, wishes)
-        self._step.seconds = self._clock() - begun
+        self._making = self._clock() - begun
         if any(proposal.ids for proposal in proposals):
-            self._drafting.measured(longest, self._step.seconds)
+            self._drafting.measured(longest, self._making)
         made = [(wish.request, proposal) for wish, proposal in zip(wishes, proposals, strict=True)]
         for request, proposal in made:
             self._estimates.watch(request, proposal._replace(level=0))
@@ -261,11 +288,3 @@ def _up_to(most: int, choices: Sequence[Choice], worth: float) -> list[Choice]:
         choice._replace(survival=[chance * worth**place for place, chance in enumerate(choice.survival[:most])])
         for choice in choices
     ]
-
-
-class _Step:
-    """What the next step has: drafts, and the seconds that the costly drafter took for them."""
-
-    def __init__(self) -> None:
-        self.drafts = 0
-        self.seconds = 0.0
