@@ -56,7 +56,7 @@ class Life:
     def speculator(self, engine):
         """Who drafts for an engine; what became of it goes into `rounds`."""
         if self.nature == OWN:
-            made = JointSpeculator([Suffix(None), Forced(), *self.neural(engine)], ahead=engine.runner.ahead)
+            made = JointSpeculator([Suffix(None), Forced()], *self.neural(engine), ahead=engine.runner.ahead)
         else:
             coming = {number: answer.coming for number, answer in self.answers.items()}
             made = Knowing(self.rng, self.nature, coming, self.most, PAGE, self.loaded.model.spec.vocab)

@@ -12,7 +12,7 @@ from fwd.kernels.sizes import MAX_ROWS
 
 MOST = MAX_ROWS - 1  # drafts of a step
 SHARE = 0.0075  # of the time of steps may be spent on asking the free drafters and on choosing,
-COSTLY_SHARE = 0.0025  # on the costly one, and on trials of it
+COSTLY_SHARE, COSTLY_DEBT = 0.005, 1.0  # on the costly one, which may owe a step, and on trials of it
 START, MOST_PUT_BY, DEBT = 0.5, 2.0, 0.16  # steps: a few looks, and with nothing to pay one looks again after 16 ids
 LATE = 4  # times as long as usual is what a look counts for at most: it may have been held up
 WEIGHT = 1 / 16  # of the latest in what a look takes
@@ -71,7 +71,7 @@ class Accounts:
         self._costly, self._steps, self._drafting, self._names = costly, steps, drafting, names
         self._past = past = Past()
         self._looking = Purse(past, SHARE, start=START, most=MOST_PUT_BY, debt=DEBT)
-        self._made, self._trying = Purse(past, COSTLY_SHARE), Purse(past, COSTLY_SHARE, full=False)
+        self._made, self._trying = Purse(past, COSTLY_SHARE, debt=COSTLY_DEBT), Purse(past, COSTLY_SHARE, full=False)
         self._purses = (self._looking, self._made, self._trying)
         self._look_seconds = 0.0
         self._price = self._worth = 0.0  # of a draft's row in the last step, and of an id
