@@ -21,6 +21,7 @@ Ids = NDArray[np.int64]
 
 GREEDY_BELOW = np.float32(1e-5)
 UNIT = 2**30
+FEW = 32  # tokens that a nucleus is first looked for in
 REACH = 21.0  # exp(−21)·2³⁰ < 1: what is further below the maximum has no weight
 
 _LARGEST = np.finfo(np.float32).max
@@ -144,13 +145,27 @@ def most_likely(values: Logits, count: int) -> Ids:
 
 def _nucleus(values: Logits, weights: Ids, top_p: float) -> NDArray[np.bool_]:
     """Mark tokens in the order (value descending, id ascending) until the mass before them is top_p of the total."""
-    order = np.argsort(-values, kind="stable")
+    border = top_p * float(weights.sum())
+    near = _holding(values, weights, border)
+    order = near[np.argsort(-values[near], kind="stable")]
     before = np.cumsum(weights[order]) - weights[order]
-    inside = before < top_p * float(weights.sum())
+    inside = before < border
     inside[0] = True
     mask = np.zeros(len(values), dtype=np.bool_)
     mask[order[inside]] = True
     return mask
+
+
+def _holding(values: Logits, weights: Ids, mass: float) -> Ids:
+    """Return, ascending, some tokens that are before all others and together have that mass: few are soon sorted."""
+    count = FEW
+    while count < len(values):
+        border = np.partition(values, len(values) - count)[len(values) - count]
+        near = np.flatnonzero(values >= border)
+        if float(weights[near].sum()) >= mass:
+            return near
+        count *= FEW
+    return np.arange(len(values))
 
 
 def log_total(logits: Logits) -> float:
