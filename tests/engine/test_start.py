@@ -1,4 +1,4 @@
-"""What is planned is what the engine then takes: to the byte in tensors, within 1 % in resident memory."""
+"""What is planned is what the engine then takes: to the byte in tensors, and in resident memory but for Python."""
 
 import json
 import os
@@ -299,15 +299,18 @@ def measured(folder, dtype):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+PYTHON = 5e6  # bytes that Python itself takes for modules and objects, whatever the model: 3 to 4 million
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resident_memory_is_what_is_planned(tmp_path, dtype):
     write(BIG, tmp_path, getattr(torch, dtype))
     found = measured(tmp_path, dtype)
     memory = found["memory"]
     assert taken(memory) > 300e6
-    assert found["loaded"] == pytest.approx(taken(memory), rel=0.01)
+    assert found["loaded"] == pytest.approx(taken(memory), abs=PYTHON)
     filled = sum(memory.values()) - memory["corpus"]  # which takes millions of ids to fill
-    assert found["worked"] == pytest.approx(filled, rel=0.01)
+    assert found["worked"] == pytest.approx(filled, abs=PYTHON)
 
 
 @pytest.mark.parametrize("kind", DEEP)
