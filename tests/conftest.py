@@ -6,8 +6,11 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning workers stall beside other processes
+settings.register_profile("fwd", deadline=None)  # no test is decided by a timing
+settings.load_profile("fwd")
 
 
 @pytest.fixture

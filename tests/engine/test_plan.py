@@ -33,7 +33,7 @@ def planned(spec, memory, wish):
         return error.message
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(specs, memories, wishes)
 def test_what_is_accepted_fits(spec, memory, wish):
     found = planned(spec, memory, wish)
@@ -44,7 +44,7 @@ def test_what_is_accepted_fits(spec, memory, wish):
         assert wish["context"] in {0, found.context}
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(specs, memories, wishes)
 def test_the_pool_is_as_large_as_it_may_be(spec, memory, wish):
     found = planned(spec, memory, wish)
@@ -56,7 +56,7 @@ def test_the_pool_is_as_large_as_it_may_be(spec, memory, wish):
         assert found.pages == found.max_seqs * whole or more.kv_bytes > limit or more.needed > memory
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(specs, memories, wishes, st.sampled_from(["context", "max_seqs", "kv_bytes", "memory"]), st.integers(1, 4096))
 def test_whoever_wants_less_or_has_more_is_served_too(spec, memory, wish, what, change):
     assert_served(planned(spec, memory, wish), spec, memory, wish, what, change)
@@ -98,7 +98,7 @@ def test_bytes_grow_with_context_and_sequences(spec, context, max_seqs, tokens, 
     assert one.needed <= other.needed
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(specs, memories, wishes)
 def test_the_number_that_is_named_fits_and_more_does_not(spec, memory, wish):
     found = planned(spec, memory, wish)

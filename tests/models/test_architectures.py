@@ -256,7 +256,7 @@ def outcome(config):
         return error.message
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(st.sampled_from(sorted(ARCHITECTURES)), st.dictionaries(st.sampled_from(KEYS), values, max_size=3))
 def test_any_change_of_a_config_gives_a_spec_or_one_line(name, changes):
     found = outcome(config_of(name, **changes))

@@ -213,7 +213,7 @@ SIZES = {
 }
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(sorted(SIZES)), st.data())
 def test_sizes_that_are_not_those_of_the_files_are_refused_before_a_tensor_is_allocated(folder, key, data):
     """Of all that the loader allocates nothing is larger than the files."""

@@ -45,7 +45,7 @@ def outcome(read):
         return str(error)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400, derandomize=True)
 @given(tables | json_values, st.none() | json_values)
 def test_any_config_is_a_scheme_or_one_error(table, older):
     older = None if older is None else {"quantization": older}
@@ -63,7 +63,7 @@ dtypes = st.sampled_from(["F8_E4M3", "U8", "I32", "F32", "BF16", "F16", "I64", "
 suffixes = st.sampled_from(sorted({suffix for each in LAYOUTS.values() for suffix in (*each.tensors, *each.extras)}))
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400, derandomize=True)
 @given(tables, st.none() | st.sampled_from(sorted(LAYOUTS)), st.data())
 def test_any_headers_are_a_format_or_one_error(table, layout, data):
     if layout:  # names and dtypes that belong together, in any shapes

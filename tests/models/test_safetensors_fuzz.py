@@ -10,7 +10,7 @@ from raw_files import FILES, GOOD, INDEX, header, raw, refusal, write_shards
 from fwd.errors import ModelError
 from fwd.models.safetensors import BITS, headers, open_shard
 
-fuzz = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+fuzz = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def attempt(work, path):

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fwd.text.detokenize import Detokenizer
@@ -13,7 +13,6 @@ def tokenizers_by_kind(folders):
     return {kind: Tokenizer.load(folder.path) for kind, folder in folders.items()}
 
 
-@settings(deadline=None)
 @given(data=st.data(), kind=st.sampled_from(["chatml", "llama3", "llama2", "metaspace"]), skip=st.booleans())
 def test_any_split_of_any_ids_is_the_decoding_of_the_whole(tokenizers_by_kind, data, kind, skip):
     tokenizer = tokenizers_by_kind[kind]
@@ -23,7 +22,6 @@ def test_any_split_of_any_ids_is_the_decoding_of_the_whole(tokenizers_by_kind, d
     assert got == tokenizer.decode([i for chunk in chunks for i in chunk], skip_special=skip)
 
 
-@settings(deadline=None)
 @given(text=st.text(max_size=40), cuts=st.lists(st.integers(0, 200)))
 def test_only_complete_characters_come_out(tokenizers_by_kind, text, cuts):
     tokenizer = tokenizers_by_kind["llama3"]

@@ -139,7 +139,7 @@ def test_every_string_of_a_request_is_guarded(chatml_folder, messages, tools):
 
 
 @pytest.mark.parametrize("kind", ["llama3", "chatml"])
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     parts=st.lists(
         st.sampled_from(["<|", "eot_id", "|>", "<|eot_id|>", "im_end", "<|im_end|>", "x", " ", "<"]), min_size=1
