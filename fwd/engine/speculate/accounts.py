@@ -11,9 +11,9 @@ from fwd.engine.speculate.purse import Past, Purse
 from fwd.kernels.sizes import MAX_ROWS
 
 MOST = MAX_ROWS - 1  # drafts of a step
-SHARE = 0.0075  # of the time of steps may be spent on asking the free drafters and on choosing,
+SHARE = 0.005  # of the time of steps may be spent on asking the free drafters and on choosing,
 COSTLY_SHARE, COSTLY_DEBT = 0.005, 1.0  # on the costly one, which may owe a step, and on trials of it
-START, MOST_PUT_BY, DEBT = 0.5, 2.0, 0.16  # steps: a few looks, and with nothing to pay one looks again after 16 ids
+START, MOST_PUT_BY, DEBT = 0.25, 2.0, 0.08  # steps: a few looks, and with nothing to pay one looks again after 16 ids
 LATE = 4  # times as long as usual is what a look counts for at most: it may have been held up
 WEIGHT = 1 / 16  # of the latest in what a look takes
 
@@ -149,9 +149,10 @@ class Accounts:
 
         What is paid is what it was thought to take: to find that out is not their fault.
         """
-        self._past.add(seconds, max(1, rows - drafts))
+        streams = max(1, rows - drafts)
+        self._past.add(seconds, streams, streams * self._paying)
         if drafts:
-            streams, curve = max(1, rows - drafts), self._steps.curve
+            curve = self._steps.curve
             self._worth = 1 / self._rate if self._rate else curve[streams] / streams
             self._price = (curve[rows] + gap - streams * self._worth) / drafts
             self._rate = 0.0
@@ -161,6 +162,11 @@ class Accounts:
         made = self._costly is not None and proposal.drafter == self._costly.name
         payer = self.streams[request.id].payer if made else self._looking
         payer.spend(request.id, len(proposal.ids) * self._price - held * self._worth)
+
+    @property
+    def _paying(self) -> float:
+        """The part of the requests that are drafted for as long as it pays."""
+        return sum(stream.auto for stream in self.streams.values()) / max(1, len(self.streams))
 
     def _leave(self, stream: Stream) -> None:
         stream.left = True
