@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fwd.engine.request import Request
 from fwd.engine.watch import Watch
-from fwd.errors import BadFrameError, GrammarError
+from fwd.errors import BadFrameError, FwdError, GrammarError, OverloadedError
 from fwd.grammar.compiled import STEP_SECONDS, Tokens, check_vocabulary, reason
 from fwd.kernels.sizes import MAX_ROWS, mask_words
 from fwd.protocol.messages import Vocabulary
@@ -22,6 +22,7 @@ Mask = NDArray[np.uint32]
 KEPT = 8  # compiled grammars
 FORCED_BYTES = 64  # of forced text that are cut into drafts
 REMAKE_SECONDS = 10 * STEP_SECONDS  # of a CPU, once in an answer
+MOST_LEFT = 2  # steps that were given up and have not come back: with more of them nobody begins a grammar
 TOO_SLOW = f"a step of the grammar takes more than {STEP_SECONDS * 1e3:.0f} ms: simplify it"
 
 
@@ -60,7 +61,7 @@ class Grammars:
         """Let a request go that may have entered and not left; whether it is one."""
         return self._entered.pop(request.id, None) is not None
 
-    def leave(self, seconds: float = 0.0) -> Iterator[tuple[Request, GrammarError | None]]:
+    def leave(self, seconds: float = 0.0) -> Iterator[tuple[Request, FwdError | None]]:
         """The requests that have a matcher now, or cannot have one; waits for the first compiler as long as said."""
         if seconds and self._entered:
             wait([self._compile(next(iter(self._entered.values())).submit.grammar)], seconds)
@@ -69,13 +70,18 @@ class Grammars:
                 del self._entered[request.id]
                 try:
                     request.grammar = self.matcher(request.submit.grammar, request.ids[request.prompt :])
-                except GrammarError as error:
+                except (GrammarError, OverloadedError) as error:
                     yield request, error
                 else:
                     yield request, None
 
     def matcher(self, grammar: str, emitted: Sequence[int]) -> "Matcher":
-        """A matcher that stands after the ids that are known; raises `GrammarError` if they do not follow from it."""
+        """A matcher that stands after the ids that are known.
+
+        Raises `GrammarError` if they do not follow from it, `OverloadedError` while steps that were given up go on.
+        """
+        if self._watch.left >= MOST_LEFT:
+            raise OverloadedError("steps of other grammars have not come back yet: try again")
         start = self._compile(grammar).result()
         assert self._tokens
         matcher = Matcher(self._tokens.result(), start, self._watch)

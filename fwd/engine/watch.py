@@ -17,6 +17,13 @@ class Watch:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._worker: _Worker | None = None
+        self._left: list[_Worker] = []
+
+    @property
+    def left(self) -> int:
+        """Calls that were given up and still take a CPU."""
+        self._left = [worker for worker in self._left if worker.is_alive()]
+        return len(self._left)
 
     def __call__(self, work: Callable[[], T], seconds: float = 0.0) -> T | None:
         """What `work` gives; None if it has taken too long, `seconds` if so said. Raises what it raises."""
@@ -27,6 +34,7 @@ class Watch:
         while not worker.done.acquire(timeout=most):
             if worker.spent() - begun > most:
                 self._worker, worker.left = None, True
+                self._left.append(worker)
                 return None
         if worker.failure:
             raise worker.failure

@@ -8,9 +8,9 @@ from grammars import GRAMMARS, TEXTS, answer, engine, known
 from mock_engine import submit
 from mock_runner import oracle
 
-from fwd.engine.grammar import TOO_SLOW
+from fwd.engine.grammar import MOST_LEFT, TOO_SLOW
 from fwd.engine.watch import Watch
-from fwd.errors import GrammarError
+from fwd.errors import GrammarError, OverloadedError
 from fwd.grammar.compiled import LIMITS, NARROW, Tokens
 from fwd.protocol.messages import Cancel, Failed
 
@@ -87,6 +87,28 @@ def test_a_step_that_takes_too_long_fails_its_request_alone(free, monkeypatch):
     assert made.output[3] == answer(DIGITS, [7], 1, 20)[0]
     assert 2 not in made.output
     made.space.check()
+
+
+def test_while_steps_that_were_given_up_go_on_nobody_begins_a_grammar(free, monkeypatch):
+    made, whole, clock = engine(seqs=2), Tokens.compiled, count()
+    with monkeypatch.context() as stuck:
+        stuck.setattr("fwd.engine.watch._Worker.spent", lambda _: next(clock))
+        stuck.setattr(Tokens, "compiled", lambda self, text: Stuck(whole(self, text), free))
+        for key in range(MOST_LEFT):
+            made.handle(submit(key, [1], tokens=12, grammar=f"regex:(stuck){{{key + 1}}}"))
+            made.idle()
+            assert made.results[key].message == TOO_SLOW
+    made.handle(submit(10, [7], tokens=20, grammar=DIGITS, seed=1), submit(11, [1], tokens=12))
+    made.idle()
+    assert made.results[10].code == OverloadedError.code
+    assert made.output[11] == oracle([1], 0, 12)
+    lasting = list(made.loop._grammars._watch._left)
+    free.set()
+    for worker in lasting:
+        worker.join()
+    made.handle(submit(12, [7], tokens=20, grammar=DIGITS, seed=1))
+    made.idle()
+    assert made.output[12] == answer(DIGITS, [7], 1, 20)[0]
 
 
 def test_drafts_that_take_too_long_are_done_without(free):
