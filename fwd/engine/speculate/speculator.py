@@ -195,8 +195,8 @@ class JointSpeculator:
         picks: dict[int, Pick] = {}
         for left, place in zip(range(len(exact), 0, -1), exact, strict=True):
             choices = self._look(streams[place]).choices
-            most = min(spare // left, wishes[place].most, streams[place].exact)
-            pick = Pick(choices[0].drafter, min(most, len(choices[0].survival))) if choices else NO_PICK
+            most = min(spare // left, wishes[place].most, streams[place].exact) if choices else 0
+            pick = Pick(choices[0].drafter, min(most, len(choices[0].survival))) if most else NO_PICK
             spare -= pick.drafts
             picks[place] = pick
         return picks
