@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -33,7 +34,8 @@ class Watch:
         begun = worker.begin(lambda: found.append(work()))
         while not worker.done.acquire(timeout=most):
             if worker.spent() - begun > most:
-                self._worker, worker.left = None, True
+                worker.leave()
+                self._worker = None
                 self._left.append(worker)
                 return None
         if worker.failure:
@@ -42,16 +44,14 @@ class Watch:
 
 
 class _Worker(threading.Thread):
-    """Makes the calls that it is given, the last of them when it is `left`."""
+    """Makes the calls that it is given, in their order, until it is left."""
 
     def __init__(self) -> None:
         super().__init__(name="watched", daemon=True)
-        self.left = False
         self.failure: Exception | None = None
-        self.done, self._given = threading.Lock(), threading.Lock()
+        self.done = threading.Lock()
         self.done.acquire()
-        self._given.acquire()
-        self._work: Callable[[], None] | None = None
+        self._given: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self.start()
         assert self.ident
         self._clock = time.pthread_getcpuclockid(self.ident)
@@ -62,18 +62,20 @@ class _Worker(threading.Thread):
 
     def begin(self, work: Callable[[], None]) -> float:
         """Let it work; what it had spent before."""
-        spent, self._work = self.spent(), work
-        self._given.release()
+        spent = self.spent()
+        self._given.put(work)
         return spent
+
+    def leave(self) -> None:
+        """Let it end after what it was given, which may be at its end already."""
+        self._given.put(None)
 
     def run(self) -> None:
         """Work until it is left."""
-        while not self.left:
-            self._given.acquire()
-            assert self._work
+        while work := self._given.get():
             self.failure = None
             try:
-                self._work()
+                work()
             except Exception as error:  # noqa: BLE001  # it is raised where it is waited for
                 self.failure = error
             self.done.release()

@@ -191,3 +191,21 @@ def test_who_waits_for_a_cpu_is_not_given_up():
     """Only what a call has spent counts, and it sleeps."""
     watch, sleep = Watch(0.001), threading.Event()
     assert watch(lambda: sleep.wait(0.05)) is False
+
+
+def test_a_call_that_ends_just_as_it_is_given_up_leaves_nobody_behind(free, monkeypatch):
+    watch, clock = Watch(0.001), count()
+
+    def ends(worker):
+        """What it has spent: nothing, and then too much, at the end of its call."""
+        if spent := next(clock):
+            free.set()
+            with worker.done:
+                pass
+        return spent
+
+    monkeypatch.setattr("fwd.engine.watch._Worker.spent", ends)
+    assert watch(free.wait) is None
+    for worker in list(watch._left):
+        worker.join(10)
+    assert watch.left == 0
