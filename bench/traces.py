@@ -147,10 +147,10 @@ def _ended(requests: Sequence[Request], left: int) -> bool:
 def _step(
     speculator: Speculator, requests: Sequence[Request], proposals: dict[int, Proposal], machine: Machine, clock: Clock
 ) -> None:
-    rows = len(requests) + sum(len(proposal.ids) for proposal in proposals.values())
-    seconds = machine.step(rows)
+    drafts = sum(len(proposal.ids) for proposal in proposals.values())
+    seconds = machine.step(len(requests) + drafts)
     clock.now += seconds
-    speculator.measured(rows, seconds)
+    speculator.measured(len(requests) + drafts, drafts, seconds)
     for request in requests:
         proposal = proposals.get(request.id, NOTHING)
         held = next((at for at, token in enumerate(proposal.ids) if token >= WRONG), len(proposal.ids))

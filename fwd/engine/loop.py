@@ -209,16 +209,17 @@ class Loop:
         drawn = iter(self._runner.collect())
         self._work.collected()
         spans = self._flight.popleft()
-        self._measure(sum(span.reach - span.start for span in spans))
+        self._measure(spans)
         launched = {span.request.id for later in self._flight for span in later}
         for span in spans:
             verified = next(drawn) if span.draws else ()
             if self._requests.get(span.request.id) is span.request:
                 self._keep(span, until_end(span.request, verified), ahead=span.request.id in launched)
 
-    def _measure(self, rows: int) -> None:
+    def _measure(self, spans: Sequence[Span]) -> None:
+        rows, drafts = sum(span.reach - span.start for span in spans), sum(len(span.drafts) for span in spans)
         before, self._since = self._since, time.perf_counter()
-        self._speculator.measured(rows, self._since - before)
+        self._speculator.measured(rows, drafts, self._since - before)
 
     def _keep(self, span: Span, drawn: Sequence[Drawn], *, ahead: bool) -> None:
         """Commit what a span drew as one: ids, cells and records; what rejected drafts left is written over."""

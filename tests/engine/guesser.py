@@ -49,8 +49,8 @@ class Guesser:
         assert tuple(request.ids[request.length - count : request.length - 1]) == proposal.ids[: count - 1]
         self.settled.append((request.id, proposal, count))
 
-    def measured(self, rows, seconds):
-        assert 0 < rows <= MAX_ROWS
+    def measured(self, rows, drafts, seconds):
+        assert 0 <= drafts < rows <= MAX_ROWS
         assert seconds >= 0
 
     def paused(self):

@@ -4,7 +4,10 @@ import random
 import socket
 import threading
 
+import mock_engine
 import pytest
+from grammars import GRAMMARS, engine
+from guesser import Guesser
 from mock_runner import FULL, MockRunner, oracle
 
 from fwd.engine.loop import Loop
@@ -259,3 +262,18 @@ def test_ping_tells_steps_and_pages():
         pong = front.channel.receive(20)
 
         assert pong == Pong(seq=7, pages_free=64, pages_total=64)
+
+
+def test_drafts_that_a_grammar_forbids_are_no_rows_of_a_step():
+    guesser = Guesser(random.Random(3), "liar")
+    told, spans = [], []
+    guesser.measured = lambda rows, drafts, seconds: told.append((rows, drafts))
+    made = engine(speculator=guesser, seqs=3)
+    made.runner.launch = lambda each, launch=made.runner.launch: (spans.append(each), launch(each))[1]
+    for number in range(3):
+        made.handle(mock_engine.submit(number, [number], tokens=8, grammar=GRAMMARS["digits"][0], seed=number))
+    made.idle()
+    assert told == [
+        (sum(span.reach - span.start for span in each), sum(len(span.drafts) for span in each)) for each in spans
+    ]
+    assert any(rows == len(each) for (rows, _), each in zip(told, spans, strict=True))

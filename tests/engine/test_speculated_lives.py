@@ -74,9 +74,10 @@ class Checked(JointSpeculator):
             assert wanted.max_draft < 0 or len(proposal.ids) <= wanted.max_draft
         return proposals
 
-    def measured(self, rows, seconds):
+    def measured(self, rows, drafts, seconds):
+        assert 0 <= drafts < rows
         assert seconds >= 0
-        super().measured(rows, 1e-3 * (1 + self.cost * rows) * self.rng.choice([1, 1, 1, 1, 30]))
+        super().measured(rows, drafts, 1e-3 * (1 + self.cost * rows) * self.rng.choice([1, 1, 1, 1, 30]))
 
 
 class Wishing(Engine):

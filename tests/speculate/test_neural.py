@@ -173,7 +173,7 @@ class Checked:
     def settle(self, request, proposal, count):
         pass
 
-    def measured(self, rows, seconds):
+    def measured(self, rows, drafts, seconds):
         pass
 
     def paused(self):

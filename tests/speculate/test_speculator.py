@@ -104,10 +104,7 @@ def test_requests_alike_get_alike_and_nobody_stands_still():
     assert min(lengths) > 0.75 * max(lengths)
     world = World([*traces, written([(BAD, 1500)], 9)])
     steps = [0]
-    world.speculator.measured = lambda rows, seconds, inner=world.speculator.measured: (
-        steps.append(rows),
-        inner(rows, seconds),
-    )
+    world.speculator.measured = lambda *step, inner=world.speculator.measured: (steps.append(step), inner(*step))
     world.run()
     assert world.requests[-1].length >= len(steps) - 1, "a token a step, whoever else has drafts"
 
@@ -176,7 +173,7 @@ def test_the_free_drafter_is_asked_once_for_each_length():
     )
     for _ in range(ENOUGH):
         assert not world.speculator.drafts(request), "what a step takes without drafts is not known yet"
-        world.speculator.measured(1, 1e-3)
+        world.speculator.measured(1, 0, 1e-3)
     request.append([4])
     for _ in range(3):
         world.speculator.drafts(request)
@@ -195,7 +192,7 @@ def test_a_costly_drafter_that_says_nothing_is_left_alone():
         request.append([4])
         if world.speculator.drafts(request):
             world.speculator.propose([Wish(request, 9)], 1)
-        world.speculator.measured(1, 1e-3)
+        world.speculator.measured(1, 0, 1e-3)
         world.speculator.settle(request, NOTHING, 1)
     assert len(calls) == 1
 
@@ -214,8 +211,8 @@ def test_pauses_between_steps_are_not_what_drafts_cost(pauses, told):
     world = World([written([(GOOD, 6000)], 3)], names=["suffix"])
     steps, measured = [0], world.speculator.measured
 
-    def paused(rows, seconds):
-        measured(rows, seconds)
+    def paused(*step):
+        measured(*step)
         steps[0] += 1
         if steps[0] in pauses:
             world.clock.now += 1.0

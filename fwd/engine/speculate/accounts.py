@@ -129,10 +129,10 @@ class Accounts:
         """The costly drafter made these; a request for which it had nothing is left."""
         each = self._drafting.seconds(longest) / len(proposals)
         for request, proposal in proposals:
-            stream = self.streams[request.id]
-            stream.payer.spend(request.id, each)
-            if stream.auto and not proposal.ids:
-                self._leave(stream)
+            if (stream := self.streams[request.id]).auto:
+                stream.payer.spend(request.id, each)
+                if not proposal.ids:
+                    self._leave(stream)
 
     def read_along(self) -> bool:
         """Have requests pay for being read along since it was asked last; whether any was."""
@@ -152,7 +152,10 @@ class Accounts:
         What is paid is what it was thought to take: to find that out is not their fault.
         """
         streams = max(1, rows - drafts)
+        first = not self._past.worth
         self._past.add(seconds, streams, streams * self._paying)
+        if first:
+            self._begin_again()
         if drafts:
             curve = self._steps.curve
             self._worth = 1 / self._rate if self._rate else curve[streams] / streams
@@ -161,9 +164,16 @@ class Accounts:
 
     def settle(self, request: Request, proposal: Proposal, held: int) -> None:
         """Of the drafts of a request in that step so many held."""
-        made = self._costly is not None and proposal.drafter == self._costly.name
-        payer = self.streams[request.id].payer if made else self._looking
-        payer.spend(request.id, len(proposal.ids) * self._price - held * self._worth)
+        if (stream := self.streams[request.id]).auto:
+            made = self._costly is not None and proposal.drafter == self._costly.name
+            payer = stream.payer if made else self._looking
+            payer.spend(request.id, len(proposal.ids) * self._price - held * self._worth)
+
+    def _begin_again(self) -> None:
+        """What requests begin with is known when a step has been measured."""
+        for key in self.streams:
+            for purse in self._purses:
+                purse.begin(key)
 
     @property
     def _paying(self) -> float:

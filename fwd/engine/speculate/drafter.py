@@ -73,8 +73,8 @@ class Speculator(Protocol):
         """The last `count` ids of a request were committed in a step with a proposal, of which `count` − 1 held."""
         ...
 
-    def measured(self, rows: int, seconds: float) -> None:
-        """A decode step of so many rows took so long."""
+    def measured(self, rows: int, drafts: int, seconds: float) -> None:
+        """A decode step of so many rows, `drafts` of them for drafts, took so long."""
         ...
 
     def paused(self) -> None:
@@ -111,7 +111,7 @@ class Off:
     def settle(self, request: Request, proposal: Proposal, count: int) -> None:
         """Nothing is learnt."""
 
-    def measured(self, rows: int, seconds: float) -> None:
+    def measured(self, rows: int, drafts: int, seconds: float) -> None:
         """Nothing depends on it."""
 
     def paused(self) -> None:

@@ -64,7 +64,7 @@ class JointSpeculator:
         self._gap, self._draft_gap = Window(), Window()  # what steps without drafts and with such wait for the host
         self._accounts = Accounts(costly, self._steps, self._drafting, self.names)
         self._tallies = {drafter.name: Tally() for drafter in self._drafters}
-        self._drafts, self._making = 0, 0.0  # of the next step, and the seconds that the costly drafter took for them
+        self._making = 0.0  # seconds that the costly drafter took for the next step
         self._case: object = None  # that was decided last
         self._decision = Verdict([], 0.0)
         self._rows = 1  # of the last step, without drafts
@@ -100,7 +100,6 @@ class JointSpeculator:
             asked = [Wish(wishes[place].request, picks[place].drafts) for place in costly]
             for place, proposal in zip(costly, self._made(asked), strict=True):
                 proposals[place] = proposal
-        self._drafts = sum(len(proposal.ids) for proposal in proposals)
         self._accounts.looked(streams, self._clock() - begun - self._making)
         return proposals
 
@@ -110,9 +109,12 @@ class JointSpeculator:
             self._tallies.setdefault(proposal.drafter, Tally()).add(len(proposal.ids), count - 1)
             self._accounts.settle(request, proposal, count - 1)
 
-    def measured(self, rows: int, seconds: float) -> None:
-        """A decode step of so many rows took so long, from its launch or from when the one before it was read."""
-        now, drafts = self._clock(), self._drafts
+    def measured(self, rows: int, drafts: int, seconds: float) -> None:
+        """A decode step of so many rows took so long, from its launch or from when the one before it was read.
+
+        Of these rows `drafts` were for drafts.
+        """
+        now = self._clock()
         self._accounts.step(rows, drafts, seconds, self._waiting if drafts else 0.0)
         self._count += 1
         regular = self._count % PLAIN == 0
@@ -120,12 +122,12 @@ class JointSpeculator:
         if drafts:
             self._learn(rows, seconds, self._draft_gap, now - seconds - self._read - self._making)
         elif not self._steps.knows(rows) or ((regular or self._rests) and not read and not self._drafted):
-            self._learn(rows, seconds, self._gap, now - seconds - self._read)
+            self._learn(rows, seconds, self._gap, now - seconds - self._read - self._making)
             self._plain = self._count
         if self._count % STALE == 0:  # lest nobody drafts for ever because the host was busy once
             self._draft_gap.forgotten(self._count - STALE)
         self._read, self._rows, self._drafted = now, max(1, rows - drafts), drafts > 0
-        self._drafts, self._making = 0, 0.0
+        self._making = 0.0
 
     def paused(self) -> None:
         """What comes next is no decode step: what passes until the one after it is not waited for the host."""
