@@ -35,10 +35,7 @@ LOOK = 0.005  # seconds from look to look for messages while there is nothing bu
 
 
 class Loop:
-    """Serves one front over `channel` until it closes. `chunk` is the prefill chunk in tokens.
-
-    A request whose grammar cannot be compiled, or gone on with, fails alone.
-    """
+    """Serves one front over `channel` until it closes, in chunks of `chunk` tokens; whose grammar fails, fails alone."""
 
     def __init__(
         self,
@@ -209,17 +206,14 @@ class Loop:
         drawn = iter(self._runner.collect())
         self._work.collected()
         spans = self._flight.popleft()
-        self._measure(spans)
+        rows, drafts = sum(span.reach - span.start for span in spans), sum(len(span.drafts) for span in spans)
+        before, self._since = self._since, time.perf_counter()
+        self._speculator.measured(rows, drafts, self._since - before)
         launched = {span.request.id for later in self._flight for span in later}
         for span in spans:
             verified = next(drawn) if span.draws else ()
             if self._requests.get(span.request.id) is span.request:
                 self._keep(span, until_end(span.request, verified), ahead=span.request.id in launched)
-
-    def _measure(self, spans: Sequence[Span]) -> None:
-        rows, drafts = sum(span.reach - span.start for span in spans), sum(len(span.drafts) for span in spans)
-        before, self._since = self._since, time.perf_counter()
-        self._speculator.measured(rows, drafts, self._since - before)
 
     def _keep(self, span: Span, drawn: Sequence[Drawn], *, ahead: bool) -> None:
         """Commit what a span drew as one: ids, cells and records; what rejected drafts left is written over."""
@@ -231,9 +225,7 @@ class Loop:
         self.computed += span.end - span.start + held
         self._space.commit(request, span.end + held, int(ahead))
         if span.drafts:
-            request.drafted[span.proposal.drafter] += len(span.drafts)
-            request.accepted[span.proposal.drafter] += held
-            request.holds[held] += 1
+            request.count(span.proposal.drafter, len(span.drafts), held)
         if finite:
             self._speculator.settle(request, span.proposal, len(finite))
         if len(finite) < len(drawn):

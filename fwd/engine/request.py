@@ -81,6 +81,12 @@ class Request:
         self.displaced = 0
         self.displace()
 
+    def count(self, drafter: str, drafts: int, held: int) -> None:
+        """A step had so many drafts of a drafter, of which so many held."""
+        self.drafted[drafter] += drafts
+        self.accepted[drafter] += held
+        self.holds[held] += 1
+
     @property
     def length(self) -> int:
         """Known ids: prompt and output."""
