@@ -35,7 +35,7 @@ LOOK = 0.005  # seconds from look to look for messages while there is nothing bu
 
 
 class Loop:
-    """Serves one front over `channel` until it closes, in chunks of `chunk` tokens; whose grammar fails, fails alone."""
+    """Serves one front over `channel` until it closes, in chunks of `chunk` tokens; a bad grammar fails alone."""
 
     def __init__(
         self,
