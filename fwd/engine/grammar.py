@@ -1,6 +1,5 @@
 """Which tokens may come next in requests that have a grammar (`fwd.grammar.compiled` says what that is)."""
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 Mask = NDArray[np.uint32]
-KEPT = 8  # compiled grammars
 FORCED_BYTES = 64  # of forced text that are cut into drafts
 REMAKE_SECONDS = 10 * STEP_SECONDS  # of a CPU, once in an answer
 MOST_LEFT = 2  # steps that were given up and have not come back: with more of them nobody begins a grammar
@@ -30,7 +28,8 @@ class Grammars:
     """Compiles the grammars of one model, whose logits have `vocab` ids, in a thread: nobody else waits for it.
 
     The library, which lets the GIL go meanwhile, is imported with the first one. Requests `enter`, and are found in
-    `leave` when their grammar is compiled.
+    `leave` when their grammar is compiled. It is for each of them, choices of one prompt too: copies of what the
+    library compiles share a lexer, its limits and its lock, and requests must not feel each other.
     """
 
     def __init__(self, vocab: int) -> None:
@@ -38,8 +37,7 @@ class Grammars:
         self._thread = ThreadPoolExecutor(1, "grammars")
         self._watch = Watch(STEP_SECONDS)
         self._tokens: Future[Tokens] | None = None
-        self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
-        self._entered: dict[int, Request] = {}
+        self._entered: dict[int, tuple[Request, Future[Matcher]]] = {}
 
     @property
     def busy(self) -> bool:
@@ -50,58 +48,48 @@ class Grammars:
         """Take the text of the tokens, some seconds for 100,000; raises `BadFrameError` if it is not whole."""
         check_vocabulary(vocabulary)
         self._tokens = self._thread.submit(Tokens, vocabulary, self._vocab)
-        self._compiled.clear()
 
     def enter(self, request: Request) -> None:
         """Begin to compile the grammar of a request; raises `BadFrameError` if the vocabulary is not known."""
-        self._compile(request.submit.grammar)
-        self._entered[request.id] = request
+        if self._tokens is None:
+            raise BadFrameError("a request with a grammar came before the vocabulary")
+        tokens, grammar = self._tokens, request.submit.grammar
+        compiling = self._thread.submit(lambda: Matcher(tokens.result(), grammar, self._watch))
+        self._entered[request.id] = request, compiling
 
     def forget(self, request: Request) -> bool:
         """Let a request go that may have entered and not left; whether it is one."""
-        return self._entered.pop(request.id, None) is not None
+        _, compiling = self._entered.pop(request.id, (request, None))
+        if compiling:
+            compiling.cancel()
+        return compiling is not None
 
     def leave(self, seconds: float = 0.0) -> Iterator[tuple[Request, FwdError | None]]:
-        """The requests that have a matcher now, or cannot have one; waits for the first compiler as long as said."""
-        if seconds and self._entered:
-            wait([self._compile(next(iter(self._entered.values())).submit.grammar)], seconds)
-        for request in list(self._entered.values()):
-            if self._compile(request.submit.grammar).done():
-                del self._entered[request.id]
-                try:
-                    request.grammar = self.matcher(request.submit.grammar, request.ids[request.prompt :])
-                except (GrammarError, OverloadedError) as error:
-                    yield request, error
-                else:
-                    yield request, None
+        """The requests that have a matcher now, or cannot have one; waits for the first compiler as long as said.
 
-    def matcher(self, grammar: str, emitted: Sequence[int]) -> "Matcher":
-        """A matcher that stands after the ids that are known.
-
-        Raises `GrammarError` if they do not follow from it, `OverloadedError` while steps that were given up go on.
+        The error is a `GrammarError` if the grammar cannot be compiled or what was emitted does not follow from it, an
+        `OverloadedError` while steps that were given up go on.
         """
+        if seconds and self._entered:
+            wait([next(iter(self._entered.values()))[1]], seconds)
+        for request, compiling in [each for each in self._entered.values() if each[1].done()]:
+            del self._entered[request.id]
+            try:
+                request.grammar = self._begun(compiling.result(), request.ids[request.prompt :])
+            except (GrammarError, OverloadedError) as error:
+                yield request, error
+            else:
+                yield request, None
+
+    def _begun(self, matcher: "Matcher", emitted: Sequence[int]) -> "Matcher":
+        """The matcher after the ids that are known, with the mask of the next."""
         if self._watch.left >= MOST_LEFT:
             raise OverloadedError("steps of other grammars have not come back yet: try again")
-        start = self._compile(grammar).result()
-        assert self._tokens
-        matcher = Matcher(self._tokens.result(), start, self._watch)
         if all(map(matcher.take, emitted)):
             matcher.prepare()
         if matcher.error:
             raise GrammarError(matcher.error)
         return matcher
-
-    def _compile(self, grammar: str) -> "Future[LLMatcher]":
-        """The state before the first token; choices of one request share the work."""
-        if self._tokens is None:
-            raise BadFrameError("a request with a grammar came before the vocabulary")
-        if grammar not in self._compiled:
-            tokens = self._tokens
-            self._compiled[grammar] = self._thread.submit(lambda: tokens.result().compiled(grammar))
-            if len(self._compiled) > KEPT + len(self._entered):
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(grammar)
-        return self._compiled[grammar]
 
 
 class Matcher:
@@ -109,13 +97,14 @@ class Matcher:
 
     `masks` are the ids that may come after these and after each draft of the latest `prepare`: [⌈vocab/32⌉] each, valid
     until the next `prepare`. `ended`: nothing may follow. `error`: it cannot go on, and why.
+    Raises `GrammarError` if the grammar cannot be compiled.
     """
 
-    def __init__(self, tokens: Tokens, start: "LLMatcher", watch: Watch) -> None:
+    def __init__(self, tokens: Tokens, grammar: str, watch: Watch) -> None:
         self._tokens = tokens
+        self._grammar = grammar
         self._watch = watch
-        self._start = start
-        self._state = start.deep_copy()
+        self._state = tokens.compiled(grammar)
         self._ids: list[int] = []
         self._words = self._room()
         self.masks: list[Mask] = []
@@ -188,20 +177,20 @@ class Matcher:
     def _remake(self) -> bool:
         """Make the state as it is if nothing was looked at; False if that takes too long.
 
-        It takes as long as all steps of the answer, so it is done once.
+        It takes as long as compiling and all steps of the answer, so it is done once.
         """
         self._alone, self._looked = True, False
-        start, ids, words = self._start, tuple(self._ids), self._room()
-        state = self._watch(lambda: _followed(start, ids, words), REMAKE_SECONDS)
+        tokens, grammar, ids, words = self._tokens, self._grammar, tuple(self._ids), self._room()
+        state = self._watch(lambda: _followed(tokens, grammar, ids, words), REMAKE_SECONDS)
         if state is None:
             return False
         self._state = state
         return True
 
 
-def _followed(start: "LLMatcher", ids: Sequence[int], words: Mask) -> "LLMatcher":
-    """The state after some ids."""
-    state = start.deep_copy()
+def _followed(tokens: Tokens, grammar: str, ids: Sequence[int], words: Mask) -> "LLMatcher":
+    """The state after some ids, with a lexer that nothing else was asked of."""
+    state = tokens.compiled(grammar)
     for token in ids:
         _fill(state, words[0])
         state.consume_token(token)

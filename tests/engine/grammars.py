@@ -13,11 +13,12 @@ from mock_engine import Engine
 from mock_runner import VOCAB, next_token
 
 from fwd.engine.grammar import Grammars
+from fwd.engine.request import Request
 from fwd.engine.speculate.drafter import Wish
 from fwd.engine.speculate.forced import Forced
 from fwd.grammar.compiled import Tokens, serialised
 from fwd.protocol.ids import pack_ids
-from fwd.protocol.messages import Vocabulary
+from fwd.protocol.messages import Submit, Vocabulary
 
 PIECES = [
     '{"',
@@ -106,9 +107,20 @@ def _tokens():
     return Tokens(vocabulary(), VOCAB)
 
 
+@cache
+def _start(grammar):
+    return LLMatcher(_tokens().table, serialised(grammar))
+
+
+def follow(grammar, ids):
+    """Where the library stands after some ids; None if they do not follow."""
+    state = _start(grammar).deep_copy()
+    return state if all(not state.is_stopped() and state.consume_token(token) for token in ids) else None
+
+
 def answer(grammar, prompt, seed, tokens, *, stop_ids=(), choice=0):
     """The output of a request that nothing disturbs, and how it ends: reason and the id that stopped it."""
-    state = LLMatcher(_tokens().table, serialised(grammar))
+    state = follow(grammar, ())
     ids = list(prompt)
     for _ in range(tokens):
         mask = np.frombuffer(state.compute_bitmask(), np.uint32)
@@ -145,9 +157,20 @@ def known():
     return made
 
 
+def begun(grammar, emitted=(), grammars=None):
+    """A matcher for the text of a grammar, after what was emitted."""
+    grammars = grammars or known()
+    grammars.enter(request := Request(Submit(prompt=pack_ids([1]), emitted=pack_ids(emitted), grammar=grammar)))
+    ((_, error),) = grammars.leave(60)
+    if error:
+        raise error
+    return request.grammar
+
+
 def matcher(name, emitted=()):
-    return known().matcher(GRAMMARS[name][0], emitted)
+    return begun(GRAMMARS[name][0], emitted)
 
 
 def allowed(mask):
+    """The ids of a mask."""
     return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little", count=VOCAB)).tolist()

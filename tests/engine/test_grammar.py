@@ -143,8 +143,10 @@ def test_the_end_of_a_grammar_within_a_run_of_drafts_that_hold(name):
 
 def test_a_step_with_a_grammar_is_not_run_ahead():
     made = engine(ahead=True, seqs=2)
-    made.ask(3, [3], tokens=1, grammar=DIGITS)  # now it is compiled
-    made.handle(submit(1, [1], tokens=40, grammar=DIGITS), submit(2, [2], tokens=40))
+    made.handle(submit(1, [1], tokens=40, grammar=DIGITS))
+    while 1 not in made.output:
+        made.step()  # its grammar is compiled
+    made.handle(submit(2, [2], tokens=40))
     made.until(1)
     assert made.runner.most == 1
     made.idle()

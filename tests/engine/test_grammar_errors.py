@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from grammars import EOS, GRAMMARS, SPECIAL, TEXTS, Forcing, allowed, answer, engine, matcher, vocabulary
+from grammars import EOS, GRAMMARS, SPECIAL, TEXTS, Forcing, allowed, answer, begun, engine, matcher, vocabulary
 from guesser import Knowing
 from mock_engine import Engine, submit
 from mock_runner import VOCAB
@@ -95,6 +95,29 @@ def test_a_state_that_drafts_have_spoiled_is_made_again():
     found._state = Fragile(found._state)
     assert (found.prepare([1, 2, 3]), found.forced(9)) == (0, ())
     assert not found._state.is_error(), "it is not tried again: making it anew takes as long as the answer is"
+
+
+def test_drafts_never_bring_a_request_to_the_limits_of_its_lexer(monkeypatch):
+    """What is forced is looked at far ahead, which takes more states than the answer does."""
+    monkeypatch.setitem(module.LIMITS, "max_lexer_states", 200)
+    text = f"regex:{'a' * 500}"
+    made = engine(speculator=Forcing(random.Random(1), "grammar"))
+    for number in range(2):
+        assert made.ask(number, [7], tokens=20, grammar=text)[0] == [TEXTS.index(b"a")] * 20
+    found, other = begun(text), begun(text)
+    found.prepare(found.forced(15))
+    assert found._alone, "that look was beyond the limits"
+    assert not found.error
+    assert found.masks[0].tolist() == other.masks[0].tolist()
+
+
+def test_requests_of_one_grammar_do_not_use_up_the_limits_of_each_other(monkeypatch):
+    monkeypatch.setitem(module.LIMITS, "max_lexer_states", 500)
+    made = engine(seqs=4)
+    for number in range(30):
+        made.handle(submit(number, [number], tokens=20, grammar="regex:[ab]*a[ab]{20}", seed=number))
+    made.idle()
+    assert all(isinstance(result, Finished) for result in made.results.values()), made.results
 
 
 def test_what_was_emitted_and_does_not_follow_fails_its_request():

@@ -15,8 +15,9 @@ from grammars import (
     Forcing,
     allowed,
     answer,
+    begun,
     engine,
-    known,
+    follow,
     matcher,
     schema,
     text_of,
@@ -24,11 +25,9 @@ from grammars import (
 )
 from mock_runner import VOCAB
 
-from fwd.engine import grammar as module
 from fwd.engine.grammar import Grammars
 from fwd.engine.speculate.drafter import Wish
 from fwd.engine.speculate.forced import Forced
-from fwd.errors import GrammarError
 from fwd.grammar.compiled import Tokens
 
 DIGITS = GRAMMARS["digits"][0]
@@ -60,9 +59,9 @@ def test_masks_are_the_tokens_whose_text_fits(name, pattern):
 
 @pytest.mark.parametrize("name", GRAMMARS)
 def test_masks_along_drafts_are_those_of_who_goes_there(name):
-    rng = random.Random(name)
+    rng, grammar = random.Random(name), GRAMMARS[name][0]
     for seed in range(10):
-        ids, _ = answer(GRAMMARS[name][0], [1], seed, 40)
+        ids, _ = answer(grammar, [1], seed, 40)
         found = matcher(name)
         for place, token in enumerate(ids):
             drafts = [each if rng.random() < 0.9 else rng.randrange(VOCAB) for each in [*ids, *EOS][place:][:9]]
@@ -71,11 +70,10 @@ def test_masks_along_drafts_are_those_of_who_goes_there(name):
             held = found.prepare(drafts)
             assert len(found.masks) == held + 1
             for count in range(held + 1):
-                other = matcher(name, [*ids[:place], *drafts[:count]])
-                assert other.ended or allowed(found.masks[count]) == allowed(other.masks[0])
-            if held < len(drafts):
-                with pytest.raises(GrammarError):
-                    matcher(name, [*ids[:place], *drafts[: held + 1]])
+                other = follow(grammar, [*ids[:place], *drafts[:count]])
+                fits = np.frombuffer(other.compute_bitmask(), np.uint32)
+                assert other.is_stopped() or allowed(found.masks[count]) == allowed(fits)
+            assert held == len(drafts) or not follow(grammar, [*ids[:place], *drafts[: held + 1]])
             assert found.take(token)
 
 
@@ -95,7 +93,7 @@ def test_special_tokens_may_be_named():
 def test_a_vocabulary_without_an_end():
     made = Grammars(VOCAB)
     made.learn(vocabulary(eos=()))
-    found = made.matcher(GRAMMARS["words"][0], [])
+    found = begun(GRAMMARS["words"][0], grammars=made)
     assert found.take(TEXTS.index(b"ab"))
     found.prepare()
     assert found.masks[0].shape == (-(-VOCAB // 32),)
@@ -108,7 +106,7 @@ def test_a_vocabulary_without_an_end():
 def test_a_model_has_more_ids_than_a_tokenizer_or_less(vocab):
     made = Grammars(vocab)
     made.learn(vocabulary())
-    found = made.matcher('regex:"?a*', [])
+    found = begun('regex:"?a*', grammars=made)
     assert found.masks[0].shape == (-(-vocab // 32),)
     bits = np.unpackbits(found.masks[0].view(np.uint8), bitorder="little")
     assert np.flatnonzero(bits).max() < vocab
@@ -128,7 +126,7 @@ def test_forced_text_is_drafted_up_to_its_last_token():
         type="object", properties={"abc": {"const": "xyz"}}, required=["abc"], additionalProperties=False,
         **{"x-guidance": TIGHT},
     )  # fmt: skip
-    found = known().matcher(text, [])
+    found = begun(text)
     tokens = Tokens(vocabulary(), VOCAB)(b'{"abc":"xyz"}')
     assert found.forced(15) == tokens[:-1]
     assert found.forced(3) == tokens[:3]
@@ -153,18 +151,3 @@ def test_where_there_is_a_choice_or_no_grammar_nothing_is_drafted():
     request = SimpleNamespace(grammar=None)
     assert Forced().propose([Wish(request, 5)])[0].ids == ()
     assert matcher("digits").forced(15) == ()
-
-
-def test_choices_of_one_request_share_what_is_compiled(monkeypatch):
-    made, compiled = Grammars(VOCAB), []
-    made.learn(vocabulary())
-    whole = Tokens.compiled
-    monkeypatch.setattr(Tokens, "compiled", lambda self, text: compiled.append(text) or whole(self, text))
-    for _ in range(3):
-        made.matcher(DIGITS, [])
-    assert compiled == [DIGITS]
-    for number in range(module.KEPT):
-        made.matcher(f"regex:{number}", [])
-    made.matcher(DIGITS, [])
-    assert len(compiled) == module.KEPT + 2
-    assert len(made._compiled) == module.KEPT

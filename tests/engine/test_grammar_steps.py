@@ -4,7 +4,7 @@ import threading
 from itertools import count
 
 import pytest
-from grammars import GRAMMARS, TEXTS, answer, engine, known
+from grammars import GRAMMARS, TEXTS, answer, begun, engine, known
 from mock_engine import submit
 from mock_runner import oracle
 
@@ -27,9 +27,8 @@ A = TEXTS.index(b"a")
 @pytest.mark.parametrize("name", AMBIGUOUS)
 def test_ambiguity_ends_by_the_items_of_a_row_and_not_by_time(name, monkeypatch):
     """A row's work grows with the square of its items: those are bounded, whoever is slow."""
-    patient = known()
-    monkeypatch.setattr(patient, "_watch", Watch(1e9))
-    matcher, taken = patient.matcher(AMBIGUOUS[name], []), 0
+    monkeypatch.setattr(known(), "_watch", Watch(1e9))
+    matcher, taken = begun(AMBIGUOUS[name]), 0
     while taken < len(LONG) and not matcher.error and matcher.take(A):
         taken += 1
         matcher.prepare()
@@ -54,10 +53,8 @@ class Stuck:
     def __getattr__(self, name):
         return getattr(self._state, name)
 
-    def deep_copy(self):
-        return Stuck(self._state.deep_copy(), self._free)
-
     def unsafe_compute_mask_ptr(self, *where):
+        threading.current_thread().stuck = True
         self._free.wait()
         self._state.unsafe_compute_mask_ptr(*where)
 
@@ -69,14 +66,21 @@ def free():
     event.set()
 
 
-def test_a_step_that_takes_too_long_fails_its_request_alone(free, monkeypatch):
-    made = engine(seqs=2)
-    clock = count()
-    monkeypatch.setattr("fwd.engine.watch._Worker.spent", lambda _: next(clock))
+@pytest.fixture
+def stuck(free, monkeypatch):
+    """States of grammars that say so are stuck, and only they spend anything."""
     whole = Tokens.compiled
-    monkeypatch.setattr(
-        Tokens, "compiled", lambda self, text: Stuck(whole(self, text), free) if "stuck" in text else whole(self, text)
-    )
+
+    def compiled(self, text):
+        return Stuck(whole(self, text), free) if "stuck" in text else whole(self, text)
+
+    monkeypatch.setattr(Tokens, "compiled", compiled)
+    monkeypatch.setattr("fwd.engine.watch._Worker.spent", lambda worker: 9.0 * hasattr(worker, "stuck"))
+
+
+@pytest.mark.usefixtures("stuck")
+def test_a_step_that_takes_too_long_fails_its_request_alone():
+    made = engine(seqs=2)
     made.handle(submit(1, [1], tokens=12), submit(2, [2], tokens=20, grammar="regex:(stuck)*"))
     made.handle(submit(3, [7], tokens=20, grammar=DIGITS, seed=1))
     made.idle()
@@ -89,15 +93,13 @@ def test_a_step_that_takes_too_long_fails_its_request_alone(free, monkeypatch):
     made.space.check()
 
 
-def test_while_steps_that_were_given_up_go_on_nobody_begins_a_grammar(free, monkeypatch):
-    made, whole, clock = engine(seqs=2), Tokens.compiled, count()
-    with monkeypatch.context() as stuck:
-        stuck.setattr("fwd.engine.watch._Worker.spent", lambda _: next(clock))
-        stuck.setattr(Tokens, "compiled", lambda self, text: Stuck(whole(self, text), free))
-        for key in range(MOST_LEFT):
-            made.handle(submit(key, [1], tokens=12, grammar=f"regex:(stuck){{{key + 1}}}"))
-            made.idle()
-            assert made.results[key].message == TOO_SLOW
+@pytest.mark.usefixtures("stuck")
+def test_while_steps_that_were_given_up_go_on_nobody_begins_a_grammar(free):
+    made = engine(seqs=2)
+    for key in range(MOST_LEFT):
+        made.handle(submit(key, [1], tokens=12, grammar=f"regex:(stuck){{{key + 1}}}"))
+        made.idle()
+        assert made.results[key].message == TOO_SLOW
     made.handle(submit(10, [7], tokens=20, grammar=DIGITS, seed=1), submit(11, [1], tokens=12))
     made.idle()
     assert made.results[10].code == OverloadedError.code
@@ -111,8 +113,42 @@ def test_while_steps_that_were_given_up_go_on_nobody_begins_a_grammar(free, monk
     assert made.output[12] == answer(DIGITS, [7], 1, 20)[0]
 
 
+def test_a_step_that_was_given_up_holds_nothing_of_others_with_its_grammar(free, monkeypatch):
+    """Whatever is compiled once has one lock, which a step of it or of its copies holds: so it is in the library."""
+    whole, held = Tokens.compiled, []
+
+    class Locked(Stuck):
+        def __init__(self, state, free, lock=None):
+            super().__init__(state, free)
+            self._lock = lock or threading.Lock()
+
+        def deep_copy(self):
+            return Locked(self._state.deep_copy(), self._free, self._lock)
+
+        def consume_token(self, token):
+            assert self._lock.acquire(blocking=False), "the loop is held up"
+            self._lock.release()
+            return self._state.consume_token(token)
+
+        def unsafe_compute_mask_ptr(self, *where):
+            with self._lock:
+                if not held:
+                    held.append(self)
+                    super().unsafe_compute_mask_ptr(*where)
+            self._state.unsafe_compute_mask_ptr(*where)
+
+    monkeypatch.setattr(Tokens, "compiled", lambda self, text: Locked(whole(self, text), free))
+    monkeypatch.setattr("fwd.engine.watch._Worker.spent", lambda worker: 9.0 * hasattr(worker, "stuck"))
+    made = engine(seqs=3)
+    made.handle(*(submit(number, [7], tokens=20, grammar=DIGITS, seed=1) for number in (1, 2, 3)))
+    made.idle()
+    assert made.results[1].message == TOO_SLOW
+    assert made.output == {number: answer(DIGITS, [7], 1, 20)[0] for number in (2, 3)}
+    assert made.loop._grammars._watch.left == 1, "it goes on all the while"
+
+
 def test_drafts_that_take_too_long_are_done_without(free):
-    found, other = (known().matcher(DIGITS, []) for _ in range(2))
+    found, other = (begun(DIGITS) for _ in range(2))
     other.prepare()
 
     class Slow(Stuck):
@@ -132,7 +168,7 @@ def test_drafts_that_take_too_long_are_done_without(free):
 
 
 def test_a_state_that_takes_too_long_to_be_made_again_fails_its_request():
-    found = known().matcher(DIGITS, [])
+    found = begun(DIGITS)
     found._watch = lambda *_: None
     assert found.prepare([A]) == 0
     assert found.error == TOO_SLOW
