@@ -1,5 +1,6 @@
 """Which tokens may come next in requests that have a grammar (`fwd.grammar.compiled` says what that is)."""
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Mask = NDArray[np.uint32]
 FORCED_BYTES = 64  # of forced text that are cut into drafts
+DRAFTS_SECONDS = STEP_SECONDS / 5  # of a CPU: a step that has taken as long looks at no further draft
 REMAKE_SECONDS = 10 * STEP_SECONDS  # of a CPU, once in an answer
 MOST_LEFT = 2  # steps that were given up and have not come back: with more of them nobody begins a grammar
 TOO_SLOW = f"a step of the grammar takes more than {STEP_SECONDS * 1e3:.0f} ms: simplify it"
@@ -128,10 +130,12 @@ class Matcher:
         return True
 
     def prepare(self, drafts: Sequence[int] = ()) -> int:
-        """Have `masks` for the next row and the rows of drafts: returns how many drafts the grammar lets stand.
+        """Have `masks` for the next row and the rows of drafts: returns how many the grammar, and the time, let stand.
 
-        Drafts never decide: where only they are beyond the limits there are none from then on, and a state that they
-        have spoiled is made again as it would be without them.
+        Drafts only have what the first mask leaves of `DRAFTS_SECONDS`. Where they go beyond the limits, or one call
+        takes all the time of a step that has drafts, there are none from then on and the state is made again as it
+        would be without them. So they decide nothing, but in one case: the request fails where that takes more than
+        `REMAKE_SECONDS`.
         """
         drafts = () if self._alone else drafts
         held = self._walked(drafts)
@@ -198,10 +202,13 @@ def _followed(tokens: Tokens, grammar: str, ids: Sequence[int], words: Mask) -> 
 
 
 def _walk(state: "LLMatcher", words: Mask, drafts: Sequence[int]) -> int:
-    """Fill in the mask before the drafts and after each that stands, and come back; how many stood."""
-    held = 0
+    """Fill in the mask before the drafts and after each that stands while there is time; come back; how many stood."""
+    begun, held = time.thread_time(), 0
     _fill(state, words[0])
-    while held < len(drafts) and not state.is_stopped() and state.try_consume_tokens([drafts[held]]):
+    for draft in drafts:
+        late = time.thread_time() - begun > DRAFTS_SECONDS
+        if late or state.is_stopped() or not state.try_consume_tokens([draft]):
+            break
         held += 1
         _fill(state, words[held])
     if state.is_error():

@@ -7,6 +7,7 @@ from functools import cache
 from itertools import accumulate
 
 import numpy as np
+import pytest
 from guesser import Guesser
 from llguidance import LLMatcher
 from mock_engine import Engine
@@ -47,6 +48,12 @@ EOS = (VOCAB - 2, VOCAB - 1)  # the first of them reads like text
 TEXTS += [b"<|x|>", b"ab"]
 TEXTS += [b""] * (VOCAB - 2 - len(TEXTS)) + [b"true", b"<|end|>"]
 assert len(TEXTS) == VOCAB
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Nobody drafts less because the machine is slow."""
+    monkeypatch.setattr("fwd.engine.grammar.DRAFTS_SECONDS", 1e9)
 
 
 def vocabulary(texts=TEXTS, special=SPECIAL, eos=EOS):

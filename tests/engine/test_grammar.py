@@ -4,7 +4,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from grammars import EOS, GRAMMARS, SPECIAL, Forcing, answer, engine, text_of, vocabulary
+from grammars import EOS, GRAMMARS, SPECIAL, Forcing, answer, engine, patient, text_of, vocabulary  # noqa: F401  # a fixture
 from guesser import NATURES, Knowing
 from mock_engine import PAGE, Engine, submit
 from mock_runner import VOCAB
@@ -125,6 +125,7 @@ def test_thousands_of_lives(layout):
         live(seed, layout)
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("name", ["digits", "tight", "empty"])
 def test_the_end_of_a_grammar_within_a_run_of_drafts_that_hold(name):
     text = GRAMMARS[name][0]

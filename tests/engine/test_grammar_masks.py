@@ -19,6 +19,7 @@ from grammars import (
     engine,
     follow,
     matcher,
+    patient,  # noqa: F401  # a fixture
     schema,
     text_of,
     vocabulary,
@@ -57,6 +58,7 @@ def test_masks_are_the_tokens_whose_text_fits(name, pattern):
     assert seen > 100
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("name", GRAMMARS)
 def test_masks_along_drafts_are_those_of_who_goes_there(name):
     rng, grammar = random.Random(name), GRAMMARS[name][0]
@@ -121,6 +123,7 @@ def test_text_is_cut_by_merges_in_the_order_of_ids():
     assert tokens(b"") == ()
 
 
+@pytest.mark.usefixtures("patient")
 def test_forced_text_is_drafted_up_to_its_last_token():
     text = schema(
         type="object", properties={"abc": {"const": "xyz"}}, required=["abc"], additionalProperties=False,
@@ -136,6 +139,7 @@ def test_forced_text_is_drafted_up_to_its_last_token():
     assert found.forced(15) == tokens[1:-1]
 
 
+@pytest.mark.usefixtures("patient")
 def test_forced_drafts_save_steps():
     text, obeys = GRAMMARS["tight"]
     plain, drafted = engine(), engine(speculator=Forcing(SimpleNamespace(randrange=lambda most: most - 1), "grammar"))

@@ -147,6 +147,24 @@ def test_a_step_that_was_given_up_holds_nothing_of_others_with_its_grammar(free,
     assert made.loop._grammars._watch.left == 1, "it goes on all the while"
 
 
+@pytest.mark.parametrize("milliseconds", [0, 1, 3, 4, 6, 12])
+def test_no_further_drafts_are_looked_at_when_a_step_has_taken_long(milliseconds, monkeypatch):
+    found, other = begun(GRAMMARS["any"][0]), begun(GRAMMARS["any"][0])
+    drafts = [TEXTS.index(text) for text in (b"[1", b",", b"[", b"[", b"]", b",")]
+
+    def prepare(matcher, milliseconds):
+        clock = count(step=milliseconds / 1e3)
+        monkeypatch.setattr("fwd.engine.grammar.time.thread_time", lambda: next(clock))
+        return matcher.prepare(drafts)
+
+    assert prepare(other, 0) == 6
+    held = prepare(found, milliseconds)
+    assert held == (6 if milliseconds < 2 else 10 // milliseconds)
+    assert [mask.tolist() for mask in found.masks] == [mask.tolist() for mask in other.masks[: held + 1]]
+    assert prepare(found, 0) == 6, "nothing is spoiled"
+    assert (found._alone, found.error) == (False, "")
+
+
 def test_drafts_that_take_too_long_are_done_without(free):
     found, other = (begun(DIGITS) for _ in range(2))
     other.prepare()
