@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Mask = NDArray[np.uint32]
 FORCED_BYTES = 64  # of forced text that are cut into drafts
+FORCED_SECONDS = 0.001  # of a CPU: where it takes longer to find there is no more of it
 DRAFTS_SECONDS = STEP_SECONDS / 5  # of a CPU: a step that has taken as long looks at no further draft
 REMAKE_SECONDS = 10 * STEP_SECONDS  # of a CPU, once in an answer
 MOST_LEFT = 2  # steps that were given up and have not come back: with more of them nobody begins a grammar
@@ -112,6 +113,7 @@ class Matcher:
         self.masks: list[Mask] = []
         self.ended = False
         self.error = ""
+        self._forces = True  # text, and that is soon found
         self._looked = False  # at what may come: it uses up some of the limits
         self._alone = False  # that has spoiled the state once: from then on there are no drafts
 
@@ -149,12 +151,15 @@ class Matcher:
 
     def forced(self, most: int) -> tuple[int, ...]:
         """Ids of the text that must come next, but the last, which may reach into what comes after it."""
-        if self.ended or self.error or self._alone:
+        if self.ended or self.error or self._alone or not self._forces:
             return ()
-        self._looked = True
-        text = self._state.compute_ff_bytes()
-        if self._state.is_error() and not self._remake():
-            self.error = TOO_SLOW
+        self._looked, state = True, self._state
+        found = self._watch(lambda: _forced(state))
+        if found is None or state.is_error():
+            self.error = "" if self._remake() else TOO_SLOW
+            return ()
+        text, seconds = found
+        self._forces = seconds < FORCED_SECONDS
         return self._tokens(text[:FORCED_BYTES])[:-1][:most]
 
     def _walked(self, drafts: Sequence[int]) -> int | None:
@@ -215,6 +220,12 @@ def _walk(state: "LLMatcher", words: Mask, drafts: Sequence[int]) -> int:
         return 0
     state.rollback(held)
     return held
+
+
+def _forced(state: "LLMatcher") -> tuple[bytes, float]:
+    """The text that must come next, and the seconds of a CPU that it took to find."""
+    begun = time.thread_time()
+    return state.compute_ff_bytes(), time.thread_time() - begun
 
 
 def _fill(state: "LLMatcher", words: Mask) -> None:

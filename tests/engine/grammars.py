@@ -54,6 +54,7 @@ assert len(TEXTS) == VOCAB
 def patient(monkeypatch):
     """Nobody drafts less because the machine is slow."""
     monkeypatch.setattr("fwd.engine.grammar.DRAFTS_SECONDS", 1e9)
+    monkeypatch.setattr("fwd.engine.grammar.FORCED_SECONDS", 1e9)
 
 
 def vocabulary(texts=TEXTS, special=SPECIAL, eos=EOS):

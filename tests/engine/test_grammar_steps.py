@@ -8,7 +8,7 @@ from grammars import GRAMMARS, TEXTS, answer, begun, engine, known
 from mock_engine import submit
 from mock_runner import oracle
 
-from fwd.engine.grammar import MOST_LEFT, TOO_SLOW
+from fwd.engine.grammar import FORCED_SECONDS, MOST_LEFT, TOO_SLOW
 from fwd.engine.watch import Watch
 from fwd.errors import GrammarError, OverloadedError
 from fwd.grammar.compiled import LIMITS, NARROW, Tokens
@@ -53,9 +53,13 @@ class Stuck:
     def __getattr__(self, name):
         return getattr(self._state, name)
 
-    def unsafe_compute_mask_ptr(self, *where):
+    def stay(self):
+        """For ever."""
         threading.current_thread().stuck = True
         self._free.wait()
+
+    def unsafe_compute_mask_ptr(self, *where):
+        self.stay()
         self._state.unsafe_compute_mask_ptr(*where)
 
 
@@ -64,6 +68,9 @@ def free():
     event = threading.Event()
     yield event
     event.set()
+    for worker in threading.enumerate():
+        if hasattr(worker, "stuck"):
+            worker.join(10)
 
 
 @pytest.fixture
@@ -134,7 +141,7 @@ def test_a_step_that_was_given_up_holds_nothing_of_others_with_its_grammar(free,
             with self._lock:
                 if not held:
                     held.append(self)
-                    super().unsafe_compute_mask_ptr(*where)
+                    self.stay()
             self._state.unsafe_compute_mask_ptr(*where)
 
     monkeypatch.setattr(Tokens, "compiled", lambda self, text: Locked(whole(self, text), free))
@@ -165,24 +172,49 @@ def test_no_further_drafts_are_looked_at_when_a_step_has_taken_long(milliseconds
     assert (found._alone, found.error) == (False, "")
 
 
+@pytest.mark.usefixtures("stuck")
 def test_drafts_that_take_too_long_are_done_without(free):
-    found, other = (begun(DIGITS) for _ in range(2))
-    other.prepare()
-
     class Slow(Stuck):
         def try_consume_tokens(self, ids):
-            free.wait()
+            self.stay()
             return 0
 
         def unsafe_compute_mask_ptr(self, *where):
             self._state.unsafe_compute_mask_ptr(*where)
 
+    found, other = (begun(DIGITS) for _ in range(2))
     found._state = Slow(found._state, free)
-    found._watch = _Once(found._watch)
-    assert found.prepare([A, A]) == 0
+    assert found.prepare([A, A]) == other.prepare() == 0
     assert not found.error
     assert [mask.tolist() for mask in found.masks] == [mask.tolist() for mask in other.masks]
     assert found.forced(5) == ()
+
+
+@pytest.mark.usefixtures("stuck")
+def test_forced_text_that_takes_too_long_to_find_is_done_without(free):
+    class Slow(Stuck):
+        def compute_ff_bytes(self):
+            self.stay()
+            return b""
+
+    found, other = (begun(GRAMMARS["tight"][0]) for _ in range(2))
+    found._state = Slow(found._state, free)
+    assert found.forced(5) == ()
+    assert found.prepare([A]) == other.prepare() == 0
+    assert not found.error
+    assert [mask.tolist() for mask in found.masks] == [mask.tolist() for mask in other.masks]
+
+
+def test_forced_text_that_was_dear_to_find_is_not_looked_for_again(monkeypatch):
+    clock, found = count(step=FORCED_SECONDS), begun(GRAMMARS["tight"][0])
+    monkeypatch.setattr("fwd.engine.grammar.time.thread_time", lambda: next(clock))
+    ids = found.forced(5)
+    assert len(ids) > 1
+    assert found.forced(5) == ()
+    assert found.take(ids[0])
+    assert found.forced(5) == ()
+    assert found.prepare() == 0
+    assert not found.error
 
 
 def test_a_state_that_takes_too_long_to_be_made_again_fails_its_request():
@@ -192,17 +224,6 @@ def test_a_state_that_takes_too_long_to_be_made_again_fails_its_request():
     assert found.error == TOO_SLOW
     assert not found.take(A)
     assert found.forced(5) == ()
-
-
-class _Once:
-    """A watch that gives up its first call before it has begun."""
-
-    def __init__(self, watch):
-        self._calls = iter([lambda *_: None])
-        self._watch = watch
-
-    def __call__(self, work, *seconds):
-        return next(self._calls, self._watch)(work, *seconds)
 
 
 def test_others_go_on_while_a_grammar_is_compiled(free, monkeypatch):
@@ -222,15 +243,27 @@ def test_others_go_on_while_a_grammar_is_compiled(free, monkeypatch):
     assert made.output[2] == answer(DIGITS, [7], 1, 20)[0]
 
 
-def test_a_request_is_cancelled_while_its_grammar_is_compiled(free, monkeypatch):
-    made, whole = engine(), Tokens.compiled
-    monkeypatch.setattr(Tokens, "compiled", lambda self, text: (free.wait(), whole(self, text))[1])
-    made.handle(submit(1, [7], grammar=DIGITS), Cancel(id=1))
-    assert made.results[1].reason == "cancelled"
+def test_requests_are_cancelled_while_a_grammar_is_compiled(free, monkeypatch):
+    made, whole, begun = engine(), Tokens.compiled, threading.Event()
+    compiled = []
+
+    def slow(self, text):
+        compiled.append(text)
+        begun.set()
+        free.wait()
+        return whole(self, text)
+
+    monkeypatch.setattr(Tokens, "compiled", slow)
+    made.handle(submit(1, [7], grammar=DIGITS), submit(2, [7], grammar=DIGITS))
+    begun.wait()
+    made.handle(Cancel(id=1), Cancel(id=2))
+    assert [made.results[number].reason for number in (1, 2)] == ["cancelled"] * 2
     free.set()
     made.idle()
     assert made.output == {}
-    assert made.ask(2, [1], tokens=3)[0] == oracle([1], 0, 3)
+    assert made.ask(3, [1], tokens=3)[0] == oracle([1], 0, 3)
+    made.ask(4, [1], tokens=1, grammar=GRAMMARS["words"][0])
+    assert compiled == [DIGITS, GRAMMARS["words"][0]], "what had not begun is not compiled"
 
 
 def test_a_watch_tells_what_its_call_gives_or_raises():
