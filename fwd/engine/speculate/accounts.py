@@ -14,6 +14,7 @@ MOST = MAX_ROWS - 1  # drafts of a step
 SHARE = 0.005  # of the time of steps may be spent on asking the free drafters and on choosing,
 COSTLY_SHARE, COSTLY_DEBT = 0.005, 1.0  # on the costly one, which may owe a step, and on trials of it
 START, MOST_PUT_BY, DEBT = 0.25, 1.0, 0.08  # steps: a few looks, and with nothing to pay one looks again after 16 ids
+SAVED = 8.0  # that a request may put by of what its drafts saved: many misses and looks
 STAKE = 2.0  # steps that trials may lose in a row
 LATE = 4  # times as long as usual is what a look counts for at most: it may have been held up
 WEIGHT = 1 / 16  # of the latest in what a look takes
@@ -71,7 +72,7 @@ class Accounts:
     def __init__(self, costly: Costly | None, steps: Costs, drafting: Costs, names: Sequence[str]) -> None:
         self._costly, self._steps, self._drafting, self._names = costly, steps, drafting, names
         self._past = past = Past()
-        self._looking = Purse(past, SHARE, start=START, most=MOST_PUT_BY, debt=DEBT)
+        self._looking = Purse(past, SHARE, start=START, most=MOST_PUT_BY, saved=SAVED, debt=DEBT)
         self._made = Purse(past, COSTLY_SHARE, debt=COSTLY_DEBT)
         self._trying = Purse(past, COSTLY_SHARE, most=STAKE, full=False)
         self._purses = (self._looking, self._made, self._trying)

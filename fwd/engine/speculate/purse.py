@@ -25,8 +25,9 @@ class Purse:
 
     Each request has an account, and there is one of all: what a request spends and saves counts for both. A request
     begins with what the common one has, so with nothing where whole answers gained nothing, but with `start` steps at
-    least. It puts by no more than `most` steps, which with `full` are there at first, and owes no more than `debt`. A
-    step is shared by its streams: each has its part of it, which is what an id is worth.
+    least. The common account puts by no more than `most` steps, which with `full` are there at first, a request no more
+    than the greater of `most` and `saved`; nobody owes more than `debt`. A step is shared by its streams: each has its
+    part of it, which is what an id is worth.
     """
 
     def __init__(
@@ -36,10 +37,12 @@ class Purse:
         *,
         start: float = 0.0,
         most: float = 4.0,
+        saved: float = 0.0,
         debt: float = ENDLESS,
         full: bool = True,
     ) -> None:
-        self._past, self._share, self._start, self._most, self._debt = past, share, start, most, debt
+        self._past, self._share, self._start, self._debt = past, share, start, debt
+        self._most, self._saved = most, max(most, saved)
         self._spent: dict[int, float] = {}
         self._common = -inf if full else 0.0  # what all spent
 
@@ -53,7 +56,7 @@ class Purse:
 
     def has(self, key: int) -> float:
         """What is put by for a request: below 0 what it owes."""
-        return min(self._past.each * self._share - self._spent[key], self._most * self._past.worth)
+        return min(self._past.each * self._share - self._spent[key], self._saved * self._past.worth)
 
     @property
     def common(self) -> float:
