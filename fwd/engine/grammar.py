@@ -139,14 +139,16 @@ class Matcher:
         would be without them. So they decide nothing, but in one case: the request fails where that takes more than
         `REMAKE_SECONDS`.
         """
+        if self.error:
+            return 0  # who was given up may still be at work on the state
         drafts = () if self._alone else drafts
         held = self._walked(drafts)
         if self._looked and (drafts if held is None else self._state.is_error()):
             held = self._walked(()) if self._remake() else None
         if held is None:
-            self.error = self.error or TOO_SLOW
+            self.error = TOO_SLOW
         elif self._state.is_error():
-            self.error = self.error or f"the grammar cannot go on: {reason(self._state)}"
+            self.error = f"the grammar cannot go on: {reason(self._state)}"
         return held or 0
 
     def forced(self, most: int) -> tuple[int, ...]:

@@ -45,18 +45,21 @@ def test_the_limits_of_a_step_are_those_that_were_found():
 
 
 class Stuck:
-    """A state whose masks take for ever, by the clock of a CPU that its watch reads."""
+    """A state whose masks take for ever, by the clock of a CPU that its watch reads; nobody may touch it meanwhile."""
 
     def __init__(self, state, free):
-        self._state, self._free = state, free
+        self._state, self._free, self._busy = state, free, False
 
     def __getattr__(self, name):
+        assert not self._busy, "already borrowed"
         return getattr(self._state, name)
 
     def stay(self):
         """For ever."""
-        threading.current_thread().stuck = True
+        assert not self._busy, "already borrowed"
+        self._busy = threading.current_thread().stuck = True
         self._free.wait()
+        self._busy = False
 
     def unsafe_compute_mask_ptr(self, *where):
         self.stay()
@@ -217,9 +220,19 @@ def test_forced_text_that_was_dear_to_find_is_not_looked_for_again(monkeypatch):
     assert not found.error
 
 
-def test_a_state_that_takes_too_long_to_be_made_again_fails_its_request():
+@pytest.mark.usefixtures("stuck")
+@pytest.mark.parametrize("way", ["drafts", "forced"])
+def test_a_state_that_takes_too_long_to_be_made_again_fails_its_request(way, free):
+    class Slow(Stuck):
+        def compute_ff_bytes(self):
+            self.stay()
+
     found = begun(DIGITS)
-    found._watch = lambda *_: None
+    assert found.take(TEXTS.index(b"1"))
+    found._grammar, found._state = "regex:(stuck)*", Slow(found._state, free)
+    if way == "forced":
+        assert found.forced(5) == ()
+        assert found.error == TOO_SLOW
     assert found.prepare([A]) == 0
     assert found.error == TOO_SLOW
     assert not found.take(A)
@@ -244,18 +257,18 @@ def test_others_go_on_while_a_grammar_is_compiled(free, monkeypatch):
 
 
 def test_requests_are_cancelled_while_a_grammar_is_compiled(free, monkeypatch):
-    made, whole, begun = engine(), Tokens.compiled, threading.Event()
+    made, whole, at_work = engine(), Tokens.compiled, threading.Event()
     compiled = []
 
     def slow(self, text):
         compiled.append(text)
-        begun.set()
+        at_work.set()
         free.wait()
         return whole(self, text)
 
     monkeypatch.setattr(Tokens, "compiled", slow)
     made.handle(submit(1, [7], grammar=DIGITS), submit(2, [7], grammar=DIGITS))
-    begun.wait()
+    at_work.wait()
     made.handle(Cancel(id=1), Cancel(id=2))
     assert [made.results[number].reason for number in (1, 2)] == ["cancelled"] * 2
     free.set()
