@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import blake2b
 
-from fwd.errors import EngineError, GrammarError
+from fwd.errors import EngineError, GrammarError, OverloadedError
 from fwd.grammar.trial import BEGUN, CPU_SECONDS, FITS, MEMORY, WALL_SECONDS
 from fwd.protocol.messages import Vocabulary, encoder
 from fwd.protocol.values import SPILL
@@ -18,10 +18,8 @@ from fwd.protocol.values import SPILL
 COMMAND = (sys.executable, "-m", "fwd.grammar.trial")
 KEPT = 256  # verdicts
 AT_ONCE = 2  # trials
-TOO_MUCH = (
-    f"the grammar is too complex: compiling it takes more than {CPU_SECONDS} s of a CPU, {WALL_SECONDS} s in all,"
-    f" or {MEMORY >> 20} MiB"
-)
+TOO_MUCH = f"the grammar is too complex: compiling it takes more than {CPU_SECONDS} s of a CPU or {MEMORY >> 20} MiB"
+TOO_LATE = f"the grammar could not be tried within {WALL_SECONDS:g} s: the CPUs are busy, try again"
 
 
 class GrammarTrials:
@@ -35,7 +33,10 @@ class GrammarTrials:
         self._process: TrialProcess | None = None
 
     async def check(self, grammar: str, param: str = "grammar") -> None:
-        """Raise `GrammarError` that names `param` unless the grammar can be compiled within its limits."""
+        """Raise `GrammarError` that names `param` unless the grammar can be compiled within its limits.
+
+        Raises `OverloadedError` if that could not be found out, `EngineError` if nothing can be tried here.
+        """
         if len(grammar) > SPILL:
             raise GrammarError(f"the grammar has {len(grammar)} characters, at most {SPILL}: shorten it", param=param)
         if wrong := await self._verdict(grammar):
@@ -58,7 +59,7 @@ class GrammarTrials:
         task = self._verdicts[key]
         try:
             return await asyncio.shield(task)
-        except (EngineError, OSError):
+        except (EngineError, OSError, OverloadedError):
             if self._verdicts.get(key) is task:
                 del self._verdicts[key]
             raise
@@ -73,17 +74,19 @@ class GrammarTrials:
             vocabulary = await asyncio.to_thread(self._vocabulary)
             for _ in range(2):  # a process that was killed is started once more
                 process = self._process = self._process or TrialProcess(vocabulary)
-                said = await process.ask(text)
+                said, seconds = await process.ask(text)
                 if said.startswith(BEGUN):
-                    return _read(said.removeprefix(BEGUN))
+                    return _read(said.removeprefix(BEGUN), seconds)
                 process.close()
                 if self._process is process:
                     self._process = None
         raise EngineError("grammars cannot be tried here: the process that does it died")
 
 
-def _read(said: bytes) -> str:
-    """The verdict; a trial that was ended by its limits has none."""
+def _read(said: bytes, seconds: float) -> str:
+    """The verdict; a trial that was ended by its limits has none, and of one that took so long nothing is known."""
+    if not said and seconds >= WALL_SECONDS:
+        raise OverloadedError(TOO_LATE, retry_after=1)
     return "" if said == FITS else said.decode(errors="replace") or TOO_MUCH
 
 
@@ -100,20 +103,20 @@ class TrialProcess:
                 [*COMMAND, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=told, start_new_session=True
             )
 
-    async def ask(self, grammar: bytes) -> bytes:
-        """What it answers to a grammar: nothing if it is dead."""
+    async def ask(self, grammar: bytes) -> tuple[bytes, float]:
+        """What it answers to a grammar, nothing if it is dead, and how many seconds after it had begun."""
         loop, (ours, theirs) = asyncio.get_running_loop(), socket.socketpair()
         with ours:
             ours.setblocking(False)
             with theirs, contextlib.suppress(OSError):
                 socket.send_fds(self._link, [b"\0"], [theirs.fileno()])
-            said = b""
+            said, begun = b"", loop.time()
             with contextlib.suppress(ConnectionError):
                 await loop.sock_sendall(ours, grammar)
                 ours.shutdown(socket.SHUT_WR)
                 while piece := await loop.sock_recv(ours, 1 << 12):
-                    said += piece
-            return said
+                    said, begun = said + piece, begun if said else loop.time()
+            return said, loop.time() - begun
 
     def close(self) -> None:
         """Kill it and what it has begun to try will end by its limits."""

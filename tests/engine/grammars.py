@@ -97,7 +97,7 @@ GRAMMARS = {
             additionalProperties=False,
             **{"x-guidance": TIGHT},
         ),
-        lambda text: is_record(text) and json.dumps(json.loads(text), separators=(",", ":")) == text,
+        lambda text: is_record(text) and json.dumps(json.loads(text), separators=(",", ":")) == text.replace("-0", "0"),
     ),
     "any": (schema(), lambda text: json.loads(text) is not ...),
     "digits": (r"regex:[0-9]{3}-[0-9]{4}", re.compile(r"[0-9]{3}-[0-9]{4}").fullmatch),

@@ -10,7 +10,7 @@ from rig import serving
 from test_local import dial
 
 import fwd.demo
-from fwd.errors import EngineError, GrammarError
+from fwd.errors import EngineError, GrammarError, OverloadedError
 from fwd.front import grammars
 from fwd.front.grammars import AT_ONCE, TOO_MUCH, GrammarTrials
 from fwd.front.prompts import Prompts
@@ -103,6 +103,19 @@ def test_what_exhausts_its_trial_is_refused_once(trying):
             for text in EXHAUSTING.values():
                 assert await refusal(trials, text) == TOO_MUCH
             assert trials.tried == len(EXHAUSTING)
+
+    trying(scenario)
+
+
+def test_what_could_not_be_tried_for_others_had_the_cpus_is_not_held_against_it(trying, monkeypatch):
+    async def scenario(trials):
+        with monkeypatch.context() as patch:
+            patch.setattr(grammars, "WALL_SECONDS", 0.0)
+            with pytest.raises(OverloadedError, match="try again"):
+                await trials.check(EXHAUSTING["a multiple"])
+            await trials.check(FITTING["any"])
+        assert await refusal(trials, EXHAUSTING["a multiple"]) == TOO_MUCH
+        assert trials.tried == 3
 
     trying(scenario)
 

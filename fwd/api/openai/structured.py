@@ -16,6 +16,7 @@ from fwd.front.service import Service
 
 OBJECT = 'json_schema:{"type":"object"}'
 MAX_CHOICES = 4096
+_ABSENT = (None, "")
 
 
 async def read_grammar(service: Service, parameters: Parameters) -> str:
@@ -38,7 +39,7 @@ def _asked(parameters: Parameters) -> Iterator[tuple[str, str]]:
     """Each field that asks for something, and the grammar that it asks for."""
     for name, read in _FIELDS.items():
         value = getattr(parameters, name)
-        if value and (grammar := read(value, name)):
+        if value not in _ABSENT and (grammar := read(value, name)):
             yield name, grammar
 
 
@@ -62,11 +63,13 @@ def _options(value: Any, param: str) -> str:
     """VLLM's object: one way among many, and options that change no text."""
     if not isinstance(value, dict):
         raise BadRequestError(f"{param}: expected an object", param=param)
-    asked = {key: each for key, each in value.items() if each not in (None, False, "", [])}
+    asked = {key: each for key, each in value.items() if each not in _ABSENT and (each is not False or key == "json")}
     found = [key for key in asked if key in _WAYS]
     if unknown := sorted(asked.keys() - _WAYS.keys()):
         wrong = f"{param}.{unknown[0]}"
         raise BadRequestError(f"{wrong} is not supported here: leave it out", param=wrong)
+    if not asked:
+        return ""
     if len(found) != 1:
         raise BadRequestError(f"{param}: give one of {', '.join(_WAYS)}", param=param)
     return _WAYS[found[0]](asked[found[0]], f"{param}.{found[0]}")
@@ -89,8 +92,10 @@ def _rules(value: Any, param: str) -> str:
 
 
 def _choice(value: Any, param: str) -> str:
-    if not isinstance(value, list) or not all(isinstance(each, str) for each in value) or len(value) > MAX_CHOICES:
-        raise BadRequestError(f"{param}: expected at most {MAX_CHOICES} strings", param=param)
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise BadRequestError(f"{param}: expected strings", param=param)
+    if not 0 < len(value) <= MAX_CHOICES:
+        raise BadRequestError(f"{param}: {len(value)} strings, expected 1 to {MAX_CHOICES}", param=param)
     return f"regex:{'|'.join(map(re.escape, value))}"
 
 
