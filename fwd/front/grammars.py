@@ -11,7 +11,7 @@ from collections.abc import Callable
 from hashlib import blake2b
 
 from fwd.errors import EngineError, GrammarError, OverloadedError
-from fwd.grammar.trial import BEGUN, CPU_SECONDS, FITS, MEMORY, WALL_SECONDS
+from fwd.grammar.trial import CPU_SECONDS, FITS, LATE, MEMORY, MUCH, WALL_SECONDS
 from fwd.protocol.messages import Vocabulary, encoder
 from fwd.protocol.values import SPILL
 
@@ -19,7 +19,7 @@ COMMAND = (sys.executable, "-m", "fwd.grammar.trial")
 KEPT = 256  # verdicts
 AT_ONCE = 2  # trials
 TOO_MUCH = f"the grammar is too complex: compiling it takes more than {CPU_SECONDS} s of a CPU or {MEMORY >> 20} MiB"
-TOO_LATE = f"the grammar could not be tried within {WALL_SECONDS:g} s: the CPUs are busy, try again"
+TOO_LATE = f"the grammar could not be tried within {WALL_SECONDS:g} s: the machine is busy, try again"
 
 
 class GrammarTrials:
@@ -51,18 +51,13 @@ class GrammarTrials:
     async def _verdict(self, grammar: str) -> str:
         """Who asks for the same at the same time shares the trial, which goes on if they leave."""
         key = blake2b(grammar.encode(errors="surrogatepass"), digest_size=16).digest()
-        if key not in self._verdicts:
-            self._verdicts[key] = asyncio.get_running_loop().create_task(self._try(grammar))
+        task = self._verdicts.get(key)
+        if task is None or (task.done() and task.exception()):  # a trial that failed has no verdict
+            task = self._verdicts[key] = asyncio.get_running_loop().create_task(self._try(grammar))
             while len(self._verdicts) > KEPT:
                 self._verdicts.popitem(last=False)
         self._verdicts.move_to_end(key)
-        task = self._verdicts[key]
-        try:
-            return await asyncio.shield(task)
-        except (EngineError, OSError, OverloadedError):
-            if self._verdicts.get(key) is task:
-                del self._verdicts[key]
-            raise
+        return await asyncio.shield(task)
 
     async def _try(self, grammar: str) -> str:
         try:
@@ -74,20 +69,19 @@ class GrammarTrials:
             vocabulary = await asyncio.to_thread(self._vocabulary)
             for _ in range(2):  # a process that was killed is started once more
                 process = self._process = self._process or TrialProcess(vocabulary)
-                said, seconds = await process.ask(text)
-                if said.startswith(BEGUN):
-                    return _read(said.removeprefix(BEGUN), seconds)
+                if said := await process.ask(text):
+                    return _read(said)
                 process.close()
                 if self._process is process:
                     self._process = None
         raise EngineError("grammars cannot be tried here: the process that does it died")
 
 
-def _read(said: bytes, seconds: float) -> str:
-    """The verdict; a trial that was ended by its limits has none, and of one that took so long nothing is known."""
-    if not said and seconds >= WALL_SECONDS:
+def _read(said: bytes) -> str:
+    """What is wrong, "" if nothing; raises `OverloadedError` if the trial could not find it out."""
+    if said == LATE:
         raise OverloadedError(TOO_LATE, retry_after=1)
-    return "" if said == FITS else said.decode(errors="replace") or TOO_MUCH
+    return {FITS: "", MUCH: TOO_MUCH}.get(said, said.decode(errors="replace"))
 
 
 class TrialProcess:
@@ -103,20 +97,20 @@ class TrialProcess:
                 [*COMMAND, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=told, start_new_session=True
             )
 
-    async def ask(self, grammar: bytes) -> tuple[bytes, float]:
-        """What it answers to a grammar, nothing if it is dead, and how many seconds after it had begun."""
+    async def ask(self, grammar: bytes) -> bytes:
+        """What it answers to a grammar: nothing if it is dead."""
         loop, (ours, theirs) = asyncio.get_running_loop(), socket.socketpair()
         with ours:
             ours.setblocking(False)
             with theirs, contextlib.suppress(OSError):
                 socket.send_fds(self._link, [b"\0"], [theirs.fileno()])
-            said, begun = b"", loop.time()
+            said = b""
             with contextlib.suppress(ConnectionError):
                 await loop.sock_sendall(ours, grammar)
                 ours.shutdown(socket.SHUT_WR)
                 while piece := await loop.sock_recv(ours, 1 << 12):
-                    said, begun = said + piece, begun if said else loop.time()
-            return said, loop.time() - begun
+                    said += piece
+            return said
 
     def close(self) -> None:
         """Kill it and what it has begun to try will end by its limits."""

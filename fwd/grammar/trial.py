@@ -2,7 +2,8 @@
 
 No limit of the library bounds how long it compiles, so each grammar is compiled in a fork of this process, which has
 the vocabulary already and which the kernel ends when it has taken too long or too much memory. The front sends one end
-of a socketpair for each grammar; on it come the text, and back BEGUN and the verdict: empty, or what is wrong.
+of a socketpair for each grammar; on it come the text, and back FITS, MUCH (it takes too much), what is wrong, or LATE:
+that could not be found out.
 """
 
 import contextlib
@@ -24,8 +25,9 @@ from fwd.protocol.ids import unpack_ids
 from fwd.protocol.messages import Vocabulary
 
 PR_SET_PDEATHSIG = 1
-BEGUN, FITS = b"?", b"+"
+FITS, MUCH, LATE = b"+", b"*", b"~"
 CPU_SECONDS, WALL_SECONDS = 0.6, 4.0  # what is slow because others have the CPUs is waited for
+BY_OTHERS = {signal.SIGALRM, signal.SIGKILL}  # the wall clock, a machine without memory: not the grammar's fault
 MEMORY = 256 << 20  # bytes of address space beyond what the process has
 
 
@@ -48,26 +50,41 @@ def main() -> int:
 
 
 def _try(tokens: Tokens, peer: socket.socket) -> None:
-    """In a fork: say whether the grammar that comes from the peer can be followed; does not return."""
+    """In a fork: say whether the grammar that comes from the peer can be followed; does not return.
+
+    It is compiled in a fork of the fork, so that somebody is left who knows by what that was ended.
+    """
     try:
         grammar = b"".join(iter(lambda: peer.recv(1 << 16), b"")).decode()
-        peer.sendall(BEGUN)
-        _bound()
-        peer.sendall(verdict(tokens, grammar).encode() or FITS)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if pid := os.fork():
+            if code := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+                peer.sendall(LATE if -code in BY_OTHERS else MUCH)
+        else:
+            _bound()
+            said = verdict(tokens, grammar).encode() or FITS
+            _time(0, 0)  # who has a verdict may say it
+            peer.sendall(said)
+            os._exit(0)
     finally:
-        os._exit(0)
+        os._exit(1)
 
 
 def _bound() -> None:
     """From now on the kernel ends this process at its limits: the default action of both timers' signals."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    _time(CPU_SECONDS, WALL_SECONDS)
     size = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (1, 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what the library says when memory ends
+
+
+def _time(cpu: float, wall: float) -> None:
+    """Seconds until the kernel ends this process; 0: it does not."""
+    signal.setitimer(signal.ITIMER_PROF, cpu)
+    signal.setitimer(signal.ITIMER_REAL, wall)
 
 
 def verdict(tokens: Tokens, grammar: str) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from test_local import dial
 import fwd.demo
 from fwd.errors import EngineError, GrammarError, OverloadedError
 from fwd.front import grammars
-from fwd.front.grammars import AT_ONCE, TOO_MUCH, GrammarTrials
+from fwd.front.grammars import AT_ONCE, TOO_LATE, TOO_MUCH, GrammarTrials
 from fwd.front.prompts import Prompts
 from fwd.protocol.ids import pack_ids
 from fwd.protocol.local import Accepted
@@ -107,15 +108,57 @@ def test_what_exhausts_its_trial_is_refused_once(trying):
     trying(scenario)
 
 
-def test_what_could_not_be_tried_for_others_had_the_cpus_is_not_held_against_it(trying, monkeypatch):
+@pytest.mark.parametrize(
+    "ends",
+    [
+        "trial.WALL_SECONDS = 0.001; trial.verdict = lambda *_: signal.pause()",
+        "trial.verdict = lambda *_: signal.raise_signal(signal.SIGKILL)",
+    ],
+    ids=["no CPU came", "no memory was left"],
+)
+def test_what_a_busy_machine_ended_is_not_held_against_the_grammar(trying, monkeypatch, ends):
+    """The trial that waits burns no CPU: only the wall clock can end it."""
+    code = f"import signal; from fwd.grammar import trial; {ends}; trial.main()"
+
     async def scenario(trials):
         with monkeypatch.context() as patch:
-            patch.setattr(grammars, "WALL_SECONDS", 0.0)
-            with pytest.raises(OverloadedError, match="try again"):
-                await trials.check(EXHAUSTING["a multiple"])
+            patch.setattr(grammars, "COMMAND", (sys.executable, "-c", code))
+            for tried in (1, 2):
+                with pytest.raises(OverloadedError, match="try again") as caught:
+                    await trials.check(FITTING["any"])
+                assert (caught.value.message, caught.value.retry_after) == (TOO_LATE, 1)
+                assert trials.tried == tried
+        trials.close()
+        for _ in range(2):
             await trials.check(FITTING["any"])
-        assert await refusal(trials, EXHAUSTING["a multiple"]) == TOO_MUCH
         assert trials.tried == 3
+
+    trying(scenario)
+
+
+def test_a_failure_that_nobody_waited_for_is_not_kept(trying, monkeypatch):
+    async def scenario(trials):
+        with monkeypatch.context() as patch:
+            patch.setattr(grammars, "COMMAND", ("/bin/false",))
+            asker = asyncio.ensure_future(trials.check(FITTING["any"]))
+            await asyncio.sleep(0)
+            asker.cancel()
+            await asyncio.wait(trials._verdicts.values())
+        await trials.check(FITTING["any"])
+        assert trials.tried == 2
+
+    trying(scenario)
+
+
+def test_cpu_time_alone_refuses_a_grammar(trying, monkeypatch):
+    """No wall clock can end the trial."""
+    code = "from fwd.grammar import trial; trial.WALL_SECONDS = 0; trial.main()"
+    monkeypatch.setattr(grammars, "COMMAND", (sys.executable, "-c", code))
+
+    async def scenario(trials):
+        for _ in range(2):
+            assert await refusal(trials, EXHAUSTING["a multiple"]) == TOO_MUCH
+        assert trials.tried == 1
 
     trying(scenario)
 
