@@ -69,7 +69,7 @@ class Service:
         self._prompts = prompts
 
     async def check_grammar(self, grammar: str, param: str = "grammar") -> None:
-        """Raise `GrammarError` that names `param` unless engines can follow a grammar in bounded time and memory."""
+        """Raise, as `GrammarTrials.check` does, unless engines can follow a grammar in bounded time and memory."""
         if self._trials is None:
             self._trials = GrammarTrials(lambda: self.prompts.vocabulary)
         await self._trials.check(grammar, param)

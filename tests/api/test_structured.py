@@ -37,7 +37,11 @@ ASKED = [
     ({"structured_outputs": {"json": None, "disable_fallback": False}}, ""),
     *(({name: {}}, "json_schema:{}") for name in ("guided_json", "json_schema")),
     ({"structured_outputs": {"json": {}}}, "json_schema:{}"),
+    ({"structured_outputs": {"json_object": False, "regex": None}}, ""),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "json_schema:{}"),
+    ({"grammar": "", "json_schema": {}}, "json_schema:{}"),
     ({"guided_json": True}, "json_schema:true"),
+    ({"guided_choice": ["", "a"]}, "regex:|a"),
 ]
 REFUSED = [
     ({"response_format": {"type": kind}}, "response_format") for kind in ("json", "regex", "structural_tag", 5, None)
@@ -49,12 +53,22 @@ REFUSED += [
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}}, "response_format.json_schema"),
     ({"guided_choice": "x"}, "guided_choice"),
     ({"guided_choice": [1]}, "guided_choice"),
-    *(({name: False}, name) for name in ("guided_json", "json_schema")),
-    *(({name: each}, name) for name in ("guided_regex", "guided_grammar", "grammar") for each in (0, False, {}, [])),
-    ({"guided_choice": []}, "guided_choice"),
-    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
-    ({"structured_outputs": {"json": False}}, "structured_outputs"),
-    ({"response_format": {}}, "response_format"),
+    *(({name: each}, name) for name in ("guided_json", "json_schema") for each in (0, False, "", [])),
+    *(({name: each}, name) for name in ("guided_regex", "guided_grammar") for each in (0, False, "", {}, [])),
+    *(({"grammar": each}, "grammar") for each in (0, False, {}, [])),
+    *(({"guided_choice": each}, "guided_choice") for each in (0, False, "", {}, [])),
+    *(({"response_format": each}, "response_format") for each in (0, False, "", {}, [])),
+    *(({"structured_outputs": each}, "structured_outputs") for each in (0, False, "", [])),
+    *(
+        ({"structured_outputs": {way: each}}, f"structured_outputs.{way}")
+        for way in ("regex", "choice", "grammar")
+        for each in (0, False, "", {}, [])
+    ),
+    *(({"structured_outputs": {"json": each}}, "structured_outputs") for each in (False, "")),
+    *(({"structured_outputs": {"json": each}}, "structured_outputs.json") for each in (0, [])),
+    *(({"structured_outputs": {"json_object": each}}, "structured_outputs.json_object") for each in (0, "", {}, "x")),
+    ({"structured_outputs": {"whitespace_pattern": ""}}, "structured_outputs.whitespace_pattern"),
+    ({"response_format": {"type": "grammar", "grammar": ""}}, "response_format"),
     ({"structured_outputs": {"regex": "a", "json": {}, "choice": ["a"]}}, "structured_outputs"),
     ({"structured_outputs": {"regex": 5}}, "structured_outputs.regex"),
     ({"structured_outputs": {"regex": "a", "structural_tag": "x"}}, "structured_outputs.structural_tag"),

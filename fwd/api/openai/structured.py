@@ -16,13 +16,12 @@ from fwd.front.service import Service
 
 OBJECT = 'json_schema:{"type":"object"}'
 MAX_CHOICES = 4096
-_ABSENT = (None, "")
 
 
 async def read_grammar(service: Service, parameters: Parameters) -> str:
     """The grammar of an answer, which can be compiled; "" if any text will do. What said it is let go.
 
-    Raises `BadRequestError` that names the field, `GrammarError` among them.
+    Raises `BadRequestError` that names the field, `GrammarError` among them, and what `GrammarTrials.check` does.
     """
     asked = list(_asked(parameters))
     if len(asked) > 1:
@@ -39,7 +38,7 @@ def _asked(parameters: Parameters) -> Iterator[tuple[str, str]]:
     """Each field that asks for something, and the grammar that it asks for."""
     for name, read in _FIELDS.items():
         value = getattr(parameters, name)
-        if value not in _ABSENT and (grammar := read(value, name)):
+        if value is not None and (grammar := read(value, name)):
             yield name, grammar
 
 
@@ -63,16 +62,15 @@ def _options(value: Any, param: str) -> str:
     """VLLM's object: one way among many, and options that change no text."""
     if not isinstance(value, dict):
         raise BadRequestError(f"{param}: expected an object", param=param)
-    asked = {key: each for key, each in value.items() if each not in _ABSENT and (each is not False or key == "json")}
-    found = [key for key in asked if key in _WAYS]
-    if unknown := sorted(asked.keys() - _WAYS.keys()):
+    asked = {key: each for key, each in value.items() if each is not None}
+    if unknown := sorted(key for key in asked.keys() - _WAYS.keys() if asked[key] is not False):
         wrong = f"{param}.{unknown[0]}"
         raise BadRequestError(f"{wrong} is not supported here: leave it out", param=wrong)
-    if not asked:
-        return ""
-    if len(found) != 1:
+    grammars = [read(asked[way], f"{param}.{way}") for way, read in _WAYS.items() if way in asked]
+    found = [grammar for grammar in grammars if grammar]
+    if len(found) > 1:
         raise BadRequestError(f"{param}: give one of {', '.join(_WAYS)}", param=param)
-    return _WAYS[found[0]](asked[found[0]], f"{param}.{found[0]}")
+    return found[0] if found else ""
 
 
 def _schema(value: Any, param: str) -> str:
@@ -83,12 +81,23 @@ def _schema(value: Any, param: str) -> str:
     raise BadRequestError(f"{param}: expected a JSON schema", param=param)
 
 
+def _object(value: Any, param: str) -> str:
+    if not isinstance(value, bool):
+        raise BadRequestError(f"{param}: expected true or false", param=param)
+    return OBJECT if value else ""
+
+
 def _regex(value: Any, param: str) -> str:
     return f"regex:{_text(value, param)}"
 
 
 def _rules(value: Any, param: str) -> str:
     return f"lark:{_text(value, param)}"
+
+
+def _llama_rules(value: Any, param: str) -> str:
+    """Clients of llama.cpp send all of its parameters; the default of this one is ""."""
+    return "" if value == "" else _rules(value, param)
 
 
 def _choice(value: Any, param: str) -> str:
@@ -100,14 +109,14 @@ def _choice(value: Any, param: str) -> str:
 
 
 def _text(value: Any, param: str) -> str:
-    if not isinstance(value, str):
-        raise BadRequestError(f"{param}: expected a string", param=param)
+    if not isinstance(value, str) or not value:
+        raise BadRequestError(f"{param}: expected a string that is not empty", param=param)
     return value
 
 
 _WAYS: dict[str, Callable[[Any, str], str]] = {
     "json": _schema,
-    "json_object": lambda _value, _param: OBJECT,
+    "json_object": _object,
     "regex": _regex,
     "choice": _choice,
     "grammar": _rules,
@@ -120,5 +129,5 @@ _FIELDS: dict[str, Callable[[Any, str], str]] = {
     "guided_choice": _choice,
     "guided_grammar": _rules,
     "json_schema": _schema,
-    "grammar": _rules,
+    "grammar": _llama_rules,
 }
