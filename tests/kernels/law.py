@@ -230,16 +230,18 @@ def _by_row(drawn, who):
 
 @dataclass(frozen=True)
 class Verdict:
-    """`p` of the chi-square test, the total variation and that of controls, and how many words cannot come."""
+    """`p` of the chi-square test, the total variation, mean and spread of that of controls, and impossible words."""
 
     p: float
     variation: float
     control: float
+    spread: float
     impossible: int
 
     def holds(self, tests: int) -> bool:
-        """By Bonferroni for so many tests."""
-        return self.p * tests > 1e-4 and self.variation <= 1.25 * self.control and not self.impossible
+        """By Bonferroni for so many tests. Where few words come often, controls too are more than 1.25 × their mean."""
+        likely = self.variation <= max(1.25 * self.control, self.control + 5 * self.spread)
+        return self.p * tests > 1e-4 and likely and not self.impossible
 
 
 def judged(world: World, counts) -> Verdict:
@@ -248,11 +250,13 @@ def judged(world: World, counts) -> Verdict:
     chances = np.array(list(words.values()))
     seen = np.array([counts.get(word, 0) for word in words])
     total = sum(counts.values())
-    controls = np.random.default_rng(world.seed + 1).multinomial(total, chances / chances.sum(), size=16)
+    controls = np.random.default_rng(world.seed + 1).multinomial(total, chances / chances.sum(), size=64)
+    variations = [_variation(each, total, chances) for each in controls]
     return Verdict(
         _p_value(seen, chances * total),
         _variation(seen, total, chances),
-        float(np.mean([_variation(each, total, chances) for each in controls])),
+        float(np.mean(variations)),
+        float(np.std(variations)),
         total - int(seen.sum()),
     )
 

@@ -13,7 +13,7 @@ from fwd.kernels.sizes import MAX_ROWS
 MOST = MAX_ROWS - 1  # drafts of a step
 SHARE = 0.005  # of the time of steps may be spent on asking the free drafters and on choosing,
 COSTLY_SHARE, COSTLY_DEBT = 0.005, 1.0  # on the costly one, which may owe a step, and on trials of it
-START, MOST_PUT_BY, DEBT = 0.25, 1.0, 0.08  # steps: a few looks, and with nothing to pay one looks again after 16 ids
+START, MOST_PUT_BY, DEBT = 0.25, 1.0, 0.03  # steps: a few looks, and with nothing to pay one looks again after 6 ids
 SAVED = 8.0  # that a request may put by of what its drafts saved: many misses and looks
 STAKE = 2.0  # steps that trials may lose in a row
 LATE = 4  # times as long as usual is what a look counts for at most: it may have been held up
