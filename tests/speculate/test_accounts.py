@@ -83,7 +83,7 @@ def test_the_first_requests_begin_with_as_much_as_later_ones(accounts):
 
 def test_a_purse_puts_by_a_share_and_owes_no_more_than_its_debt():
     past = Past()
-    purse = Purse(past, SHARE, most=2.0, debt=0.5, full=False)
+    purse = Purse(past, SHARE, most=2.0, saved=2.0, debt=0.5, full=False)
     past.add(STEP, 1, 1)
     purse.begin(7)
     for _ in range(100):

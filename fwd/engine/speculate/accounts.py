@@ -13,9 +13,9 @@ from fwd.kernels.sizes import MAX_ROWS
 MOST = MAX_ROWS - 1  # drafts of a step
 SHARE = 0.005  # of the time of steps may be spent on asking the free drafters and on choosing,
 COSTLY_SHARE, COSTLY_DEBT = 0.005, 1.0  # on the costly one, which may owe a step, and on trials of it
-START, MOST_PUT_BY, DEBT = 0.25, 1.0, 0.03  # steps: a few looks, and with nothing to pay one looks again after 6 ids
-SAVED = 8.0  # that a request may put by of what its drafts saved: many misses and looks
-STAKE = 2.0  # steps that trials may lose in a row
+START, DEBT = 0.25, 0.03  # steps: a few looks, and with nothing to pay one looks again after 6 ids
+COMMON, COSTLY_COMMON, TRIAL_COMMON = 0.5, 1.0, 0.5  # steps put by for whoever comes next,
+SAVED, COSTLY_SAVED, TRIAL_SAVED = 8.0, 4.0, 2.0  # and by a request for itself: many looks, misses and trials
 LATE = 4  # times as long as usual is what a look counts for at most: it may have been held up
 WEIGHT = 1 / 16  # of the latest in what a look takes
 
@@ -72,9 +72,9 @@ class Accounts:
     def __init__(self, costly: Costly | None, steps: Costs, drafting: Costs, names: Sequence[str]) -> None:
         self._costly, self._steps, self._drafting, self._names = costly, steps, drafting, names
         self._past = past = Past()
-        self._looking = Purse(past, SHARE, start=START, most=MOST_PUT_BY, saved=SAVED, debt=DEBT)
-        self._made = Purse(past, COSTLY_SHARE, debt=COSTLY_DEBT)
-        self._trying = Purse(past, COSTLY_SHARE, most=STAKE, full=False)
+        self._looking = Purse(past, SHARE, start=START, most=COMMON, saved=SAVED, debt=DEBT)
+        self._made = Purse(past, COSTLY_SHARE, most=COSTLY_COMMON, saved=COSTLY_SAVED, debt=COSTLY_DEBT)
+        self._trying = Purse(past, COSTLY_SHARE, most=TRIAL_COMMON, saved=TRIAL_SAVED, full=False)
         self._purses = (self._looking, self._made, self._trying)
         self._look_seconds = 0.0
         self._price = self._worth = 0.0  # of a draft's row in the last step, and of an id

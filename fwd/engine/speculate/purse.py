@@ -25,9 +25,9 @@ class Purse:
 
     Each request has an account, and there is one of all: what a request spends and saves counts for both. A request
     begins with what the common one has, so with nothing where whole answers gained nothing, but with `start` steps at
-    least. The common account puts by no more than `most` steps, which with `full` are there at first, a request no more
-    than the greater of `most` and `saved`; nobody owes more than `debt`. A step is shared by its streams: each has its
-    part of it, which is what an id is worth.
+    least. The common account puts by no more than `most` steps, which with `full` are there at first, and a request
+    `saved`; nobody owes more than `debt`. A step is shared by its streams: each has its part of it, which is what an id
+    is worth.
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class Purse:
         past: Past,
         share: float,
         *,
+        most: float,
+        saved: float,
         start: float = 0.0,
-        most: float = 4.0,
-        saved: float = 0.0,
         debt: float = ENDLESS,
         full: bool = True,
     ) -> None:
         self._past, self._share, self._start, self._debt = past, share, start, debt
-        self._most, self._saved = most, max(most, saved)
+        self._most, self._saved = most, saved
         self._spent: dict[int, float] = {}
         self._common = -inf if full else 0.0  # what all spent
 
