@@ -81,6 +81,20 @@ def test_the_first_requests_begin_with_as_much_as_later_ones(accounts):
     assert accounts._looking.has(0) >= START * STEP
 
 
+@pytest.mark.parametrize("part", [0.1, 0.6, 3.0])
+def test_a_draft_that_takes_much_of_a_step_is_tried_until_it_does_not_pay(accounts, part):
+    for _ in range(200):
+        accounts._drafting.measured(1, part * STEP)
+    for _ in range(300):
+        accounts.step(1, 0, STEP, 0.0)
+    first = accounts.stream(request(0))
+    assert not first.left
+    accounts.made([(request(0), Proposal("mtp", (1,)))], 1)
+    for _ in range(9):
+        first.payer.spend(0, part * STEP)
+    assert accounts.stream(request(1)).left
+
+
 def test_a_purse_puts_by_a_share_and_owes_no_more_than_its_debt():
     past = Past()
     purse = Purse(past, SHARE, most=2.0, saved=2.0, debt=0.5, full=False)

@@ -13,9 +13,10 @@ from fwd.kernels.sizes import MAX_ROWS
 MOST = MAX_ROWS - 1  # drafts of a step
 SHARE = 0.005  # of the time of steps may be spent on asking the free drafters and on choosing,
 COSTLY_SHARE, COSTLY_DEBT = 0.005, 1.0  # on the costly one, which may owe a step, and on trials of it
-START, DEBT = 0.25, 0.03  # steps: a few looks, and with nothing to pay one looks again after 6 ids
+START, DEBT = 0.25, 0.03  # steps: a few looks, and who owes has paid it after 6 ids
 COMMON, COSTLY_COMMON, TRIAL_COMMON = 0.5, 1.0, 0.5  # steps put by for whoever comes next,
 SAVED, COSTLY_SAVED, TRIAL_SAVED = 8.0, 4.0, 2.0  # and by a request for itself: many looks, misses and trials
+FULL = 0.9  # of `COSTLY_COMMON` let a new request be read along, however much of a step a draft takes
 LATE = 4  # times as long as usual is what a look counts for at most: it may have been held up
 WEIGHT = 1 / 16  # of the latest in what a look takes
 
@@ -88,7 +89,8 @@ class Accounts:
             stream = self.streams[request.id] = Stream(request, self._names, self._made)
             for purse in self._purses:
                 purse.begin(request.id)
-            if stream.auto and self._made.has(request.id) < 2 * self._drafting.seconds(1):
+            least = min(2 * self._drafting.seconds(1), FULL * COSTLY_COMMON * self._past.worth)
+            if stream.auto and self._made.has(request.id) < least:
                 self._leave(stream)
         return stream
 
@@ -154,7 +156,7 @@ class Accounts:
         """
         streams = max(1, rows - drafts)
         first = not self._past.worth
-        self._past.add(seconds, streams, streams * self._paying)
+        self._past.add(seconds, streams, self._paying)
         if first:
             self._begin_again()
         if drafts:

@@ -7,15 +7,15 @@ WEIGHT = 1 / 8  # of the latest step in what a step takes
 
 
 class Past:
-    """The time of steps so far: the part of it that one stream had, and those who pay; what it is of a step now."""
+    """The time of steps so far: that of those who pay, and what one stream had of it; what that is of a step now."""
 
     def __init__(self) -> None:
         self.all = self.each = self.worth = 0.0
 
     def add(self, seconds: float, streams: int, paying: float) -> None:
-        """A step of so many streams took so long; so many of them pay."""
+        """A step of so many streams took so long; such a part of them pays."""
         each = seconds / streams
-        self.all += each * paying
+        self.all += seconds * paying
         self.each += each
         self.worth += (each - self.worth) * WEIGHT if self.worth else each
 

@@ -115,14 +115,15 @@ class JointSpeculator:
         Of these rows `drafts` were for drafts.
         """
         now = self._clock()
+        gap = now - seconds - self._read - self._making
         self._accounts.step(rows, drafts, seconds, self._waiting if drafts else 0.0)
         self._count += 1
         regular = self._count % PLAIN == 0
         read = regular and self._accounts.read_along()
         if drafts:
-            self._learn(rows, seconds, self._draft_gap, now - seconds - self._read - self._making)
+            self._learn(rows, seconds, self._draft_gap, gap)
         elif not self._steps.knows(rows) or ((regular or self._rests) and not read and not self._drafted):
-            self._learn(rows, seconds, self._gap, now - seconds - self._read - self._making)
+            self._learn(rows, seconds, self._gap, gap)
             self._plain = self._count
         if self._count % STALE == 0:  # lest nobody drafts for ever because the host was busy once
             self._draft_gap.forgotten(self._count - STALE)
