@@ -308,7 +308,7 @@ def measured(folder, small, dtype):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-PYTHON = 6e6  # bytes of the objects of 96 layers and of what oneDNN compiles for their shapes: about 4 million
+PYTHON = 5e6  # bytes of the objects of 96 layers and of what oneDNN compiles for their shapes: about 4 million
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -239,7 +239,11 @@ class Verdict:
     impossible: int
 
     def holds(self, tests: int) -> bool:
-        """By Bonferroni for so many tests. Where few words come often, controls too are more than 1.25 × their mean."""
+        """By Bonferroni for so many tests."""
+        return self.variation <= 1.25 * self.control and self.fits(tests)
+
+    def fits(self, tests: int) -> bool:
+        """The same of worlds drawn at random: where few words come often, controls too are more than 1.25 × off."""
         likely = self.variation <= max(1.25 * self.control, self.control + 5 * self.spread)
         return self.p * tests > 1e-4 and likely and not self.impossible
 

@@ -140,7 +140,7 @@ def test_kernels_draw_the_same_rows(execution, world):
 def test_words_of_other_worlds_come_as_often_as_they_should(world, seed):
     grown = World(**{**{name: getattr(world, name) for name in World.__dataclass_fields__}, "seed": seed})
     verdict = judged(grown, Speaker(grown).words())
-    assert verdict.holds(8 * TESTS), (seed, verdict)
+    assert verdict.fits(8 * TESTS), (seed, verdict)
 
 
 @pytest.mark.soak

@@ -36,7 +36,7 @@ def test_drafts_change_nothing_for_any_model(seed, tmp_path):
     cell = Cell(rng.choice(TAKEN), "bfloat16", rng.choice(["bfloat16", "fp8"]))
     print(f"seed {seed}: {cell}")  # noqa: T201
     loaded = load(cell, tmp_path, "host", seed)
-    rounds, looked, _ = lives(loaded, requests(rng, 10, tokens=40), rng, 30)
+    rounds, looked, _ = lives(loaded, requests(rng, 10, tokens=40), rng, 45)
 
-    assert len({held for _, held in rounds}) >= 10
+    assert set(range(13)) <= {held for _, held in rounds}
     assert len(looked) == len(loaded.plan.groups)
